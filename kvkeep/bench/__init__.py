@@ -1,0 +1,1 @@
+"""What the claims are measured with: replays and benchmarks, run as `kvkeep bench NAME`."""

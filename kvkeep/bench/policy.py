@@ -1,0 +1,305 @@
+"""`kvkeep bench policy TRACE`: eviction policies on a trace of requests, next to the best possible.
+
+A trace is JSON lines with `timestamp`, `input_length`, `output_length` and `hash_ids`, one id per block
+of the prompt; equal ids mean equal text up to the end of that block (the format of Mooncake's public
+traces). Each request looks its blocks up, then saves those that were not held, as the keeper does, at
+a capacity counted in blocks. A block counts as hit when it and all blocks before it were held.
+"""
+
+import argparse
+import heapq
+import json
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import msgspec
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from kvkeep.keeper.policy import DEFAULT_POLICY, POLICIES, Policy, make_policy
+from kvkeep.keeper.policy.base import Ids
+
+BELADY = "belady"
+_FORMAT = "JSON lines with timestamp, input_length, output_length and hash_ids (a list of integers from 0)"
+
+
+class TraceError(Exception):
+    """The trace cannot be replayed; the message says what to do about it."""
+
+
+class Trace(NamedTuple):
+    """Requests as chains of blocks, numbered densely from 0 to `unique` - 1."""
+
+    chains: list[Ids]
+    unique: int
+
+    @property
+    def blocks(self) -> int:
+        """All blocks requested, repeated ones included."""
+        return sum(map(len, self.chains))
+
+
+class Replay(NamedTuple):
+    """What one replay found: blocks hit, and the time spent in the policy, in ns."""
+
+    hits: int
+    policy_ns: int
+
+
+class Result(NamedTuple):
+    """One cell of the table. `ns_per_block` is None where no policy ran."""
+
+    policy: str
+    capacity_fraction: float
+    hit_ratio: float
+    ns_per_block: float | None
+
+
+class _Request(msgspec.Struct):
+    timestamp: float
+    input_length: int
+    output_length: int
+    hash_ids: list[Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]]
+
+
+def read_trace(path: Path) -> Trace:
+    """Read a trace. TraceError if it is missing, malformed or has no blocks."""
+    decoder = msgspec.json.Decoder(_Request)
+    chains = []
+    try:
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    chains.append(_chain(decoder, line, f"{path}, line {number}"))
+    except OSError as error:
+        raise TraceError(
+            f"cannot read the trace {path}: {error.strerror}. Give the path of a file of {_FORMAT}."
+        ) from error
+    blocks = np.concatenate(chains) if chains else np.empty(0, dtype=np.int64)
+    if not len(blocks):
+        raise TraceError(
+            f"the trace {path} is empty: no request in it has a block. Give a file of {_FORMAT}."
+        )
+    unique, dense = np.unique(blocks, return_inverse=True)
+    ends = np.cumsum([len(chain) for chain in chains])[:-1]
+    return Trace(np.split(dense, ends), len(unique))
+
+
+def _chain(decoder: "msgspec.json.Decoder[_Request]", line: bytes, where: str) -> Ids:
+    try:
+        ids = decoder.decode(line).hash_ids
+    except msgspec.DecodeError as error:
+        raise TraceError(
+            f"{where}: {error}. Correct the line or give another file; expected: {_FORMAT}."
+        ) from error
+    if len(set(ids)) != len(ids):
+        raise TraceError(
+            f"{where}: hash_ids names a block twice. Correct it: an id stands for all text up to its block."
+        )
+    return np.array(ids, dtype=np.int64)
+
+
+class Replayer:
+    """The keeper's books at their least: which record holds which block, and which records are free."""
+
+    def __init__(self, policy: Policy, trace: Trace) -> None:
+        """Start empty. Newcomers need records before room is made for them, as in the keeper."""
+        self._policy = policy
+        records = policy.capacity + max(map(len, trace.chains))
+        self._record_of = np.full(trace.unique, -1, dtype=np.int64)
+        self._block_of = np.full(records, -1, dtype=np.int64)
+        self._free = np.arange(records, dtype=np.int64)[::-1].copy()
+        self._free_count = records
+        self._evictable = np.ones(records, dtype=np.bool_)
+        self._policy_ns = 0
+
+    def run(self, trace: Trace) -> Replay:
+        """Replay all requests, one after the other."""
+        hits = sum(self._request(chain, epoch) for epoch, chain in enumerate(trace.chains))
+        return Replay(hits, self._policy_ns)
+
+    def _request(self, chain: Ids, epoch: int) -> int:
+        held = self._record_of[chain] >= 0
+        hits = len(chain) if held.all() else int(np.argmin(held))
+        leased = self._record_of[chain[:hits]]
+        self._evictable[leased] = False
+        if hits:
+            start = time.perf_counter_ns()
+            self._policy.touch(leased, epoch, 0)
+            self._policy_ns += time.perf_counter_ns() - start
+        if hits < len(chain):
+            self._save(chain, held, hits, epoch)
+        self._evictable[leased] = True
+        return hits
+
+    def _save(
+        self, chain: Ids, held: np.ndarray[tuple[int], np.dtype[np.bool_]], hits: int, epoch: int
+    ) -> None:
+        # Behind the first miss there may be blocks that are still held: pieces of one kind, tail first.
+        bounds = [hits, *(np.flatnonzero(np.diff(held[hits:])) + hits + 1).tolist(), len(chain)]
+        for first, stop in reversed(list(pairwise(bounds))):
+            piece = chain[first:stop]
+            records = self._record_of[piece] if held[first] else self._take(piece)
+            keys = piece.tolist()
+            start = time.perf_counter_ns()
+            if held[first]:
+                self._policy.touch(records, epoch, first)
+            else:
+                self._policy.insert(records, keys, epoch, first)
+            self._policy_ns += time.perf_counter_ns() - start
+        shortage = len(self._policy) - self._policy.capacity
+        if shortage > 0:
+            self._evict(shortage)
+
+    def _evict(self, shortage: int) -> None:
+        start = time.perf_counter_ns()
+        victims = self._policy.victims(shortage, self._evictable)
+        self._policy.remove(victims, evicted=True)
+        self._policy_ns += time.perf_counter_ns() - start
+        # Leased blocks alone always fit, so there are victims enough.
+        assert len(victims) == shortage, f"{self._policy.name} found no room"
+        self._record_of[self._block_of[victims]] = -1
+        self._free[self._free_count : self._free_count + shortage] = victims
+        self._free_count += shortage
+
+    def _take(self, blocks: Ids) -> Ids:
+        self._free_count -= len(blocks)
+        records = self._free[self._free_count : self._free_count + len(blocks)].copy()
+        self._record_of[blocks] = records
+        self._block_of[records] = blocks
+        return records
+
+
+def belady_hits(trace: Trace, capacity: int) -> int:
+    """Return the most blocks that any policy could hit with room for `capacity` blocks.
+
+    What is used again last goes first, newcomers included, and of one request's blocks the deepest.
+    A block is never used again sooner than the block before it, so no chain is ever broken.
+
+    Source: L. Belady, "A study of replacement algorithms for a virtual-storage computer", 1966.
+    """
+    hits, ranks, heap = 0, dict[int, int](), list[tuple[int, int]]()
+    for chain, following in zip(trace.chains, _next_uses(trace), strict=True):
+        blocks = chain.tolist()
+        hits += next((depth for depth, block in enumerate(blocks) if block not in ranks), len(blocks))
+        for depth, (block, use) in enumerate(zip(blocks, following.tolist(), strict=True)):
+            if use < 0:
+                ranks.pop(block, None)  # Never used again.
+            else:
+                ranks[block] = -((use << 32) + depth)
+                heapq.heappush(heap, (ranks[block], block))
+        while len(ranks) > capacity:
+            rank, block = heapq.heappop(heap)
+            if ranks.get(block) == rank:
+                del ranks[block]
+    return hits
+
+
+def _next_uses(trace: Trace) -> list[Ids]:
+    """Return, for each block of each request, the next request that uses it, or -1."""
+    later = np.full(trace.unique, -1, dtype=np.int64)
+    uses = []
+    for index in range(len(trace.chains) - 1, -1, -1):
+        chain = trace.chains[index]
+        uses.append(later[chain])
+        later[chain] = index
+    return uses[::-1]
+
+
+def measure(trace: Trace, policy: str, fraction: float) -> Result:
+    """Replay the trace under one policy, or Belady's, with room for a fraction of its unique blocks."""
+    capacity = max(1, round(fraction * trace.unique))
+    if policy == BELADY:
+        return Result(policy, fraction, belady_hits(trace, capacity) / trace.blocks, None)
+    replay = Replayer(make_policy(policy, capacity), trace).run(trace)
+    return Result(policy, fraction, replay.hits / trace.blocks, replay.policy_ns / trace.blocks)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `kvkeep bench policy`."""
+    parser.add_argument("trace", metavar="TRACE", type=Path, help=f"the trace: {_FORMAT}")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser.add_argument(
+        "--policies",
+        type=_policies,
+        default=list(POLICIES),
+        metavar="NAMES",
+        help=f"which policies, with commas between (default: {','.join(POLICIES)})",
+    )
+    parser.add_argument(
+        "--capacities",
+        type=_fractions,
+        default=[0.01, 0.05, 0.1, 0.25],
+        metavar="FRACTIONS",
+        help="room, as fractions of the trace's unique blocks (default: 0.01,0.05,0.1,0.25)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Replay the trace and print the hit ratios; return the exit status (2: the trace is unusable)."""
+    try:
+        trace = read_trace(args.trace)
+    except TraceError as error:
+        print(f"kvkeep bench policy: {error}", file=sys.stderr)
+        return 2
+    cells = [(policy, fraction) for policy in [*args.policies, BELADY] for fraction in args.capacities]
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task("", total=len(cells))
+        results = []
+        for policy, fraction in cells:
+            progress.update(task, description=f"{policy} at {fraction:.0%}")
+            results.append(measure(trace, policy, fraction))
+            progress.advance(task)
+    if args.json:
+        print(json.dumps(_as_json(args.trace, trace, results)))
+    else:
+        Console().print(_as_table(args.trace, trace, results))
+    return 0
+
+
+def _as_json(path: Path, trace: Trace, results: list[Result]) -> dict[str, object]:
+    fields = Result._fields[:3]
+    rows = [dict(zip(fields, result, strict=False)) for result in results]
+    return {"trace": str(path), "unique_blocks": trace.unique, "default": DEFAULT_POLICY, "results": rows}
+
+
+def _as_table(path: Path, trace: Trace, results: list[Result]) -> Table:
+    title = f"{path.name}: {len(trace.chains)} requests, {trace.blocks} blocks, {trace.unique} unique"
+    table = Table(
+        title=title, caption="Hit ratio by room, as a share of the unique blocks; ns of policy per block"
+    )
+    table.add_column("policy")
+    for fraction in dict.fromkeys(result.capacity_fraction for result in results):
+        table.add_column(f"{100 * fraction:g} %", justify="right")
+    table.add_column("ns/op", justify="right")
+    for policy in dict.fromkeys(result.policy for result in results):
+        row = [result for result in results if result.policy == policy]
+        costs = [result.ns_per_block for result in row if result.ns_per_block is not None]
+        cost = f"{sum(costs) / len(costs):.0f}" if costs else "-"
+        name = f"{policy} (default)" if policy == DEFAULT_POLICY else policy
+        table.add_row(name, *(f"{result.hit_ratio:.3f}" for result in row), cost)
+    return table
+
+
+def _policies(text: str) -> list[str]:
+    names = text.split(",")
+    unknown = [name for name in names if name not in POLICIES]
+    if unknown:
+        known = ", ".join(POLICIES)
+        raise argparse.ArgumentTypeError(f"unknown policy {unknown[0]!r}; the known ones are {known}")
+    return names
+
+
+def _fractions(text: str) -> list[float]:
+    try:
+        fractions = [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers with commas between") from error
+    if not all(0 < fraction <= 1 for fraction in fractions):
+        raise argparse.ArgumentTypeError(f"{text!r} has a number that is not above 0 and at most 1")
+    return fractions

@@ -1,0 +1,5 @@
+"""The `kvkeep` command."""
+
+from kvkeep.cli.main import main
+
+__all__ = ["main"]

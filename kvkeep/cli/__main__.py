@@ -1,0 +1,7 @@
+"""`python -m kvkeep.cli`."""
+
+import sys
+
+from kvkeep.cli.main import main
+
+sys.exit(main())

@@ -1,0 +1,59 @@
+"""Arguments of the `kvkeep` command; each subcommand is a module with `add_arguments` and `run`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from kvkeep import __version__
+from kvkeep.errors import KVKeepError
+
+__all__ = ["main"]
+
+_COMMANDS = {
+    "serve": ("kvkeep.cli.serve", "run a keeper that engines on this host share"),
+    "status": ("kvkeep.cli.status", "show what a keeper holds"),
+    "clear": ("kvkeep.cli.clear", "make a keeper forget what it holds"),
+    "doctor": ("kvkeep.cli.doctor", "check this machine and its engine for all that kvkeep needs"),
+}
+_BENCHES = {
+    "copy": ("kvkeep.bench.copy", "paged KV ⇄ arena against a plain memcpy"),
+    "lookup": ("kvkeep.bench.lookup", "hashing and lookup of long prompts through the socket"),
+    "policy": ("kvkeep.bench.policy", "eviction policies on a request trace"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code. Errors of ours end in a message, not a traceback."""
+    parser = argparse.ArgumentParser(prog="kvkeep", description="A KV cache for LLM inference: prefill once.")
+    parser.add_argument("--version", action="version", version=f"kvkeep {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    chosen = arguments[:1]
+    _add(commands, _COMMANDS, chosen)
+    bench = commands.add_parser("bench", help="measure")
+    benches = bench.add_subparsers(dest="bench", required=True, metavar="WHAT")
+    _add(benches, _BENCHES, arguments[1:2] if chosen == ["bench"] else [])
+    args = parser.parse_args(arguments)
+    try:
+        return int(args.run(args))
+    except KVKeepError as error:
+        print(f"kvkeep: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _add(
+    group: argparse._SubParsersAction[argparse.ArgumentParser],
+    table: dict[str, tuple[str, str]],
+    chosen: list[str],
+) -> None:
+    for name, (module_name, help_text) in table.items():
+        parser = group.add_parser(name, help=help_text, description=help_text)
+        if chosen == [name]:  # only the command that runs is imported: `kvkeep status` stays fast
+            module = importlib.import_module(module_name)
+            module.add_arguments(parser)
+            parser.set_defaults(run=module.run)

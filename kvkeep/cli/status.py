@@ -1,0 +1,86 @@
+"""`kvkeep status`: what a keeper holds, for people or as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from kvkeep.config import default_socket
+from kvkeep.wire.client import Connection
+
+__all__ = ["add_arguments", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `kvkeep status`."""
+    parser.add_argument(
+        "--socket", default=default_socket(), help="socket of the keeper (default: %(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Ask the keeper and print its figures."""
+    connection = Connection.open(args.socket, f"cli-{os.getpid()}", timeout=10.0)
+    try:
+        figures: dict[str, Any] = connection.status()
+    finally:
+        connection.close()
+    if args.json:
+        print(json.dumps(figures))
+    else:
+        _print(figures)
+    return 0
+
+
+def _print(figures: dict[str, Any]) -> None:
+    console = Console(highlight=False)
+    counters = figures["counters"]
+    console.print(
+        f"keeper {figures['keeper'][:8]} (kvkeep {figures['version']}, pid {figures['pid']}), "
+        f"up {figures['uptime_s']:.0f} s, policy {figures['policy']}"
+    )
+    used, total = figures["used_bytes"], figures["memory_bytes"]
+    console.print(
+        f"memory   {_size(used)} of {_size(total)} used ({100 * used / total:.0f} %), "
+        f"{100 * figures['prefaulted_bytes'] / total:.0f} % prepared, index {_size(figures['index_bytes'])}"
+    )
+    console.print(
+        f"hits     {_ratio(counters)} of the chunks asked for in {counters['lookups']} lookups; "
+        f"{counters['stored_chunks']} stored ({_size(counters['stored_bytes'])}), "
+        f"{counters['evicted_chunks']} evicted, {counters['refused_chunks']} refused"
+    )
+    console.print(
+        f"clients  {figures['sessions']} sessions, {figures['connections']} connections, {figures['leases']} leases, "
+        f"{figures['reservations']} reservations, {figures['protocol_errors']} protocol errors"
+    )
+    table = Table("#", "namespace", "fingerprint", "chunks", "bytes", "hit ratio", "lookups")
+    for space in figures["namespaces"]:
+        table.add_row(
+            str(space["namespace"]),
+            space["label"],
+            space["fingerprint"][:12],
+            str(space["chunks"]),
+            _size(space["used_bytes"]),
+            _ratio(space),
+            str(space["lookups"]),
+        )
+    console.print(table)
+
+
+def _ratio(counters: dict[str, int]) -> str:
+    asked = counters["asked_chunks"]
+    return f"{100 * counters['hit_chunks'] / asked:.1f} %" if asked else "–"
+
+
+def _size(nbytes: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if nbytes < 1024:
+            return f"{nbytes:.4g} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.4g} TiB"

@@ -1,0 +1,178 @@
+"""All options, frozen once read. The only place that reads the environment.
+
+An option has one name everywhere: `--memory 8GiB` for the CLI, `"memory": "8GiB"` in an engine's
+`kv_connector_extra_config`, `KVKEEP_MEMORY=8GiB` in the environment (the weakest of the three).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from kvkeep.errors import ConfigError
+
+__all__ = ["EngineConfig", "KeeperConfig", "default_socket", "parse_bytes"]
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_UNITS |= {
+    "k": 2**10,
+    "m": 2**20,
+    "g": 2**30,
+    "t": 2**40,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+    "tib": 2**40,
+}
+_MAX_SOCKET_PATH = 107
+
+
+@dataclass(frozen=True)
+class KeeperConfig:
+    """Options of a keeper process."""
+
+    socket: str
+    """Path of its unix socket."""
+    memory: int = 4 << 30
+    """Bound of the arena, in bytes."""
+    policy: str = "lru"
+    """Eviction policy."""
+    prefault: bool = True
+    """Allocate the arena's pages at start, in the background."""
+    huge_pages: bool = False
+    """Back the arena by explicit huge pages; they must have been reserved."""
+    linger: float = 0.0
+    """Seconds without any client after which the keeper ends; 0: never (embedded keepers end)."""
+
+    def __post_init__(self) -> None:
+        machine = _machine_bytes()
+        if self.memory > machine:
+            raise ConfigError(
+                f"memory of {self.memory / 2**30:.1f} GiB is more than this machine's {machine / 2**30:.1f} GiB: "
+                "give less, and leave room for the engine"
+            )
+        if len(self.socket.encode()) > _MAX_SOCKET_PATH:
+            raise ConfigError(
+                f"socket path longer than {_MAX_SOCKET_PATH} bytes: {self.socket}; choose a shorter one"
+            )
+        if self.linger < 0:
+            raise ConfigError("linger must be 0 or more seconds")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Options of an engine adapter."""
+
+    socket: str | None = None
+    """Keeper to use; None: a private one, started and stopped with the engine."""
+    memory: int = 4 << 30
+    """Bound of the private keeper's arena, in bytes."""
+    policy: str = "lru"
+    """Eviction policy of the private keeper."""
+    chunk_tokens: int | None = None
+    """Tokens per chunk; None: the fewest blocks that reach about 1 MiB."""
+    model_id: str | None = None
+    """Identity of the weights, where their files cannot be read; None: by content."""
+    timeout: float = 1.0
+    """Seconds that a call to the keeper may take before it is given up for lost."""
+    copy_threads: int = 1
+    """Threads that copy between KV cache and arena, per worker."""
+    save_decoded: bool = True
+    """Keep the KV of generated tokens too (the next turn of a conversation contains them)."""
+    log_interval: float = 10.0
+    """Seconds between summary lines in the engine's log; 0: none."""
+
+    def __post_init__(self) -> None:
+        if self.timeout <= 0:
+            raise ConfigError("timeout must be more than 0 seconds")
+        if not 1 <= self.copy_threads <= 64:
+            raise ConfigError("copy_threads must be 1 to 64")
+        if self.chunk_tokens is not None and self.chunk_tokens < 1:
+            raise ConfigError("chunk_tokens must be a positive multiple of the engine's block size")
+
+
+_C = TypeVar("_C", KeeperConfig, EngineConfig)
+
+
+def load(kind: type[_C], options: Mapping[str, Any], environ: Mapping[str, str] | None = None) -> _C:
+    """Build a configuration from options by name, over KVKEEP_* of the environment.
+
+    Raises ConfigError on an unknown name (with the nearest known one) or a value that does not parse.
+    """
+    environ = os.environ if environ is None else environ
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    given: dict[str, Any] = {
+        name: environ[f"KVKEEP_{name.upper()}"] for name in fields if f"KVKEEP_{name.upper()}" in environ
+    }
+    for name, value in options.items():
+        if name.replace("-", "_") not in fields:
+            near = difflib.get_close_matches(name, fields, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known options: {', '.join(fields)}"
+            raise ConfigError(f"unknown option {name!r}: {hint}")
+        given[name.replace("-", "_")] = value
+    return kind(**{name: _parse(name, str(fields[name].type), value) for name, value in given.items()})
+
+
+def _parse(name: str, kind: str, value: Any) -> Any:
+    if value is None and "None" in kind:
+        return None
+    try:
+        if name == "memory":
+            return parse_bytes(value)
+        if kind.startswith("bool"):
+            return _parse_bool(value)
+        if kind.startswith("int"):
+            return int(value)
+        if kind.startswith("float"):
+            return float(value)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"option {name}={value!r} is not of type {kind}") from error
+    return str(value)
+
+
+def _parse_bool(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    text = str(value).lower()
+    if text in ("1", "true", "yes", "on"):
+        return True
+    if text in ("0", "false", "no", "off"):
+        return False
+    raise ValueError(value)
+
+
+def parse_bytes(value: Any) -> int:
+    """Bytes from 4294967296, "4GiB", "4G", "500 MB". Raises ConfigError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(value))
+    unit = _UNITS.get(match[2].lower()) if match else None
+    if match is None or unit is None:
+        raise ConfigError(f"not a size: {value!r}; write it as 8GiB, 500MB or a number of bytes")
+    return int(float(match[1]) * unit)
+
+
+def default_socket() -> str:
+    """Where `kvkeep serve` listens and the CLI looks, unless told otherwise."""
+    return os.environ.get("KVKEEP_SOCKET") or str(runtime_dir() / "keeper.sock")
+
+
+def runtime_dir() -> Path:
+    """A directory of this user for sockets."""
+    base = os.environ.get("XDG_RUNTIME_DIR")
+    return Path(base) / "kvkeep" if base else Path(tempfile.gettempdir()) / f"kvkeep-{os.getuid()}"
+
+
+def _machine_bytes() -> int:
+    """Memory of this machine, or of the control group that we run in where that is less."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        return total
+    return min(total, int(limit)) if limit.isdigit() else total

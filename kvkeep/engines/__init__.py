@@ -1,0 +1,1 @@
+"""Adapters: each is all that knows one engine."""

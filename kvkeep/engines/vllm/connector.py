@@ -1,0 +1,267 @@
+"""The connector class that vLLM loads: every hook of the contract, each handed to its side.
+
+This is the edge where the cache meets the engine: the one broad `except` is here. A fault in the
+cache is counted, logged with its traceback, and switches the cache off for this process; the
+engine computes on.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorWorkerMetadata,
+    SupportsHMA,
+)
+from vllm.v1.metrics.cache_hit_source import CacheHitSource
+
+from kvkeep import config as configuration
+from kvkeep.engines.vllm.describe import check_engine
+from kvkeep.engines.vllm.metadata import Handshake, Rank, StepMeta
+from kvkeep.engines.vllm.scheduler import SchedulerSide
+from kvkeep.engines.vllm.stats import KVKeepProm, KVKeepStats
+from kvkeep.engines.vllm.worker import WorkerSide
+from kvkeep.errors import ConfigError, KVKeepError, LayoutError
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
+        KVConnectorPromMetrics,
+        KVConnectorStats,
+        PromMetric,
+        PromMetricT,
+    )
+    from vllm.forward_context import ForwardContext
+    from vllm.v1.attention.backend import AttentionMetadata
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+__all__ = ["KVKeepConnector"]
+
+log = logging.getLogger("kvkeep.vllm")
+_T = TypeVar("_T")
+
+
+class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
+    """kvkeep as vLLM's KV connector. Options: `kv_connector_extra_config`, see `EngineConfig`."""
+
+    _cache_hit_source = CacheHitSource.HOST
+
+    def __init__(
+        self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
+    ) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        _log_like_vllm()
+        options = configuration.load(
+            configuration.EngineConfig, self._kv_transfer_config.kv_connector_extra_config
+        )
+        self._scheduler: SchedulerSide | None = None
+        self._worker: WorkerSide | None = None
+        self._errors = KVKeepStats()
+        if role is KVConnectorRole.SCHEDULER and self._kv_transfer_config.kv_load_failure_policy == "fail":
+            # A cache that cannot give what it held is a miss, not the request's failure.
+            log.info("kvkeep sets kv_load_failure_policy to recompute")
+            self._kv_transfer_config.kv_load_failure_policy = "recompute"
+        try:
+            check_engine(vllm_config)
+            if role is KVConnectorRole.SCHEDULER:
+                self._scheduler = SchedulerSide(vllm_config, kv_cache_config, options)
+            else:
+                self._worker = WorkerSide(vllm_config, kv_cache_config, options)
+        except LayoutError as error:
+            log.warning("kvkeep is off for this engine: %s", error)
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """A cache, not a delivery: a save that is dropped is a later miss."""
+        return False
+
+    # Worker side
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """See base class. A layout that we do not know switches the cache off, with one warning."""
+        worker = self._worker
+        if worker is not None:
+            self._guard(lambda: worker.register(kv_caches), None)
+
+    def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
+        """This rank's layout, for the namespace."""
+        return self._worker.handshake() if self._worker is not None else None
+
+    def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
+        """All loads of the step, before its forward."""
+        meta, worker = self._step(), self._worker
+        if worker is None or meta is None:
+            return
+        worker.fail_blocks(meta.unplanned)
+        if self._guard(lambda: worker.load(meta), False) or meta.loads is None:
+            return
+        if len(self._kv_cache_config.kv_cache_groups) == 1:
+            worker.fail_load(meta)
+        else:  # vLLM cannot recompute blocks of several groups: the slow path, and if need be the engine's end
+            worker.load_again(meta)
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Loads are complete when `start_load_kv` returns."""
+
+    def save_kv_layer(
+        self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: AttentionMetadata, **kwargs: Any
+    ) -> None:
+        """Whole blocks of all layers are saved at once, in `wait_for_save`."""
+
+    def wait_for_save(self) -> None:
+        """All saves of the step; nothing protects the blocks after this returns."""
+        meta, worker = self._step(), self._worker
+        if worker is not None and meta is not None and meta.saves is not None:
+            self._guard(lambda: worker.save(meta), None)
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        """Blocks to recompute."""
+        return self._worker.take_failed_blocks() if self._worker is not None else set()
+
+    def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
+        """Which session this rank has joined, when the scheduler needs to know."""
+        return self._worker.report(self._step()) if self._worker is not None else None
+
+    # Scheduler side
+
+    def set_xfer_handshake_metadata_pp_aware(
+        self, metadata: dict[Rank, KVConnectorHandshakeMetadata]
+    ) -> None:
+        """All ranks' layouts are known: open the namespace."""
+        scheduler = self._scheduler
+        if scheduler is None:
+            return
+        ranks = {rank: meta for rank, meta in metadata.items() if isinstance(meta, Handshake)}
+        expected = self._vllm_config.parallel_config.world_size
+        if len(ranks) != expected:
+            log.warning("kvkeep is off for this engine: %d of %d workers can use it", len(ranks), expected)
+            self._scheduler = None
+            return
+        self._guard(lambda: scheduler.handshake(ranks), None)
+
+    def get_num_new_matched_tokens(
+        self, request: Request, num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
+        """Tokens that can be loaded beyond the local hit; loading is synchronous."""
+        scheduler = self._scheduler
+        if scheduler is None:
+            return 0, False
+        return self._guard(lambda: scheduler.matched(request, num_computed_tokens), 0), False
+
+    def update_state_after_alloc(
+        self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
+    ) -> None:
+        """The engine decided how much to load, and where."""
+        if self._scheduler is not None:
+            self._scheduler.allocated(request, blocks, num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
+        """The step's copies."""
+        scheduler = self._scheduler
+        if scheduler is None:
+            return StepMeta(-1)
+        return scheduler.step(scheduler_output, self._guard)
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        """What the workers reported."""
+        scheduler = self._scheduler
+        if scheduler is not None:
+            self._guard(lambda: scheduler.update(connector_output), None)
+
+    def request_finished_all_groups(
+        self, request: Request, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """Saves are complete within their step, so blocks can go at once."""
+        scheduler = self._scheduler
+        if scheduler is not None:
+            self._guard(lambda: scheduler.finished(request), None)
+        return False, None
+
+    def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        """The same for an engine without the hybrid memory allocator."""
+        return self.request_finished_all_groups(request, (block_ids,))
+
+    def reset_cache(self) -> bool | None:
+        """Forget everything of this namespace, in memory and below."""
+        scheduler = self._scheduler
+        return True if scheduler is None else self._guard(scheduler.reset, False)
+
+    # Both
+
+    def shutdown(self) -> None:
+        """Close connections; a private keeper ends when its last one is gone."""
+        for side in (self._scheduler, self._worker):
+            if side is not None:
+                side.stop()
+
+    def get_kv_connector_stats(self) -> KVConnectorStats | None:
+        """Figures of this side since the last call."""
+        side = self._scheduler or self._worker
+        taken = side.take_stats() if isinstance(side, SchedulerSide) else side.stats.take() if side else None
+        errors = self._errors.take()
+        if taken is None or errors is None:
+            return taken or errors
+        return taken.aggregate(errors)
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats | None:
+        """See base class."""
+        return KVKeepStats(data=data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: VllmConfig,
+        metric_types: dict[type[PromMetric], type[PromMetricT]],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> KVConnectorPromMetrics | None:
+        """`vllm:kvkeep_*` on the engine's /metrics."""
+        return KVKeepProm(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+    def _step(self) -> StepMeta | None:
+        return self._connector_metadata if isinstance(self._connector_metadata, StepMeta) else None
+
+    def _guard(self, action: Callable[[], _T], otherwise: _T) -> _T:
+        """Run a hook's action; on a fault, count it, log it, and give the engine `otherwise`."""
+        try:
+            return action()
+        except ConfigError:
+            raise  # raised at start-up only: the operator must hear of it
+        except LayoutError as error:
+            log.warning("kvkeep is off for this engine: %s", error)
+            self._off()
+        except KVKeepError as error:
+            log.warning("kvkeep: %s", error)
+        except Exception:
+            log.exception("kvkeep: an unexpected error; the cache is off for this process from here on")
+            self._off()
+        self._errors.add("errors", 1)
+        return otherwise
+
+    def _off(self) -> None:
+        if self._scheduler is not None:
+            self._scheduler.off()
+        if self._worker is not None:
+            self._worker.leave()
+
+
+def _log_like_vllm() -> None:
+    """Use vLLM's handlers and level for our records, so that they appear in its log."""
+    ours, theirs = logging.getLogger("kvkeep"), logging.getLogger("vllm")
+    if not ours.handlers:
+        for handler in theirs.handlers:
+            ours.addHandler(handler)
+        ours.setLevel(theirs.level or logging.INFO)
+        ours.propagate = False

@@ -1,0 +1,151 @@
+"""Who this engine is: its namespace, from vLLM's own configuration.
+
+Every field that can change the KV bytes for equal token ids is here. When in doubt a field is in:
+a namespace too many costs a miss, one too few serves wrong bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import vllm
+from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheSpec,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+    UniformTypeKVCacheSpecs,
+)
+
+from kvkeep.errors import ConfigError, LayoutError
+from kvkeep.identity import file_digest
+from kvkeep.layout import LayerTensor
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+__all__ = ["check_engine", "describe_model", "describe_tensors", "group_window", "weights_identity"]
+
+log = logging.getLogger("kvkeep.vllm")
+
+_OLDEST = (0, 32)
+_TESTED = "0.32"
+_PLAIN_SPECS = (FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec, ChunkedLocalAttentionSpec)
+_WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.pt", "*.pth")
+
+
+def check_engine(config: VllmConfig) -> None:
+    """Raise for what this version cannot serve: ConfigError (fix it) or LayoutError (cache off)."""
+    version = tuple(vllm.__version_tuple__[:2])
+    if version < _OLDEST:
+        raise ConfigError(f"vLLM {vllm.__version__} is too old for kvkeep: install vllm>={_TESTED}")
+    if not vllm.__version__.startswith(_TESTED + "."):
+        log.warning(
+            "kvkeep is tested with vLLM %s; this is %s: run `kvkeep doctor`", _TESTED, vllm.__version__
+        )
+    parallel = config.parallel_config
+    if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
+        raise LayoutError("context parallelism spreads a block over ranks: not supported yet")
+    speculative = config.speculative_config
+    if speculative is not None and (speculative.use_eagle() or speculative.uses_draft_model()):
+        raise LayoutError("speculative decoding with a draft model's own KV is not supported yet; use ngram")
+
+
+def group_window(spec: KVCacheSpec) -> int | None:
+    """Tokens that a sliding window needs before the end of a hit; None where all are needed.
+
+    Raises LayoutError for KV that is not attention over past tokens (state space models).
+    """
+    if isinstance(spec, UniformTypeKVCacheSpecs):
+        windows = {group_window(inner) for inner in spec.kv_cache_specs.values()}
+        return windows.pop() if len(windows) == 1 else None
+    if type(spec) not in _PLAIN_SPECS:
+        raise LayoutError(f"KV of kind {type(spec).__name__} is not supported yet")
+    if isinstance(spec, SlidingWindowSpec):
+        return max(1, spec.sliding_window - 1 + spec.extra_retained_tokens)
+    return None
+
+
+def describe_model(
+    config: VllmConfig, kv_config: KVCacheConfig, chunk_tokens: int, model_id: str | None
+) -> dict[str, Any]:
+    """The scheduler's half of the namespace: model, numerics, groups, split over ranks."""
+    model = config.model_config
+    cache = config.cache_config
+    hf = model.hf_config.to_dict()
+    for unstable in ("_name_or_path", "transformers_version"):
+        hf.pop(unstable, None)
+    rope = json.dumps(hf.get("rope_scaling") or hf.get("rope_parameters"), default=str)
+    return {
+        "engine": "vllm",
+        "weights": model_id or weights_identity(config),
+        "config": json.dumps(hf, sort_keys=True, default=str),
+        "dtype": str(model.dtype),
+        "quantization": str(model.quantization),
+        "kv_dtype": str(cache.cache_dtype),
+        "kv_scales": bool(getattr(cache, "calculate_kv_scales", False)),
+        # Only these position schemes make KV depend on the length limit.
+        "max_len": model.max_model_len if any(kind in rope for kind in ("dynamic", "longrope")) else None,
+        "tensor_parallel": config.parallel_config.tensor_parallel_size,
+        "pipeline_parallel": config.parallel_config.pipeline_parallel_size,
+        "chunk_tokens": chunk_tokens,
+        "groups": [
+            {
+                "layers": list(group.layer_names),
+                "block_tokens": group.kv_cache_spec.block_size,
+                "window": group_window(group.kv_cache_spec),
+            }
+            for group in kv_config.kv_cache_groups
+        ],
+    }
+
+
+def describe_tensors(layers: Sequence[LayerTensor], dtypes: Sequence[torch.dtype], device: str) -> str:
+    """One group's bytes on one rank: shapes without the block count, order in memory, packing.
+
+    vLLM packs the inside of a block by instruction set and release, so both are part of it.
+    """
+    rows = []
+    for layer, dtype in zip(layers, dtypes, strict=True):
+        order = sorted(range(len(layer.shape)), key=lambda dim, layer=layer: -layer.strides[dim])  # type: ignore[misc]
+        inner = [size for dim, size in enumerate(layer.shape) if dim != (1 if layer.shape[0] == 2 else 0)]
+        rows.append([layer.name, inner, order, str(dtype)])
+    return json.dumps([rows, _packing(device)])
+
+
+def _packing(device: str) -> str:
+    if device == "cpu":
+        amx = torch.cpu._is_amx_tile_supported()
+        return f"vllm-{vllm.__version__}-cpu-{torch.backends.cpu.get_cpu_capability()}-amx{int(amx)}"
+    return f"vllm-{vllm.__version__}-{device}"
+
+
+def weights_identity(config: VllmConfig) -> str:
+    """The weights by content where their files are at hand, otherwise by name and revision."""
+    model = config.model_config
+    folder = _weights_folder(model.model, model.revision)
+    files = sorted(path for pattern in _WEIGHTS for path in folder.glob(pattern)) if folder else []
+    if folder is not None and folder.is_file():
+        files = [folder]
+    load = config.load_config.load_format
+    if files and str(load) != "dummy":
+        return "content:" + file_digest(files)
+    return f"name:{model.model}@{model.revision}:{load}:seed{model.seed}"
+
+
+def _weights_folder(name: str, revision: str | None) -> Path | None:
+    if Path(name).exists():
+        return Path(name)
+    try:
+        from huggingface_hub import try_to_load_from_cache
+    except ImportError:
+        return None
+    found = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(found).parent if isinstance(found, str) else None

@@ -1,0 +1,105 @@
+"""The scheduler side's tie to a keeper: found, lost, and found again in the background."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvkeep.config import EngineConfig
+from kvkeep.errors import KeeperUnavailable, KVKeepError
+from kvkeep.wire.client import Connection
+from kvkeep.wire.launch import embedded_socket, ensure_keeper
+
+__all__ = ["Identity", "Link", "Opened", "connect", "session_name"]
+
+log = logging.getLogger("kvkeep.vllm")
+
+_RETRY_FIRST, _RETRY_MOST = 0.5, 10.0
+
+
+def session_name(engine_id: str, epoch: int) -> str:
+    """One engine's session with one keeper; all its processes use the same."""
+    return f"{engine_id}:{epoch}"
+
+
+def connect(config: EngineConfig, engine_id: str, epoch: int, *, arena: bool) -> Connection:
+    """Connect to the configured keeper, or to the private one, which is started if need be."""
+    socket = config.socket or embedded_socket(engine_id)
+    if config.socket is None:
+        ensure_keeper(socket, config)
+    return Connection.open(socket, session_name(engine_id, epoch), arena=arena, timeout=config.timeout)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A connection with our namespace open on it."""
+
+    connection: Connection
+    namespace: int
+    epoch: int
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What `Link` needs to open our namespace anywhere."""
+
+    fingerprint: bytes
+    label: str
+    groups: Sequence[tuple[int, int | None]]
+    parts: int
+    readers: int
+
+
+class Link:
+    """Opens the namespace at start, and again in a thread of its own each time it was lost.
+
+    The scheduler calls `fresh` once a step: it costs an attribute read, never a wait.
+    """
+
+    def __init__(self, config: EngineConfig, engine_id: str, identity: Identity) -> None:
+        self._config = config
+        self._engine_id = engine_id
+        self._identity = identity
+        self._opened: Opened | None = None
+        self._stop = threading.Event()
+
+    def open(self, epoch: int) -> Opened:
+        """Connect now. Raises KVKeepError."""
+        connection = connect(self._config, self._engine_id, epoch, arena=False)
+        who = self._identity
+        try:
+            number = connection.open_namespace(who.fingerprint, who.label, who.groups, who.parts, who.readers)
+        except KVKeepError:
+            connection.close()
+            raise
+        return Opened(connection, number, epoch)
+
+    def reopen(self, epoch: int) -> None:
+        """Begin to look for a keeper in the background; `fresh` will tell."""
+        threading.Thread(target=self._search, args=(epoch,), name="kvkeep-reconnect", daemon=True).start()
+
+    def fresh(self) -> Opened | None:
+        """What the background search has found, once."""
+        if self._opened is None:
+            return None
+        opened, self._opened = self._opened, None
+        return opened
+
+    def stop(self) -> None:
+        """End a search."""
+        self._stop.set()
+
+    def _search(self, epoch: int) -> None:
+        wait = _RETRY_FIRST
+        while not self._stop.wait(wait):
+            try:
+                self._opened = self.open(epoch)
+            except KeeperUnavailable:
+                wait = min(2 * wait, _RETRY_MOST)
+            except KVKeepError as error:
+                log.warning("the keeper refuses this engine, which goes on without it: %s", error)
+                return
+            else:
+                return

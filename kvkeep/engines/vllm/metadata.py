@@ -1,0 +1,92 @@
+"""What scheduler side and worker side of the connector tell each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorWorkerMetadata,
+)
+
+__all__ = ["Copies", "Handshake", "Rank", "Session", "StepMeta", "WorkerMeta"]
+
+Rank = tuple[int, int]
+"""(pipeline rank, tensor rank), vLLM's key for a worker."""
+
+
+@dataclass
+class Handshake(KVConnectorHandshakeMetadata):
+    """Worker → scheduler, once, after the KV cache was registered."""
+
+    attached: bool
+    """Whether this worker maps the arena of session 0."""
+    layout: list[str]
+    """Canonical description of each group's bytes; part of the namespace."""
+    block_bytes: list[int]
+    """Per group, what one block of this rank takes."""
+
+
+@dataclass
+class Session:
+    """One spell of working with one keeper; a new one begins after the keeper was lost."""
+
+    epoch: int
+    part_offset: dict[Rank, list[int]] = field(default_factory=dict)
+    """Per rank and group: where in a slot the rank's part begins, in bytes."""
+    part: dict[Rank, int] = field(default_factory=dict)
+    """Per rank: the part that it writes. Ranks that hold the same KV read one part; the first writes."""
+
+
+@dataclass
+class Copies:
+    """Copies of one direction in one step, all requests together, by group."""
+
+    offsets: dict[int, list[npt.NDArray[np.int64]]] = field(default_factory=dict)
+    """Where each block's bytes begin, in bytes from the slot's start (arena offset of part 0)."""
+    blocks: dict[int, list[npt.NDArray[np.int64]]] = field(default_factory=dict)
+    index: dict[int, list[npt.NDArray[np.int64]]] = field(default_factory=dict)
+    """Which block of its chunk each one is."""
+    claims: list[int] = field(default_factory=list)
+    """Leases or reservations to report on when the copies are done."""
+    tokens: int = 0
+
+    def add(
+        self,
+        group: int,
+        slots: npt.NDArray[np.int64],
+        index: npt.NDArray[np.int64],
+        blocks: npt.NDArray[np.int64],
+    ) -> None:
+        """Add blocks of one request: slot of its chunk, place in the chunk, block id."""
+        self.offsets.setdefault(group, []).append(slots)
+        self.index.setdefault(group, []).append(index)
+        self.blocks.setdefault(group, []).append(blocks)
+
+
+@dataclass
+class StepMeta(KVConnectorMetadata):
+    """Scheduler → workers, every step."""
+
+    epoch: int
+    loads: Copies | None = None
+    saves: Copies | None = None
+    session: Session | None = None
+    """Present until every worker has joined it."""
+    unplanned: list[int] = field(default_factory=list)
+    """Blocks of promised loads that could not be planned: to be recomputed."""
+
+
+@dataclass
+class WorkerMeta(KVConnectorWorkerMetadata):
+    """Workers → scheduler: which session each rank has joined (-1: it lost its connection)."""
+
+    joined: dict[Rank, int]
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerMeta:
+        """Several ranks' answers of one step."""
+        assert isinstance(other, WorkerMeta)
+        return WorkerMeta(self.joined | other.joined)

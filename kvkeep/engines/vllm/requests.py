@@ -1,0 +1,97 @@
+"""What the scheduler side knows of each request: its chain of keys, its claim, how far it is saved."""
+
+from __future__ import annotations
+
+import logging
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys
+
+from kvkeep.identity import ChainHasher, encode_extra, file_digest
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+__all__ = ["Tracked"]
+
+log = logging.getLogger("kvkeep.vllm")
+
+
+class Tracked:
+    """One request that the engine works on. Owned by the scheduler side."""
+
+    def __init__(self, request: Request, namespace: bytes, chunk_tokens: int) -> None:
+        self.request = request
+        self._hasher = ChainHasher(namespace, chunk_tokens)
+        self._chunk_tokens = chunk_tokens
+        self._mm_index = 0
+        self.cacheable = True
+        self.plain = not (
+            request.lora_request
+            or request.cache_salt
+            or request.mm_features
+            or request.prompt_embeds is not None
+        )
+        self.epoch = 0
+        """The request's place in the keeper's time; children of its chain are older than parents."""
+        self.next_save = 0
+        """First chunk that has not been offered to the keeper yet."""
+        self.forget_claim()
+
+    def forget_claim(self) -> None:
+        """No lease is held: nothing was found, it was handed to the workers, or its keeper is gone."""
+        self.lease = 0
+        self.asked = (-1, -1)
+        self.first = 0
+        self.found = 0
+        self.offsets: list[npt.NDArray[np.int64]] = []
+
+    def keys(self, first: int, last: int) -> bytes:
+        """Keys of chunks first … last-1; hashes what has not been hashed yet.
+
+        Marks the request as not cacheable, and returns b"", if an extra key has no canonical form.
+        """
+        if last > self._hasher.chunks:
+            start = self._hasher.chunks * self._chunk_tokens
+            tokens = self.request.all_token_ids[start : last * self._chunk_tokens]
+            try:
+                self._hasher.extend(tokens, None if self.plain else self._extras(self._hasher.chunks, last))
+            except (TypeError, OSError) as error:
+                log.warning("request %s is not cached: %s", self.request.request_id, error)
+                self.cacheable = False
+        return self._hasher.keys(first, last) if self.cacheable else b""
+
+    def all_keys(self) -> bytes:
+        """Keys of every chunk hashed so far."""
+        return self._hasher.keys(0, self._hasher.chunks)
+
+    def _extras(self, first: int, last: int) -> list[bytes | None]:
+        """The engine's own extra keys per chunk: LoRA, cache salt, multimodal content, embeddings."""
+        out: list[bytes | None] = []
+        for chunk in range(first, last):
+            start = chunk * self._chunk_tokens
+            extra, self._mm_index = generate_block_hash_extra_keys(
+                self.request, start, start + self._chunk_tokens, self._mm_index
+            )
+            if chunk == 0 and self.request.lora_request is not None:
+                # An adapter can be replaced under its name and path: its content counts too.
+                extra = (*(extra or ()), _adapter(self.request.lora_request.lora_path))
+            out.append(None if extra is None else encode_extra(extra))
+        return out
+
+
+def _adapter(path: str) -> str:
+    folder = Path(path)
+    if not folder.is_dir():
+        return "by name"
+    files = tuple(sorted(file for file in folder.iterdir() if file.is_file()))
+    return _adapter_digest(tuple((file, file.stat().st_mtime_ns, file.stat().st_size) for file in files))
+
+
+@lru_cache(maxsize=256)
+def _adapter_digest(files: tuple[tuple[Path, int, int], ...]) -> str:
+    return file_digest([file for file, _, _ in files])

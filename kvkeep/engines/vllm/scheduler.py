@@ -1,0 +1,422 @@
+"""Scheduler side of the connector: what to load, what to save. Runs on the engine's busy loop.
+
+A load is promised only for chunks that are leased, and only once every worker maps the arena, so
+a promise is kept even if the keeper dies in the next instant. Nothing here waits for anything but
+one round trip to the keeper, bounded by `timeout`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
+
+import numpy as np
+
+from kvkeep.config import EngineConfig
+from kvkeep.engines.vllm.describe import describe_model, group_window
+from kvkeep.engines.vllm.link import Identity, Link, Opened
+from kvkeep.engines.vllm.metadata import Copies, Handshake, Rank, Session, StepMeta, WorkerMeta
+from kvkeep.engines.vllm.report import Reporter
+from kvkeep.engines.vllm.requests import Tracked
+from kvkeep.engines.vllm.stats import KVKeepStats
+from kvkeep.errors import ConfigError, KeeperUnavailable, KVKeepError, RequestRefused
+from kvkeep.identity import fingerprint
+from kvkeep.layout import chunk_blocks
+from kvkeep.wire.messages import Reservation
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+__all__ = ["SchedulerSide"]
+
+log = logging.getLogger("kvkeep.vllm")
+_T = TypeVar("_T")
+
+
+class Promise(NamedTuple):
+    """A load that the engine counts on: `external` tokens behind the first `local`."""
+
+    tracked: Tracked
+    blocks: tuple[list[int], ...]
+    local: int
+    external: int
+
+
+class Guard(Protocol):
+    """Runs an action; on a fault, logs it and returns `otherwise`."""
+
+    def __call__(self, action: Callable[[], _T], otherwise: _T) -> _T: ...
+
+
+class SchedulerSide:
+    """State of one engine's scheduler side. One thread."""
+
+    def __init__(self, vllm_config: VllmConfig, kv_config: KVCacheConfig, config: EngineConfig) -> None:
+        self.config = config
+        self.stats = KVKeepStats()
+        self._vllm_config = vllm_config
+        self._kv_config = kv_config
+        self._engine_id: str = vllm_config.kv_transfer_config.engine_id
+        specs = [group.kv_cache_spec for group in kv_config.kv_cache_groups]
+        self._block_tokens = [int(spec.block_size) for spec in specs]
+        self._windows = [group_window(spec) for spec in specs]
+        self._chunk_tokens = 0  # 0: off, until the workers have said what they hold
+        self._fingerprint = b""
+        self._link: Link | None = None
+        self._keeper: Opened | None = None
+        self._session: Session | None = None
+        self._joined: dict[Rank, int] = {}
+        self._ranks: list[Rank] = []
+        self._ready = False
+        self._requests: dict[str, Tracked] = {}
+        self._loads: list[Promise] = []
+        self._told = False
+        self._disabled = False
+        self._reporter = Reporter(config.log_interval)
+
+    # Start
+
+    def handshake(self, workers: dict[Rank, Handshake]) -> None:
+        """The workers have registered their KV caches: fix the namespace, and open it."""
+        self._ranks = sorted(workers)
+        total = [
+            sum(workers[rank].block_bytes[group] for rank in self._ranks)
+            for group in range(len(self._windows))
+        ]
+        self._chunk_tokens = self._choose_chunk(sum(total))
+        description = describe_model(
+            self._vllm_config, self._kv_config, self._chunk_tokens, self.config.model_id
+        )
+        description["layouts"] = [[list(rank), workers[rank].layout] for rank in self._ranks]
+        self._fingerprint = fingerprint(description)
+        replicas = max(1, self._kv_config.kv_tp_replicas)
+        session = Session(0)
+        slot, parts = [0] * len(self._windows), 0
+        for rank in self._ranks:
+            if rank[1] % replicas == 0:
+                session.part[rank], session.part_offset[rank] = parts, list(slot)
+                parts += 1
+                for group, size in enumerate(workers[rank].block_bytes):
+                    slot[group] += size * self._chunk_tokens // self._block_tokens[group]
+            else:
+                session.part_offset[rank] = session.part_offset[(rank[0], rank[1] - rank[1] % replicas)]
+        windows = [
+            None if window is None else math.ceil(window / self._chunk_tokens) for window in self._windows
+        ]
+        identity = Identity(
+            self._fingerprint, self._label(), list(zip(slot, windows, strict=True)), parts, len(self._ranks)
+        )
+        self._link = Link(self.config, self._engine_id, identity)
+        self._session = session
+        self._joined = {rank: 0 if workers[rank].attached else -1 for rank in self._ranks}
+        log.info(
+            "kvkeep namespace %s: chunks of %d tokens, %.2f MiB, %d groups, %d ranks",
+            self._fingerprint.hex()[:12],
+            self._chunk_tokens,
+            sum(slot) / 2**20,
+            len(slot),
+            len(self._ranks),
+        )
+        self._open_first()
+
+    def _open_first(self) -> None:
+        assert self._link is not None
+        try:
+            self._adopt(self._link.open(0))
+        except KeeperUnavailable as error:
+            log.warning("kvkeep: %s; the engine runs without it and goes on looking", error)
+            self._link.reopen(1)
+
+    def _choose_chunk(self, block_bytes: int) -> int:
+        """Tokens per chunk: whole blocks of every group."""
+        unit = math.lcm(*self._block_tokens)
+        if self.config.chunk_tokens is not None:
+            if self.config.chunk_tokens % unit:
+                raise ConfigError(
+                    f"chunk_tokens={self.config.chunk_tokens} is no multiple of the engine's block size {unit}: "
+                    f"set it to {unit} or a multiple, or leave it out"
+                )
+            return self.config.chunk_tokens
+        return unit * chunk_blocks(block_bytes * unit // min(self._block_tokens))
+
+    def _label(self) -> str:
+        model = self._vllm_config.model_config
+        return f"{str(model.model).rstrip('/').split('/')[-1]} {model.dtype} tp{len(self._ranks)}"
+
+    # Reading
+
+    def matched(self, request: Request, local: int) -> int:
+        """Tokens beyond `local` whose KV is held and leased; leaves at least one to compute."""
+        if not self._ready or request.skip_reading_prefix_cache:
+            return 0
+        tracked = self._track(request)
+        first, limit = local // self._chunk_tokens, (request.num_tokens - 1) // self._chunk_tokens
+        if limit <= first or not tracked.cacheable:
+            return 0
+        if tracked.asked != (first, limit):
+            self._lookup(tracked, first, limit)
+        return max(0, (first + tracked.found) * self._chunk_tokens - local)
+
+    def _lookup(self, tracked: Tracked, first: int, limit: int) -> None:
+        began = time.perf_counter()
+        self._give_back(tracked)
+        keys = tracked.keys(first, limit)
+        if self._keeper is None or not keys:
+            return
+        try:
+            found = self._keeper.connection.lookup(self._keeper.namespace, keys)
+        except (KeeperUnavailable, RequestRefused) as error:
+            self._lose(error)
+            return
+        tracked.epoch = found.epoch
+        tracked.asked, tracked.first = (first, limit), first
+        tracked.lease, tracked.found, tracked.offsets = found.lease, found.chunks, found.offsets
+        self.stats.add("lookups", 1)
+        self.stats.add("lookup_seconds", time.perf_counter() - began)
+
+    def allocated(self, request: Request, blocks: KVCacheBlocks, external: int) -> None:
+        """The engine took `external` of the tokens that `matched` offered, and gave them blocks."""
+        tracked = self._requests.get(request.request_id)
+        if tracked is None:
+            return
+        asked = max(0, tracked.asked[1] - tracked.asked[0]) * self._chunk_tokens
+        if asked:
+            self.stats.add("asked_tokens", asked)
+        if not external:
+            self._give_back(tracked)
+            return
+        local = (tracked.first + tracked.found) * self._chunk_tokens - external
+        self.stats.add("hit_tokens", external)
+        self._loads.append(Promise(tracked, blocks.get_block_ids(), local, external))
+
+    def finished(self, request: Request) -> None:
+        """A request is over: note that its chain was used, and let go of it."""
+        tracked = self._requests.pop(request.request_id, None)
+        if tracked is None:
+            return
+        self._give_back(tracked)
+        keys = tracked.all_keys()
+        if self._keeper is not None and keys:
+            self._tell(lambda keeper: keeper.connection.touch(keeper.namespace, keys))
+
+    # One step
+
+    def step(self, output: SchedulerOutput, guard: Guard) -> StepMeta:
+        """Everything the workers have to copy in this step.
+
+        `guard(action, otherwise)` runs what may fail. A promised load that cannot be planned is
+        handed to the workers as failed: the engine has counted its tokens as computed.
+        """
+        promised, self._loads = self._loads, []
+        loads = guard(lambda: self._plan_loads(promised), None) if promised else None
+        saves = guard(lambda: self._plan_saves(output), None) if self._ready else None
+        guard(self._renew, None)
+        meta = StepMeta(self._session.epoch if self._session is not None else -1, loads, saves)
+        if promised and loads is None:
+            meta.unplanned = [block for _, table, *_ in promised for blocks in table for block in blocks]
+        if self._session is not None and not (self._told and self._all_joined()):
+            meta.session, self._told = self._session, True
+        return meta
+
+    def off(self) -> None:
+        """Promise nothing more; what has been promised is still planned."""
+        self._ready, self._disabled = False, True
+
+    def _plan_loads(self, promised: list[Promise]) -> Copies:
+        copies = Copies()
+        for tracked, block_ids, local, external in promised:
+            for group, size in enumerate(self._block_tokens):
+                blocks = np.array(block_ids[group][local // size : (local + external) // size], np.int64)
+                number = local // size + np.arange(len(blocks))
+                per_chunk = self._chunk_tokens // size
+                slots = tracked.offsets[group][number // per_chunk - tracked.first]
+                used = (blocks != 0) & (slots >= 0)  # block 0 is the null block outside a sliding window
+                copies.add(group, slots[used], (number % per_chunk)[used], blocks[used])
+            copies.claims.append(tracked.lease)
+            copies.tokens += external
+            tracked.next_save = max(tracked.next_save, tracked.first + tracked.found)
+            tracked.forget_claim()
+        return copies
+
+    def _plan_saves(self, output: SchedulerOutput) -> Copies | None:
+        began = time.perf_counter()
+        items, owners = [], []
+        for request_id, scheduled in output.num_scheduled_tokens.items():
+            tracked = self._requests.get(request_id)
+            if tracked is None or not tracked.cacheable:
+                continue
+            last = self._complete_chunks(tracked, request_id, scheduled, output)
+            if last <= tracked.next_save:
+                continue
+            item = self._offer(tracked, output, tracked.next_save, last)
+            if item is not None:
+                items.append(item)
+                owners.append((tracked, tracked.next_save))
+            tracked.next_save = last
+        if not items or self._keeper is None:
+            return None
+        try:
+            reserved = self._keeper.connection.reserve(self._keeper.namespace, items)
+        except (KeeperUnavailable, RequestRefused) as error:
+            self._lose(error)
+            return None
+        copies = Copies()
+        for (tracked, first), result in zip(owners, reserved, strict=True):
+            if result.reservation:
+                self._add_save(copies, tracked, output, first, result.offsets)
+                copies.claims.append(result.reservation)
+        self.stats.add("reserve_seconds", time.perf_counter() - began)
+        return copies if copies.claims else None
+
+    def _complete_chunks(
+        self, tracked: Tracked, request_id: str, scheduled: int, output: SchedulerOutput
+    ) -> int:
+        """Chunks whose KV is certain after this step: no draft tokens, no tokens not yet known."""
+        request = tracked.request
+        drafts = len(output.scheduled_spec_decode_tokens.get(request_id, ()))
+        end = min(request.num_computed_tokens + scheduled - drafts, request.num_tokens)
+        if not self.config.save_decoded:
+            end = min(end, request.num_prompt_tokens)
+        return end // self._chunk_tokens
+
+    def _offer(self, tracked: Tracked, output: SchedulerOutput, first: int, last: int) -> Reservation | None:
+        table = output.kv_connector_block_state.get_block_ids(tracked.request.request_id)
+        keys = tracked.keys(first, last)
+        if table is None or not keys:
+            return None
+        wanted = []
+        for group, size in enumerate(self._block_tokens):
+            per_chunk = self._chunk_tokens // size
+            blocks = np.array(table[group][first * per_chunk : last * per_chunk], np.int64)
+            whole = np.zeros(last - first, np.uint8)
+            whole[: len(blocks) // per_chunk] = (
+                (blocks[: len(blocks) // per_chunk * per_chunk] != 0).reshape(-1, per_chunk).all(axis=1)
+            )
+            wanted.append(whole.tobytes())
+        return Reservation(keys, wanted, first, tracked.epoch)
+
+    def _add_save(
+        self, copies: Copies, tracked: Tracked, output: SchedulerOutput, first: int, offsets: list[np.ndarray]
+    ) -> None:
+        table = output.kv_connector_block_state.get_block_ids(tracked.request.request_id)
+        given = np.zeros(len(offsets[0]), np.bool_)
+        for group, size in enumerate(self._block_tokens):
+            per_chunk = self._chunk_tokens // size
+            chunks = np.flatnonzero(offsets[group] >= 0)
+            given[chunks] = True
+            index = np.tile(np.arange(per_chunk), len(chunks))
+            number = np.repeat((first + chunks) * per_chunk, per_chunk) + index
+            slots = np.repeat(offsets[group][chunks], per_chunk)
+            copies.add(group, slots, index, np.array(table[group], np.int64)[number])
+        copies.tokens += int(given.sum()) * self._chunk_tokens
+
+    # Results and housekeeping
+
+    def update(self, output: KVConnectorOutput) -> None:
+        """What the workers reported after a step."""
+        if isinstance(output.kv_connector_worker_meta, WorkerMeta):
+            self._joined |= output.kv_connector_worker_meta.joined
+            if self._ready and not self._all_joined():
+                self._lose(KeeperUnavailable("a worker lost the keeper"))
+            self._set_ready()
+        if isinstance(output.kv_connector_stats, KVKeepStats):
+            self._reporter.add(output.kv_connector_stats)
+
+    def take_stats(self) -> KVKeepStats | None:
+        """Figures since the last call; logs the periodic line when it is due."""
+        taken = self.stats.take()
+        self._reporter.add(taken)
+        self._reporter.maybe_log(self._keeper)
+        return taken
+
+    def reset(self) -> bool:
+        """Forget everything of this namespace."""
+        if self._keeper is None:
+            return True
+        try:
+            self._keeper.connection.clear(self._keeper.namespace)
+        except KVKeepError as error:
+            self._lose(error)
+            return False
+        for tracked in self._requests.values():
+            tracked.next_save = 0
+        return True
+
+    def stop(self) -> None:
+        """The engine shuts down."""
+        if self._link is not None:
+            self._link.stop()
+        if self._keeper is not None:
+            self._keeper.connection.close()
+
+    def _track(self, request: Request) -> Tracked:
+        tracked = self._requests.get(request.request_id)
+        if tracked is None:
+            tracked = Tracked(request, self._fingerprint, self._chunk_tokens)
+            self._requests[request.request_id] = tracked
+        return tracked
+
+    def _give_back(self, tracked: Tracked) -> None:
+        if tracked.lease:
+            lease = tracked.lease
+            self._tell(lambda keeper: keeper.connection.release(lease))
+        tracked.forget_claim()
+
+    def _tell(self, send: Callable[[Opened], None]) -> None:
+        if self._keeper is None:
+            return
+        try:
+            send(self._keeper)
+        except KeeperUnavailable as error:
+            self._lose(error)
+
+    def _lose(self, error: KVKeepError) -> None:
+        """Go on without a keeper, and look for the next one.
+
+        Loads already promised stay good: workers keep the old arena mapped until they join a new
+        session, which they learn of in a later step.
+        """
+        if self._keeper is None or self._link is None:
+            return
+        log.warning("kvkeep: lost the keeper (%s); going on without it", error)
+        self.stats.add("keeper_losses", 1)
+        self.stats.data["attached"] = 0
+        self._keeper.connection.close()
+        self._link.reopen(self._keeper.epoch + 1)
+        self._keeper, self._ready = None, False
+        promised = {id(tracked) for tracked, *_ in self._loads}
+        for tracked in self._requests.values():
+            tracked.next_save = 0
+            if id(tracked) not in promised:
+                tracked.forget_claim()
+
+    def _renew(self) -> None:
+        opened = self._link.fresh() if self._link is not None else None
+        if opened is not None:
+            self._adopt(opened)
+
+    def _adopt(self, opened: Opened) -> None:
+        assert self._session is not None
+        self._keeper = opened
+        self._session = Session(opened.epoch, self._session.part_offset, self._session.part)
+        self._told = False
+        self._set_ready()
+
+    def _all_joined(self) -> bool:
+        return self._session is not None and all(
+            self._joined.get(rank) == self._session.epoch for rank in self._ranks
+        )
+
+    def _set_ready(self) -> None:
+        if not (self._ready or self._disabled) and self._keeper is not None and self._all_joined():
+            self._ready = True
+            self.stats.data["attached"] = 1
+            log.info("kvkeep: attached to keeper %s", self._keeper.connection.keeper[:8])

@@ -1,0 +1,229 @@
+"""Worker side of the connector, one per rank: copies blocks between paged KV and the arena."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from vllm.distributed.parallel_state import get_pp_group, get_tp_group
+
+from kvkeep.config import EngineConfig
+from kvkeep.engines.vllm.describe import describe_tensors
+from kvkeep.engines.vllm.link import connect
+from kvkeep.engines.vllm.metadata import Copies, Handshake, Rank, Session, StepMeta, WorkerMeta
+from kvkeep.engines.vllm.stats import KVKeepStats
+from kvkeep.errors import KeeperUnavailable, KVKeepError
+from kvkeep.layout import group_layout
+from kvkeep.transfer import Transfer, make_transfer
+from kvkeep.transfer.base import describe_layers
+from kvkeep.transfer.reference import ReferenceTransfer
+from kvkeep.wire.client import Connection
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+__all__ = ["WorkerSide"]
+
+log = logging.getLogger("kvkeep.vllm")
+
+
+class _Joined:
+    """One session joined: its connection and the copy engine over its arena."""
+
+    def __init__(self, epoch: int, connection: Connection, transfer: Transfer) -> None:
+        self.epoch = epoch
+        self.connection = connection
+        self.transfer = transfer
+
+
+class WorkerSide:
+    """State of one rank. Hooks come from one thread; joining a later session has its own."""
+
+    def __init__(self, vllm_config: VllmConfig, kv_config: KVCacheConfig, config: EngineConfig) -> None:
+        self.config = config
+        self.stats = KVKeepStats()
+        self._kv_config = kv_config
+        self._engine_id: str = vllm_config.kv_transfer_config.engine_id
+        self._layers: list[list[tuple[str, torch.Tensor]]] = []
+        self._rank: Rank = (0, 0)
+        self._handshake: Handshake | None = None
+        self._joined: _Joined | None = None
+        self._next: _Joined | None = None
+        self._joining = -1
+        self._session: Session | None = None
+        self._failed_blocks: set[int] = set()
+        self._off = False
+
+    # Start
+
+    def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """The engine's KV tensors, by layer. Describes them, and joins the first session."""
+        groups = self._kv_config.kv_cache_groups
+        self._layers = [[(name, kv_caches[name]) for name in group.layer_names] for group in groups]
+        self._rank = (get_pp_group().rank_in_group, get_tp_group().rank_in_group)
+        described = [describe_layers(layers) for layers in self._layers]
+        layouts = [group_layout(layers, self._kv_config.num_blocks) for layers in described]
+        text = [
+            describe_tensors(plain, [tensor.dtype for _, tensor in layers], layers[0][1].device.type)
+            for plain, layers in zip(described, self._layers, strict=True)
+        ]
+        try:
+            self._joined = self._join(0)
+        except KeeperUnavailable as error:
+            log.warning("kvkeep: %s; the engine runs without it and goes on looking", error)
+        self._handshake = Handshake(
+            self._joined is not None, text, [layout.block_bytes for layout in layouts]
+        )
+
+    def handshake(self) -> Handshake | None:
+        """What `register` found."""
+        return self._handshake
+
+    def _join(self, epoch: int) -> _Joined:
+        connection = connect(self.config, self._engine_id, epoch, arena=True)
+        try:
+            transfer = make_transfer(
+                self._layers, self._kv_config.num_blocks, connection.map_arena(), self.config.copy_threads
+            )
+        except BaseException:
+            connection.close()
+            raise
+        return _Joined(epoch, connection, transfer)
+
+    # One step
+
+    def load(self, meta: StepMeta) -> bool:
+        """Arena → paged KV, for everything this step's forward reads. Returns True when it is there."""
+        self._follow(meta)
+        if meta.loads is None:
+            return True
+        joined = self._joined
+        if joined is None or joined.epoch != meta.epoch:
+            raise KeeperUnavailable(f"told to load in session {meta.epoch}, which this rank has not joined")
+        began = time.perf_counter()
+        nbytes = self._copy(joined.transfer, meta.loads, saving=False)
+        self.stats.add("load_seconds", time.perf_counter() - began)
+        self.stats.add("loaded_bytes", nbytes)
+        self._count(meta.loads, "loaded_tokens")
+        for lease in meta.loads.claims:
+            self._tell(joined, lambda link, lease=lease: link.release(lease, self._reader))  # type: ignore[misc]
+        return True
+
+    def load_again(self, meta: StepMeta) -> None:
+        """Second try after a failed load, by the reference engine; raises if that fails too."""
+        assert meta.loads is not None
+        assert self._joined is not None
+        old = self._joined.transfer
+        slow = ReferenceTransfer(self._layers, self._kv_config.num_blocks, old.arena.numpy())  # type: ignore[arg-type]
+        self._copy(slow, meta.loads, saving=False)
+
+    def save(self, meta: StepMeta) -> None:
+        """Paged KV → arena, for the chunks that this step completed."""
+        joined = self._joined
+        if meta.saves is None or joined is None or joined.epoch != meta.epoch or joined.connection.closed:
+            return
+        assert self._session is not None
+        part = self._session.part.get(self._rank)
+        if part is None:
+            return  # another rank holds the same KV, and writes it
+        began = time.perf_counter()
+        nbytes = self._copy(joined.transfer, meta.saves, saving=True)
+        self.stats.add("save_seconds", time.perf_counter() - began)
+        self.stats.add("saved_bytes", nbytes)
+        self._count(meta.saves, "saved_tokens")
+        for reservation in meta.saves.claims:
+            self._tell(joined, lambda link, number=reservation: link.commit(number, part))  # type: ignore[misc]
+
+    def fail_load(self, meta: StepMeta) -> None:
+        """Hand the blocks of a failed load back to the engine for recompute."""
+        assert meta.loads is not None
+        self.fail_blocks([int(block) for rows in meta.loads.blocks.values() for row in rows for block in row])
+
+    def fail_blocks(self, blocks: list[int]) -> None:
+        """Report blocks whose load failed."""
+        if blocks:
+            self._failed_blocks.update(blocks)
+            self.stats.add("load_failures", 1)
+
+    def take_failed_blocks(self) -> set[int]:
+        """Blocks whose load failed since the last call."""
+        failed, self._failed_blocks = self._failed_blocks, set()
+        return failed
+
+    def report(self, meta: StepMeta | None) -> WorkerMeta | None:
+        """Tell the scheduler which session this rank is in, while it waits for that or has to know."""
+        lost = self._off or (self._joined is not None and self._joined.connection.closed)
+        if not lost and (meta is None or meta.session is None):
+            return None
+        return WorkerMeta({self._rank: -1 if lost or self._joined is None else self._joined.epoch})
+
+    def leave(self) -> None:
+        """Take part in no session any more; the scheduler side hears of it with the next report."""
+        self._off = True
+        self.stop()
+
+    def stop(self) -> None:
+        """The engine shuts down."""
+        if self._joined is not None:
+            self._joined.connection.close()
+
+    # Below
+
+    @property
+    def _reader(self) -> int:
+        return self._readers().index(self._rank)
+
+    def _readers(self) -> list[Rank]:
+        assert self._session is not None
+        return sorted(self._session.part_offset)
+
+    def _copy(self, transfer: Transfer, copies: Copies, saving: bool) -> int:
+        assert self._session is not None
+        nbytes = 0
+        for group in copies.blocks:
+            size = transfer.layouts[group].block_bytes
+            slots, index = np.concatenate(copies.offsets[group]), np.concatenate(copies.index[group])
+            offsets = slots + self._session.part_offset[self._rank][group] + index * size
+            blocks = np.concatenate(copies.blocks[group])
+            move = transfer.save if saving else transfer.load
+            nbytes += move(group, offsets, blocks)
+        return nbytes
+
+    def _count(self, copies: Copies, name: str) -> None:
+        if self._session is not None and self._readers()[0] == self._rank:
+            self.stats.add(name, copies.tokens)
+
+    def _tell(self, joined: _Joined, send: Callable[[Connection], None]) -> None:
+        try:
+            send(joined.connection)
+        except KeeperUnavailable as error:
+            if not joined.connection.closed:
+                joined.connection.close()
+            log.warning("kvkeep: rank %s lost the keeper: %s", self._rank, error)
+
+    def _follow(self, meta: StepMeta) -> None:
+        """Join the session that the scheduler works in; in the background, except that it is known."""
+        if meta.session is None:
+            return
+        self._session = meta.session
+        if self._next is not None and self._next.epoch == meta.session.epoch:
+            if self._joined is not None:
+                self._joined.connection.close()
+            self._joined, self._next = self._next, None
+        have = self._joined is not None and self._joined.epoch == meta.session.epoch
+        if not (have or self._off) and self._joining != meta.session.epoch:
+            self._joining = meta.session.epoch
+            threading.Thread(target=self._join_later, args=(meta.session.epoch,), daemon=True).start()
+
+    def _join_later(self, epoch: int) -> None:
+        try:
+            self._next = self._join(epoch)
+        except KVKeepError as error:
+            log.warning("kvkeep: rank %s cannot join session %d: %s", self._rank, epoch, error)
+            self._joining = -1

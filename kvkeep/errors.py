@@ -1,0 +1,44 @@
+"""Every error that kvkeep raises, grouped by what the caller can do about it.
+
+KVKeepError
+ ├── ConfigError        an option is wrong: change it (raised before anything is served)
+ ├── LayoutError        this engine's KV layout is not supported: run it without kvkeep
+ ├── KeeperUnavailable  the keeper is gone or too slow: treat as a miss, reconnect later
+ ├── ProtocolError      the other side does not speak our protocol: drop the connection
+ └── RequestRefused     the keeper understood the request and says no: a bug or a stale handle
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "ConfigError",
+    "KVKeepError",
+    "KeeperUnavailable",
+    "LayoutError",
+    "ProtocolError",
+    "RequestRefused",
+]
+
+
+class KVKeepError(Exception):
+    """Base of all errors raised by kvkeep."""
+
+
+class ConfigError(KVKeepError):
+    """An option or its combination is wrong; the message names the remedy."""
+
+
+class LayoutError(KVKeepError):
+    """An engine's KV-cache layout is not one that kvkeep can move without guessing."""
+
+
+class KeeperUnavailable(KVKeepError):
+    """The keeper cannot be reached, went away, or did not answer in time."""
+
+
+class ProtocolError(KVKeepError):
+    """A peer sent bytes that are not a message of this protocol version."""
+
+
+class RequestRefused(KVKeepError):
+    """The keeper refused one request; the connection stays usable."""

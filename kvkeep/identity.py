@@ -1,0 +1,144 @@
+"""Who a chunk is: namespaces and chunk keys.
+
+A *namespace* is everything that must match for KV bytes to be interchangeable; its fingerprint
+is the BLAKE3 digest of a canonical encoding. A *chunk key* is a digest of the fingerprint, the
+request's extra keys and every token id up to the chunk's end: equal key, equal bytes. Nothing
+here depends on the process (PYTHONHASHSEED, ids, time), so keys agree across hosts and engines.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from blake3 import blake3
+
+__all__ = ["KEY_BYTES", "ChainHasher", "encode_extra", "file_digest", "fingerprint", "group_keys"]
+
+KEY_BYTES = 16
+"""Bytes of a chunk key: 128 bits, so 2^64 work for a collision."""
+
+FORMAT = 1
+"""Version of the key derivation; part of every fingerprint."""
+
+_EXTRA_MARK = b"\xff\xff\xff\xff"  # a token id that no prompt can contain: ids are packed as uint31
+_STRIPE = 1 << 20
+_SAMPLE = 4096
+
+
+def fingerprint(description: Mapping[str, Any]) -> bytes:
+    """Digest (32 bytes) of a namespace description.
+
+    `description` may hold str, int, float, bool, None, lists and dicts with str keys; anything
+    else raises TypeError, since it has no canonical encoding.
+    """
+    text = json.dumps(
+        {"kvkeep": FORMAT, **description},
+        sort_keys=True,
+        separators=(",", ":"),
+        ensure_ascii=True,
+        allow_nan=False,
+    )
+    return blake3(text.encode()).digest()
+
+
+def group_keys(base: bytes, print_: bytes, group: int) -> npt.NDArray[np.uint64]:
+    """Keys of one KV-cache group from the keys of the prompt's chunks.
+
+    `base`: n × 16 bytes as made by `ChainHasher`. Returns uint64 [n, 2]. Each group owns a
+    constant that is XORed onto the key, so one walk over the tokens serves all groups.
+    """
+    tweak = np.frombuffer(blake3(print_ + b"group%d" % group).digest(KEY_BYTES), "<u8")
+    return np.frombuffer(base, "<u8").reshape(-1, 2) ^ tweak
+
+
+class ChainHasher:
+    """Walks one request's token ids and yields the key of each whole chunk.
+
+    Owned by one request, used by one thread. Feeding is incremental: `extend` takes the tokens
+    that follow those already fed; those short of a whole chunk wait for the next call.
+    """
+
+    def __init__(self, namespace: bytes, chunk_tokens: int) -> None:
+        self._hasher = blake3(namespace)
+        self._chunk_tokens = chunk_tokens
+        self._keys = bytearray()
+
+    @property
+    def chunks(self) -> int:
+        """Whole chunks hashed so far."""
+        return len(self._keys) // KEY_BYTES
+
+    def keys(self, first: int, last: int) -> bytes:
+        """Keys of chunks first … last-1, 16 bytes each."""
+        return bytes(self._keys[first * KEY_BYTES : last * KEY_BYTES])
+
+    def extend(self, tokens: Sequence[int], extras: Sequence[bytes | None] | None = None) -> None:
+        """Hash the whole chunks in `tokens`, which must start at token `chunks * chunk_tokens`.
+
+        `extras`: one entry per whole chunk, the canonical encoding of its extra keys or None.
+        Raises `struct.error` on a token id outside [0, 2^31).
+        """
+        size = 4 * self._chunk_tokens
+        count = len(tokens) // self._chunk_tokens
+        packed = memoryview(
+            struct.pack(f"<{count * self._chunk_tokens}i", *tokens[: count * self._chunk_tokens])
+        )
+        if count and np.frombuffer(packed, "<i4").min() < 0:
+            raise struct.error("negative token id")
+        update, digest, out = self._hasher.update, self._hasher.digest, self._keys
+        for index in range(count):
+            update(packed[index * size : (index + 1) * size])
+            extra = extras[index] if extras is not None else None
+            if extra is not None:
+                update(_EXTRA_MARK + struct.pack("<I", len(extra)) + extra)
+            out += digest(KEY_BYTES)
+
+
+def encode_extra(value: Any) -> bytes:
+    """Canonical, unambiguous encoding of an engine's extra key.
+
+    Takes None, bool, int, float, str, bytes, and tuples or lists of them. Raises TypeError on
+    anything else: what cannot be encoded canonically must not be cached.
+    """
+    if value is None:
+        return b"n"
+    if isinstance(value, bool):
+        return b"b1" if value else b"b0"
+    if isinstance(value, int):
+        return _sized(b"i", str(value).encode())
+    if isinstance(value, float):
+        return _sized(b"f", value.hex().encode())
+    if isinstance(value, str):
+        return _sized(b"s", value.encode("utf-8", "surrogatepass"))
+    if isinstance(value, bytes):
+        return _sized(b"y", value)
+    if isinstance(value, list | tuple):
+        return _sized(b"t", b"".join(encode_extra(item) for item in value))
+    raise TypeError(f"cannot encode an extra key of type {type(value).__name__}")
+
+
+def _sized(tag: bytes, body: bytes) -> bytes:
+    return tag + struct.pack("<Q", len(body)) + body
+
+
+def file_digest(paths: Sequence[Path]) -> str:
+    """Identity of weight files by content, without reading all of it.
+
+    Name, size and 4 KiB of every MiB of each file: any tensor over 1 MiB is sampled, so a
+    fine-tune or a merged adapter under an old path is a new identity. About 0.4 % of the bytes.
+    """
+    hasher = blake3()
+    for path in sorted(paths, key=lambda item: item.name):
+        size = path.stat().st_size
+        hasher.update(_sized(b"p", path.name.encode()) + struct.pack("<Q", size))
+        with path.open("rb", buffering=0) as file:
+            for offset in range(0, size, _STRIPE):
+                file.seek(offset)
+                hasher.update(file.read(_SAMPLE))
+    return str(hasher.hexdigest())

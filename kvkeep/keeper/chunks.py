@@ -1,0 +1,128 @@
+"""Every chunk the keeper knows, as a structure of arrays indexed by record number.
+
+About 70 bytes a chunk, all of them numpy, so that a batch of any size costs a few operations.
+"""
+
+from __future__ import annotations
+
+import enum
+
+import numpy as np
+import numpy.typing as npt
+
+from kvkeep.keeper.index import Keys, KeyTable, Records
+
+__all__ = ["ChunkState", "Chunks"]
+
+
+class ChunkState(enum.IntEnum):
+    """Life of a record: FREE → RESERVED → COMMITTED → FREE, or by way of DOOMED while leased."""
+
+    FREE = 0
+    RESERVED = 1
+    """A writer owns the slot; nobody may read it."""
+    COMMITTED = 2
+    """Readable; never written again."""
+    DOOMED = 3
+    """Forgotten, no key finds it; its slot is freed with the last lease."""
+
+
+class Chunks:
+    """Keys, states, leases and places of chunks. One owner, no locks."""
+
+    _GROW = 1024
+
+    def __init__(self) -> None:
+        self.table = KeyTable(self._GROW)
+        self.state = np.zeros(0, np.uint8)
+        self.leases = np.zeros(0, np.int32)
+        self.offset = np.zeros(0, np.int64)
+        self.epoch = np.zeros(0, np.int64)
+        self.kind = np.zeros(0, np.int32)
+        self.namespace = np.zeros(0, np.int32)
+        self.evictable = np.zeros(0, np.bool_)
+        self._free: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the index, in bytes, the list of free records included."""
+        columns = (
+            self.state,
+            self.leases,
+            self.offset,
+            self.epoch,
+            self.kind,
+            self.namespace,
+            self.evictable,
+        )
+        return self.table.nbytes + sum(column.nbytes for column in columns) + 8 * len(self._free)
+
+    def add(self, keys: Keys, namespace: int, kind: int, epoch: int) -> Records:
+        """New RESERVED records, without a place yet, for keys that are absent and distinct."""
+        while len(self._free) < len(keys):
+            self._grow()
+        records = np.array(self._free[len(self._free) - len(keys) :][::-1], np.int64)
+        del self._free[len(self._free) - len(keys) :]
+        self.table.insert(keys, records)
+        self.state[records] = ChunkState.RESERVED
+        self.leases[records] = 0
+        self.offset[records] = -1
+        self.epoch[records] = epoch
+        self.kind[records] = kind
+        self.namespace[records] = namespace
+        return records
+
+    def commit(self, records: Records) -> None:
+        """Make reserved chunks readable."""
+        self.state[records] = ChunkState.COMMITTED
+        self.evictable[records] = self.leases[records] == 0
+
+    def lease(self, records: Records) -> None:
+        """Keep committed chunks from being evicted until `unlease`."""
+        self.leases[records] += 1
+        self.evictable[records] = False
+
+    def unlease(self, records: Records) -> Records:
+        """End one lease of each record; returns the DOOMED ones that nobody reads any more."""
+        self.leases[records] -= 1
+        idle = records[self.leases[records] == 0]
+        committed = self.state[idle] == ChunkState.COMMITTED
+        self.evictable[idle[committed]] = True
+        return idle[~committed]
+
+    def forget(self, records: Records) -> None:
+        """Take the keys of `records` out of the table; the records stay until `free`."""
+        self.table.remove(records)
+        self.state[records] = ChunkState.DOOMED
+        self.evictable[records] = False
+
+    def free(self, records: Records) -> None:
+        """Recycle forgotten records."""
+        self.state[records] = ChunkState.FREE
+        self._free.extend(records.tolist())
+
+    def in_state(self, *states: ChunkState) -> Records:
+        """Records that are in one of the states."""
+        return np.flatnonzero(np.isin(self.state, states))
+
+    def _grow(self) -> None:
+        old, new = len(self.state), max(self._GROW, 2 * len(self.state))
+        for name in ("state", "leases", "offset", "epoch", "kind", "namespace", "evictable"):
+            column: npt.NDArray[np.generic] = getattr(self, name)
+            grown = np.zeros(new, column.dtype)
+            grown[:old] = column
+            setattr(self, name, grown)
+        self._free.extend(range(new - 1, old - 1, -1))
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless states, keys and free records agree."""
+        self.table.check_integrity()
+        live = self.in_state(ChunkState.RESERVED, ChunkState.COMMITTED)
+        assert np.array_equal(np.sort(self.table.find(self.table.keys_of(live))), live)
+        assert len(live) == len(self.table)
+        assert sorted(self._free) == self.in_state(ChunkState.FREE).tolist()
+        assert (self.leases >= 0).all()
+        assert np.array_equal(self.evictable, (self.state == ChunkState.COMMITTED) & (self.leases == 0))

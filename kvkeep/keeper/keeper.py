@@ -1,0 +1,367 @@
+"""The keeper's state machine: what is held, who reads, who writes, what goes.
+
+No I/O, no clock, no locks: one event loop owns it and calls it with batches. Every operation
+leaves the books balanced (`check_integrity`) or raises before it changed anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from kvkeep.errors import RequestRefused
+from kvkeep.identity import group_keys
+from kvkeep.keeper.arena import Arena, SlotClass
+from kvkeep.keeper.chunks import Chunks, ChunkState
+from kvkeep.keeper.index import Keys, Records
+from kvkeep.keeper.leases import Claim, ClaimKind, Claims
+from kvkeep.keeper.policy import Policy, make_policy
+from kvkeep.keeper.usable import usable_chunks
+
+__all__ = ["Counters", "Found", "GroupSpec", "Keeper", "Namespace", "Reserved"]
+
+
+class GroupSpec(NamedTuple):
+    """One KV-cache group of a namespace."""
+
+    slot_bytes: int
+    """Bytes of one chunk, all parts together."""
+    window_chunks: int | None
+    """Chunks that a sliding window looks back on; None for full attention."""
+
+
+@dataclass
+class Counters:
+    """What happened so far; chunks count per prompt position, not per group."""
+
+    lookups: int = 0
+    asked_chunks: int = 0
+    hit_chunks: int = 0
+    stored_chunks: int = 0
+    stored_bytes: int = 0
+    refused_chunks: int = 0
+    evicted_chunks: int = 0
+    aborted_chunks: int = 0
+
+
+@dataclass(frozen=True)
+class Namespace:
+    """A namespace that some engine has opened."""
+
+    number: int
+    fingerprint: bytes
+    label: str
+    groups: tuple[GroupSpec, ...]
+    parts: int
+    """Ranks that write a part of each chunk."""
+    readers: int
+    """Ranks that read each chunk (more than `parts` where ranks hold the same KV)."""
+    counters: Counters
+
+
+class Found(NamedTuple):
+    """Result of a lookup."""
+
+    lease: int
+    """0 where nothing was found."""
+    chunks: int
+    """Leading chunks, of those asked for, that can be loaded."""
+    epoch: int
+    """The request's place in time; a later `reserve` for the same request passes it on."""
+    offsets: list[Records]
+    """Per group, the arena offset of each of those chunks; -1 where the group does not need it."""
+
+
+class Reserved(NamedTuple):
+    """Result of a reservation."""
+
+    reservation: int
+    """0 where there is nothing to write."""
+    offsets: list[Records]
+    """Per group, where to write each chunk; -1 for one that is held, being written, or refused."""
+
+
+class Keeper:
+    """Owns the books of one arena of `nbytes`; `policy` names the eviction policy."""
+
+    def __init__(self, nbytes: int, policy: str) -> None:
+        self.arena = Arena(nbytes)
+        self.chunks = Chunks()
+        self.claims = Claims()
+        self.namespaces: list[Namespace] = []
+        self.counters = Counters()
+        self._policy_name = policy
+        self._kinds: list[SlotClass] = []
+        self._policies: list[Policy] = []
+        self._clock = 0
+
+    # Sessions
+
+    def attach(self, session: str) -> None:
+        """A connection of `session` has opened."""
+        self.claims.attach(session)
+
+    def detach(self, session: str) -> None:
+        """A connection of `session` has closed; with the last one its claims end."""
+        for claim in self.claims.detach(session):
+            self._end(claim, completed=False)
+
+    def open_namespace(
+        self, fingerprint: bytes, label: str, groups: Sequence[GroupSpec], parts: int, readers: int
+    ) -> Namespace:
+        """Open a namespace, or find it again. Raises RequestRefused if it differs from before,
+        ConfigError if its chunks do not fit the arena."""
+        for known in self.namespaces:
+            if known.fingerprint == fingerprint:
+                if (known.groups, known.parts, known.readers) != (tuple(groups), parts, readers):
+                    raise RequestRefused("this namespace is open with another geometry")
+                return known
+        for group in groups:
+            self.arena.size_class(group.slot_bytes)
+        space = Namespace(len(self.namespaces), fingerprint, label, tuple(groups), parts, readers, Counters())
+        self.namespaces.append(space)
+        return space
+
+    # Reading
+
+    def lookup(self, session: str, space: Namespace, keys: bytes) -> Found:
+        """Lease the longest usable run of leading chunks. `keys`: 16 bytes per prompt chunk."""
+        self._clock += 1
+        records = [
+            self.chunks.table.find(group_keys(keys, space.fingerprint, group))
+            for group in range(len(space.groups))
+        ]
+        held = [(found >= 0) & (self._state(found) == ChunkState.COMMITTED) for found in records]
+        windows = [group.window_chunks for group in space.groups]
+        usable = usable_chunks(held, windows)
+        asked = len(keys) // 16
+        for counters in (self.counters, space.counters):
+            counters.lookups += 1
+            counters.asked_chunks += asked
+            counters.hit_chunks += usable
+        if not usable:
+            return Found(0, 0, self._clock, [])
+        offsets, leased = [], []
+        for found, window in zip(records, windows, strict=True):
+            start = 0 if window is None else max(0, usable - window)
+            needed = found[start:usable]
+            self._touch(needed, start)
+            leased.append(needed)
+            offsets.append(np.concatenate([np.full(start, -1, np.int64), self.chunks.offset[needed]]))
+        together = np.concatenate(leased)
+        self.chunks.lease(together)
+        lease = self.claims.open(ClaimKind.LEASE, session, together, space.readers)
+        return Found(lease, usable, self._clock, offsets)
+
+    def release(self, session: str, lease: int, rank: int | None) -> None:
+        """A rank has read what it was leased; rank None gives the whole lease back unread."""
+        claim = self.claims.report(ClaimKind.LEASE, session, lease, rank)
+        if claim is not None:
+            self._end(claim, completed=True)
+
+    def touch(self, space: Namespace, keys: bytes) -> None:
+        """Mark a whole chain as just used, in chain order."""
+        self._clock += 1
+        for group in range(len(space.groups)):
+            found = self.chunks.table.find(group_keys(keys, space.fingerprint, group))
+            self._touch(found[found >= 0], 0)
+
+    # Writing
+
+    def reserve(
+        self,
+        session: str,
+        space: Namespace,
+        keys: bytes,
+        wanted: Sequence[Sequence[bool]],
+        first: int,
+        epoch: int,
+    ) -> Reserved:
+        """Reserve slots for those of the wanted chunks that are not held.
+
+        `keys`: 16 bytes per chunk, of positions first, first+1, … of one chain; `wanted[g][i]`:
+        group g has chunk i to give; `epoch`: from the request's lookup. Chunks for which nothing
+        older than the request can be evicted are refused, never waited for.
+        """
+        epoch = min(epoch, self._clock)
+        offsets, written = [], []
+        for group, flags in enumerate(wanted):
+            placed = np.full(len(keys) // 16, -1, np.int64)
+            named = group_keys(keys, space.fingerprint, group)
+            new = np.flatnonzero((self.chunks.table.find(named) < 0) & np.asarray(flags, np.bool_))
+            if len(new):
+                if len(np.unique(named[new], axis=0)) != len(new):
+                    raise RequestRefused("a reservation names a chunk twice")
+                records = self._place(space, group, named[new], first + int(new[0]), epoch)
+                placed[new] = np.where(records >= 0, self.chunks.offset[records], -1)
+                written.append(records[records >= 0])
+            offsets.append(placed)
+        together = np.concatenate(written) if written else np.zeros(0, np.int64)
+        if not len(together):
+            return Reserved(0, offsets)
+        return Reserved(self.claims.open(ClaimKind.RESERVATION, session, together, space.parts), offsets)
+
+    def commit(self, session: str, reservation: int, part: int) -> None:
+        """A rank has written its part; with the last part the chunks become readable."""
+        claim = self.claims.report(ClaimKind.RESERVATION, session, reservation, part)
+        if claim is not None:
+            self._end(claim, completed=True)
+
+    def abort(self, session: str, reservation: int) -> None:
+        """Give a reservation back unwritten. Only once no rank writes to it any more."""
+        claim = self.claims.report(ClaimKind.RESERVATION, session, reservation, None)
+        if claim is not None:
+            self._end(claim, completed=False)
+
+    # Housekeeping
+
+    def clear(self, space: Namespace | None) -> int:
+        """Forget all that is held (of one namespace); leased chunks go with their last lease.
+
+        Returns how many chunks were forgotten. Reservations stay: what is being written is new.
+        """
+        records = self.chunks.in_state(ChunkState.COMMITTED)
+        if space is not None:
+            records = records[self.chunks.namespace[records] == space.number]
+        self._drop(records, evicted=False)
+        return len(records)
+
+    def used_bytes(self, space: Namespace | None = None) -> int:
+        """Bytes of slots that are taken (by one namespace)."""
+        records = np.flatnonzero(self.chunks.state != ChunkState.FREE)
+        if space is not None:
+            records = records[self.chunks.namespace[records] == space.number]
+        sizes = np.array([kind.slot_bytes for kind in self._kinds] or [0], np.int64)
+        return int(sizes[self.chunks.kind[records]].sum())
+
+    def held_chunks(self, space: Namespace) -> int:
+        """Readable chunks of one namespace, all groups together."""
+        return int(
+            ((self.chunks.namespace == space.number) & (self.chunks.state == ChunkState.COMMITTED)).sum()
+        )
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless slots, bytes, leases and policies agree."""
+        self.chunks.check_integrity()
+        self.claims.check_integrity()
+        self.arena.check_integrity()
+        leases = np.zeros(len(self.chunks.leases), np.int32)
+        for claim in self.claims.all(ClaimKind.LEASE):
+            np.add.at(leases, claim.records, 1)
+        assert np.array_equal(leases, self.chunks.leases)
+        reserved = [claim.records for claim in self.claims.all(ClaimKind.RESERVATION)]
+        listed = np.sort(np.concatenate(reserved)) if reserved else np.zeros(0, np.int64)
+        assert np.array_equal(listed, self.chunks.in_state(ChunkState.RESERVED))
+        for number, kind in enumerate(self._kinds):
+            taken = np.flatnonzero((self.chunks.state != ChunkState.FREE) & (self.chunks.kind == number))
+            places = self.chunks.offset[taken].tolist()
+            assert len(places) + len(kind.free) == kind.slots
+            assert len(set(places) | set(kind.free)) == kind.slots
+            self._policies[number].check_integrity()
+
+    # Below: how room is made
+
+    def _state(self, records: Records) -> Records:
+        if not len(self.chunks.state):
+            return np.zeros(len(records), np.int64)
+        return self.chunks.state[records].astype(np.int64)  # record -1 reads the last; callers mask it
+
+    def _kind(self, slot_bytes: int) -> int:
+        kind = self.arena.size_class(slot_bytes)
+        if kind not in self._kinds:
+            self._kinds.append(kind)
+            self._policies.append(make_policy(self._policy_name, self.arena.nbytes // kind.slot_bytes))
+        return self._kinds.index(kind)
+
+    def _touch(self, records: Records, first: int) -> None:
+        if not len(records):
+            return
+        self.chunks.epoch[records] = self._clock
+        for number in np.unique(self.chunks.kind[records]).tolist():
+            self._policies[number].touch(records[self.chunks.kind[records] == number], self._clock, first)
+
+    def _place(self, space: Namespace, group: int, keys: Keys, first: int, epoch: int) -> Records:
+        """Records with a slot each for new keys; -1 for those that were refused."""
+        number = self._kind(space.groups[group].slot_bytes)
+        kind, policy = self._kinds[number], self._policies[number]
+        records = self.chunks.add(keys, space.number, number, epoch)
+        policy.insert(records, (keys[:, 0] >> np.uint64(4)).tolist(), epoch, first)
+        refused = self._make_room(number, records)
+        placed = records
+        if len(refused):
+            policy.remove(refused, evicted=False)
+            self.chunks.forget(refused)
+            self.chunks.free(refused)
+            placed = np.where(np.isin(records, refused), -1, records)
+            self.counters.refused_chunks += len(refused)
+        self.chunks.offset[placed[placed >= 0]] = self.arena.allocate(kind, int((placed >= 0).sum()))
+        return placed
+
+    def _make_room(self, number: int, newcomers: Records) -> Records:
+        """Evict until the newcomers fit; returns those that would be the first to go themselves."""
+        kind, policy = self._kinds[number], self._policies[number]
+        while (short := len(newcomers) - self.arena.available(kind)) > 0:
+            evictable = self.chunks.evictable
+            evictable[newcomers] = True
+            victims = policy.victims(short, evictable)
+            evictable[newcomers] = False
+            oldest_own = int(self.chunks.epoch[victims].min())
+            if self._take_slab(number, oldest_own):
+                continue
+            refused = victims[np.isin(victims, newcomers)]
+            self._drop(victims[~np.isin(victims, newcomers)], evicted=True)
+            return refused
+        return newcomers[:0]
+
+    def _take_slab(self, number: int, oldest_own: int) -> bool:
+        """Move one slab from another class, if all in it is older than what this class would lose."""
+        best: tuple[int, int, int] | None = None
+        for other, kind in enumerate(self._kinds):
+            if other == number or not kind.slabs:
+                continue
+            slabs = np.array(sorted(kind.slabs))
+            newest = np.zeros(len(slabs), np.int64)
+            records = np.flatnonzero((self.chunks.kind == other) & (self.chunks.state != ChunkState.FREE))
+            where = np.searchsorted(slabs, self.chunks.offset[records] // self.arena.slab_bytes)
+            np.maximum.at(newest, where, self.chunks.epoch[records])
+            newest[where[~self.chunks.evictable[records]]] = np.iinfo(np.int64).max
+            coldest = int(newest.argmin())
+            if best is None or newest[coldest] < best[0]:
+                best = (int(newest[coldest]), other, int(slabs[coldest]))
+        if best is None or best[0] >= oldest_own:
+            return False
+        _, other, slab = best
+        records = np.flatnonzero((self.chunks.kind == other) & (self.chunks.state != ChunkState.FREE))
+        self._drop(records[self.chunks.offset[records] // self.arena.slab_bytes == slab], evicted=True)
+        self.arena.move_slab(slab, self._kinds[other], self._kinds[number])
+        return True
+
+    def _end(self, claim: Claim, completed: bool) -> None:
+        if claim.kind is ClaimKind.LEASE:
+            self._free(self.chunks.unlease(claim.records))
+        elif completed:
+            self.chunks.commit(claim.records)
+            self.counters.stored_chunks += len(claim.records)
+            sizes = np.array([kind.slot_bytes for kind in self._kinds], np.int64)
+            self.counters.stored_bytes += int(sizes[self.chunks.kind[claim.records]].sum())
+        else:
+            self.counters.aborted_chunks += len(claim.records)
+            self._drop(claim.records, evicted=False)
+
+    def _drop(self, records: Records, evicted: bool) -> None:
+        """Forget chunks; free the slots of those that nobody reads."""
+        for number in np.unique(self.chunks.kind[records]).tolist():
+            self._policies[number].remove(records[self.chunks.kind[records] == number], evicted=evicted)
+        self.chunks.forget(records)
+        if evicted:
+            self.counters.evicted_chunks += len(records)
+        self._free(records[self.chunks.leases[records] == 0])
+
+    def _free(self, records: Records) -> None:
+        for number in np.unique(self.chunks.kind[records]).tolist():
+            mine = records[self.chunks.kind[records] == number]
+            self.arena.release(self._kinds[number], self.chunks.offset[mine])
+        self.chunks.free(records)

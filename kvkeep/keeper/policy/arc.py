@@ -1,0 +1,111 @@
+"""Adaptive replacement cache."""
+
+from collections import OrderedDict
+
+import numpy as np
+
+from kvkeep.keeper.policy.base import NO_IDS, Flags, Ids, Policy
+
+
+class ArcPolicy(Policy):
+    """Keeps chunks seen once apart from chunks seen again, and learns how to share the room.
+
+    Two LRU lists of chunks (`recent`: T1, `frequent`: T2), and for each the keys of what was lately
+    evicted from it (`ghosts`: B1, B2). A key that comes back while in a ghost list moves `target`,
+    the room meant for T1, towards that list. Differences from the paper: eviction is a step of its
+    own, after the insertion and for many chunks at once, so ghost lists are trimmed at `remove`;
+    chunks that are not evictable are passed over.
+
+    State is Python objects: about 175 bytes a chunk, and up to 300 more for ghosts.
+
+    Source: N. Megiddo, D. Modha, "ARC: A Self-Tuning, Low Overhead Replacement Cache", FAST 2003.
+    """
+
+    name = "arc"
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__(capacity)
+        self._recent: OrderedDict[int, int] = OrderedDict()  # id -> key, the oldest first
+        self._frequent: OrderedDict[int, int] = OrderedDict()
+        self._recent_ghosts: OrderedDict[int, None] = OrderedDict()  # keys
+        self._frequent_ghosts: OrderedDict[int, None] = OrderedDict()
+        self._target = 0.0
+
+    def __len__(self) -> int:
+        return len(self._recent) + len(self._frequent)
+
+    def resize(self, capacity: int) -> None:
+        super().resize(capacity)
+        self._target = min(self._target, capacity)
+        self._trim_ghosts()
+
+    def insert(self, ids: Ids, keys: list[int], epoch: int, first: int) -> None:
+        for chunk, key in zip(reversed(ids.tolist()), reversed(keys), strict=True):
+            if self._adapt(key):
+                self._frequent[chunk] = key
+            else:
+                self._recent[chunk] = key
+
+    def touch(self, ids: Ids, epoch: int, first: int) -> None:
+        # Tail to head, here and at insertion, so that the head ends most recent.
+        for chunk in reversed(ids.tolist()):
+            key = self._recent.pop(chunk, None)
+            if key is None:
+                self._frequent.move_to_end(chunk)
+            else:
+                self._frequent[chunk] = key
+
+    def victims(self, count: int, evictable: Flags) -> Ids:
+        recent = (chunk for chunk in self._recent if evictable[chunk])
+        frequent = (chunk for chunk in self._frequent if evictable[chunk])
+        left, chosen = len(self._recent), list[int]()
+        while len(chosen) < count:
+            from_recent = next(recent, None) if left > self._target else None
+            victim = next(frequent, None) if from_recent is None else from_recent
+            if victim is None:
+                victim = from_recent = next(recent, None)
+            if victim is None:
+                return NO_IDS.copy()
+            left -= from_recent is not None
+            chosen.append(victim)
+        return np.array(chosen, dtype=np.int64)
+
+    def remove(self, ids: Ids, evicted: bool) -> None:
+        for chunk in ids.tolist():
+            key = self._recent.pop(chunk, None)
+            ghosts = self._frequent_ghosts if key is None else self._recent_ghosts
+            key = self._frequent.pop(chunk) if key is None else key
+            if evicted:
+                ghosts[key] = None
+        self._trim_ghosts()
+
+    def check_integrity(self) -> None:
+        assert not self._recent.keys() & self._frequent.keys(), "a chunk is in both lists"
+        assert not self._recent_ghosts.keys() & self._frequent_ghosts.keys(), "a ghost is in both lists"
+        ghosts = self._recent_ghosts.keys() | self._frequent_ghosts.keys()
+        held = {*self._recent.values(), *self._frequent.values()}
+        assert not ghosts & held, "a chunk is held and a ghost"
+        assert 0 <= self._target <= self._capacity, "the target is out of bounds"
+        assert len(self._recent_ghosts) <= self._capacity, "too many ghosts of recent chunks"
+        assert len(ghosts) <= 2 * self._capacity, "too many ghosts"
+
+    def _adapt(self, key: int) -> bool:
+        """Move the target if `key` is a ghost, which it is no longer then; say whether it was."""
+        recent, frequent = len(self._recent_ghosts), len(self._frequent_ghosts)
+        if key in self._recent_ghosts:
+            self._target = min(self._target + max(1.0, frequent / recent), self._capacity)
+            del self._recent_ghosts[key]
+        elif key in self._frequent_ghosts:
+            self._target = max(self._target - max(1.0, recent / frequent), 0.0)
+            del self._frequent_ghosts[key]
+        else:
+            return False
+        return True
+
+    def _trim_ghosts(self) -> None:
+        room = max(0, self._capacity - len(self._recent))
+        while len(self._recent_ghosts) > room:
+            self._recent_ghosts.popitem(last=False)
+        room = max(0, 2 * self._capacity - len(self) - len(self._recent_ghosts))
+        while len(self._frequent_ghosts) > room:
+            self._frequent_ghosts.popitem(last=False)

@@ -1,0 +1,120 @@
+"""The CPU's copy engine: all pieces of a batch in one compiled loop that does not hold the GIL.
+
+Stores are streamed past the caches. memmove streams only far above the size of a piece; below
+that every store first reads the line it overwrites, and 9.5 GB/s become 16 GB/s without
+(2026-11-24, AMD EPYC 7003, one thread, `kvkeep bench copy`). The KV that a prompt brings is
+larger than the caches anyway.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from llvmlite import ir
+from numba.extending import intrinsic
+
+from kvkeep.transfer.base import Offsets, Transfer
+
+__all__ = ["CpuTransfer", "copy_pieces"]
+
+_STREAM_FROM = 2048  # bytes; below, memmove is as fast
+_LANES, _UNROLL = 32, 128
+
+
+class CpuTransfer(Transfer):
+    """Streams pieces with `threads` threads."""
+
+    name = "cpu"
+
+    def __init__(
+        self,
+        layers: Sequence[Sequence[tuple[str, torch.Tensor]]],
+        num_blocks: int,
+        arena: mmap.mmap,
+        threads: int = 1,
+    ) -> None:
+        super().__init__(layers, num_blocks, arena)
+        self._tables = [layout.table() for layout in self.layouts]
+        self._base = self.arena.data_ptr()
+        self._threads = threads
+        self._pool = ThreadPoolExecutor(threads - 1, "kvkeep-copy") if threads > 1 else None
+        copy_pieces()  # compile now, not in the first request
+
+    def _copy(self, group: int, offsets: Offsets, blocks: Offsets, saving: bool) -> int:
+        address, stride, nbytes, within = self._tables[group]
+        paged = (address + blocks[:, None] * stride).ravel()
+        slots = (self._base + offsets[:, None] + within).ravel()
+        sizes = np.tile(nbytes, len(blocks))
+        target, source = (slots, paged) if saving else (paged, slots)
+        self._run(target, source, sizes)
+        return int(sizes.sum())
+
+    def _run(self, target: Offsets, source: Offsets, sizes: Offsets) -> None:
+        copy = copy_pieces()
+        if self._pool is None or len(sizes) < 2 * self._threads:
+            copy(target, source, sizes)
+            return
+        cuts = np.linspace(0, len(sizes), self._threads + 1).astype(int)
+        spans = [slice(start, stop) for start, stop in zip(cuts[:-1], cuts[1:], strict=True)]
+        waiting = [self._pool.submit(copy, target[span], source[span], sizes[span]) for span in spans[1:]]
+        copy(target[spans[0]], source[spans[0]], sizes[spans[0]])
+        for future in waiting:
+            future.result()
+
+
+@cache
+def copy_pieces() -> Callable[[Offsets, Offsets, Offsets], None]:
+    """The compiled loop: `copy(target addresses, source addresses, sizes)`, all int64, contiguous.
+
+    Addresses are trusted: `Transfer._check` has bounded them. Compiles once per process (0.4 s).
+    """
+    memmove = numba.types.ExternalFunction("memmove", numba.types.intp(*[numba.types.intp] * 3))
+
+    @numba.njit("void(int64[::1], int64[::1], int64[::1])", nogil=True)  # type: ignore[untyped-decorator]
+    def copy(target: Any, source: Any, sizes: Any) -> None:
+        for index in range(target.size):
+            to, start, size = target[index], source[index], sizes[index]
+            if to % _LANES or size < _STREAM_FROM:
+                memmove(to, start, size)
+                continue
+            body = size - size % _UNROLL
+            for at in range(0, body, _UNROLL):
+                _stream(to + at, start + at)
+                _stream(to + at + 32, start + at + 32)
+                _stream(to + at + 64, start + at + 64)
+                _stream(to + at + 96, start + at + 96)
+            if body < size:
+                memmove(to + body, start + body, size - body)
+        _fence()  # streamed stores are weakly ordered: make them visible before we say "committed"
+
+    return copy  # type: ignore[no-any-return]
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _stream(_context: Any, _to: Any, _start: Any) -> Any:
+    """Copy 32 bytes with a non-temporal store; the target is aligned to 32, the source need not be."""
+
+    def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        vector = ir.VectorType(ir.IntType(64), 4).as_pointer()
+        value = builder.load(builder.inttoptr(arguments[1], vector), align=1)
+        store = builder.store(value, builder.inttoptr(arguments[0], vector), align=_LANES)
+        store.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)]))
+        return context.get_dummy_value()
+
+    return numba.types.void(numba.types.intp, numba.types.intp), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _fence(_context: Any) -> Any:
+    def generate(context: Any, builder: Any, _signature: Any, _arguments: Any) -> Any:
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return numba.types.void(), generate

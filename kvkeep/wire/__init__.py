@@ -1,0 +1,1 @@
+"""Between engines and the keeper: messages over a unix socket, the arena by file descriptor."""

@@ -1,0 +1,197 @@
+"""A blocking connection to a keeper, for an engine's scheduler, its workers, and the CLI.
+
+Every wait is bounded. Any failure of the connection raises KeeperUnavailable and closes it: the
+caller goes on without the cache and opens a new one when `Connection.open` succeeds again.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import socket
+import time
+from collections.abc import Sequence
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from kvkeep.errors import KeeperUnavailable, ProtocolError, RequestRefused
+from kvkeep.wire import messages as msg
+
+__all__ = ["Connection", "Found", "Reserved"]
+
+_R = TypeVar("_R", bound=msg.Reply)
+_HELLO_TIMEOUT = 2.0
+
+
+class Found(NamedTuple):
+    """What a lookup leased: see `kvkeep.keeper.keeper.Found`."""
+
+    lease: int
+    chunks: int
+    epoch: int
+    offsets: list[npt.NDArray[np.int64]]
+
+
+class Reserved(NamedTuple):
+    """What was reserved for one request: its number (0: nothing) and offsets per group."""
+
+    reservation: int
+    offsets: list[npt.NDArray[np.int64]]
+
+
+class Connection:
+    """One connection of one session. Used by one thread at a time."""
+
+    def __init__(
+        self, sock: socket.socket, welcome: msg.Welcome, arena_fd: int | None, timeout: float
+    ) -> None:
+        self._sock = sock
+        self._timeout = timeout
+        self._arena_fd = arena_fd
+        self.keeper = welcome.keeper
+        """Identity of the keeper process; another one after a restart."""
+        self.arena_bytes = welcome.arena_bytes
+
+    @classmethod
+    def open(cls, path: str, session: str, *, arena: bool = False, timeout: float = 1.0) -> Connection:
+        """Connect and say hello.
+
+        `session` names the engine instance: leases and reservations live as long as any of its
+        connections. `timeout` bounds each later call, in seconds. Raises KeeperUnavailable, or
+        RequestRefused where the keeper does not want us (its message says why).
+        """
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.settimeout(_HELLO_TIMEOUT)
+        try:
+            sock.connect(path)
+            sock.sendall(msg.encode(msg.Hello(msg.VERSION, session, arena)))
+            first, fds, _, _ = socket.recv_fds(sock, 4096, 1)
+            body = bytearray(first)
+            while len(body) < 4 or len(body) < 4 + msg.frame_length(body[:4]):
+                more = sock.recv(4096)
+                if not more:
+                    raise KeeperUnavailable(f"the keeper at {path} closed the connection")
+                body += more
+            reply = msg.decode_reply(bytes(body[4:]))
+        except (OSError, ProtocolError) as error:
+            sock.close()
+            raise KeeperUnavailable(f"no keeper answers at {path}: {error}") from error
+        except KeeperUnavailable:
+            sock.close()
+            raise
+        if not isinstance(reply, msg.Welcome) or arena != bool(fds):
+            sock.close()
+            for fd in fds:
+                os.close(fd)
+            raise RequestRefused(reply.reason if isinstance(reply, msg.Refused) else "no arena was sent")
+        return cls(sock, reply, fds[0] if fds else None, timeout)
+
+    @property
+    def closed(self) -> bool:
+        """Whether this connection has ended, by us or by a failure."""
+        return self._sock.fileno() < 0
+
+    def close(self) -> None:
+        """Close the connection; with a session's last one its claims end."""
+        self._sock.close()
+        if self._arena_fd is not None:
+            os.close(self._arena_fd)
+            self._arena_fd = None
+
+    def map_arena(self) -> mmap.mmap:
+        """The arena, shared with the keeper. The caller owns the mapping; it outlives the keeper."""
+        if self._arena_fd is None:
+            raise RequestRefused("this connection was opened without the arena")
+        return mmap.mmap(self._arena_fd, self.arena_bytes)
+
+    def open_namespace(
+        self,
+        fingerprint: bytes,
+        label: str,
+        groups: Sequence[tuple[int, int | None]],
+        parts: int,
+        readers: int,
+    ) -> int:
+        """Handle of a namespace; `groups`: (bytes per chunk, window in chunks or None) each."""
+        specs = [msg.GroupSpec(size, window) for size, window in groups]
+        request = msg.OpenNamespace(fingerprint, label[:512], specs, parts, readers)
+        return self._call(request, msg.Namespace).namespace
+
+    def lookup(self, namespace: int, keys: bytes) -> Found:
+        """Lease the longest usable run of leading chunks (16 bytes per key)."""
+        reply = self._call(msg.Lookup(namespace, keys), msg.Found)
+        return Found(
+            reply.lease, reply.chunks, reply.epoch, [np.frombuffer(row, "<i8") for row in reply.offsets]
+        )
+
+    def reserve(self, namespace: int, items: list[msg.Reservation]) -> list[Reserved]:
+        """Reserve slots for chunks to be written; one result per item."""
+        reply = self._call(msg.Reserve(namespace, items), msg.Reserved)
+        return [Reserved(number, [np.frombuffer(row, "<i8") for row in rows]) for number, rows in reply.items]
+
+    def commit(self, reservation: int, part: int) -> None:
+        """This rank has written its part."""
+        self._send(msg.Commit(reservation, part))
+
+    def abort(self, reservation: int) -> None:
+        """No rank will write to this reservation."""
+        self._send(msg.Abort(reservation))
+
+    def release(self, lease: int, rank: int | None = None) -> None:
+        """This rank has read its lease; None gives back the whole lease."""
+        self._send(msg.Release(lease, rank))
+
+    def touch(self, namespace: int, keys: bytes) -> None:
+        """A chain was used to its end."""
+        self._send(msg.Touch(namespace, keys))
+
+    def clear(self, namespace: int | None = None) -> int:
+        """Forget what is held; returns the number of chunks."""
+        return self._call(msg.Clear(namespace), msg.Cleared).chunks
+
+    def status(self) -> dict[str, object]:
+        """The keeper's figures."""
+        return self._call(msg.Status(), msg.StatusReply).figures
+
+    def _call(self, request: msg.Request, expected: type[_R]) -> _R:
+        self._send(request)
+        reply = self._receive()
+        if isinstance(reply, expected):
+            return reply
+        if isinstance(reply, msg.Refused):
+            raise RequestRefused(reply.reason)
+        self.close()
+        raise KeeperUnavailable(f"the keeper answered {type(request).__name__} with {type(reply).__name__}")
+
+    def _send(self, request: msg.Request) -> None:
+        if self.closed:
+            raise KeeperUnavailable("the connection to the keeper is closed")
+        try:
+            self._sock.settimeout(self._timeout)
+            self._sock.sendall(msg.encode(request))
+        except OSError as error:
+            self.close()
+            raise KeeperUnavailable(f"the keeper went away: {error}") from error
+
+    def _receive(self) -> msg.Reply:
+        deadline = time.monotonic() + self._timeout
+        try:
+            length = msg.frame_length(self._read(4, deadline))
+            return msg.decode_reply(self._read(length, deadline))
+        except (OSError, ProtocolError) as error:
+            # A late answer would be taken for the next one's: the connection is of no more use.
+            self.close()
+            raise KeeperUnavailable(f"no answer from the keeper: {error}") from error
+
+    def _read(self, count: int, deadline: float) -> memoryview:
+        view = memoryview(bytearray(count))
+        filled = 0
+        while filled < count:
+            self._sock.settimeout(max(deadline - time.monotonic(), 0.001))
+            got = self._sock.recv_into(view[filled:])
+            if not got:
+                raise ConnectionResetError("it closed the connection")
+            filled += got
+        return view

@@ -1,0 +1,235 @@
+"""The messages of protocol version 1, and their framing.
+
+A frame is a little-endian u32 length and that many bytes of msgpack: an array whose first item
+names the message. Arrays of numbers travel as bytes (little-endian int64), keys as 16 bytes each.
+Decoding validates types and bounds; anything else is a ProtocolError. No pickle anywhere.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Annotated, Any, TypeAlias
+
+import msgspec
+
+from kvkeep.errors import ProtocolError
+
+__all__ = [
+    "MAX_FRAME",
+    "VERSION",
+    "Abort",
+    "Clear",
+    "Cleared",
+    "Commit",
+    "Found",
+    "GroupSpec",
+    "Hello",
+    "Lookup",
+    "Namespace",
+    "OpenNamespace",
+    "Refused",
+    "Release",
+    "Reply",
+    "Request",
+    "Reservation",
+    "Reserve",
+    "Reserved",
+    "Status",
+    "StatusReply",
+    "Touch",
+    "Welcome",
+    "decode_reply",
+    "decode_request",
+    "encode",
+    "frame_length",
+]
+
+VERSION = 1
+MAX_FRAME = 32 << 20
+"""Longest frame in bytes; 2 M chunk keys. A longer one is not from a client of ours."""
+HEADER = struct.Struct("<I")
+
+Natural = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
+Rank = Annotated[int, msgspec.Meta(ge=0, lt=1024)]
+Ranks = Annotated[int, msgspec.Meta(ge=1, le=1024)]
+Name = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+Blob = Annotated[bytes, msgspec.Meta(max_length=MAX_FRAME)]
+
+
+class _Message(msgspec.Struct, array_like=True, tag=True, forbid_unknown_fields=True):
+    pass
+
+
+class Hello(_Message):
+    """First message of a connection. Answered by Welcome, or Refused and a close."""
+
+    version: int
+    session: Name
+    arena: bool
+    """Whether to send the arena's file descriptor along with the answer."""
+
+
+class GroupSpec(_Message):
+    """One KV-cache group: bytes per chunk, and the window in chunks (None: full attention)."""
+
+    slot_bytes: Annotated[int, msgspec.Meta(ge=1, le=2**40)]
+    window_chunks: Annotated[int, msgspec.Meta(ge=1, le=2**31)] | None
+
+
+class OpenNamespace(_Message):
+    """Open (or find) a namespace. Answered by Namespace."""
+
+    fingerprint: Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
+    label: Annotated[str, msgspec.Meta(max_length=512)]
+    groups: Annotated[list[GroupSpec], msgspec.Meta(min_length=1, max_length=256)]
+    parts: Ranks
+    readers: Ranks
+
+
+class Lookup(_Message):
+    """Lease the longest usable run of these chunks. Answered by Found."""
+
+    namespace: Natural
+    keys: Blob
+
+
+class Reservation(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
+    """Chunks of one chain to be written: positions first, first+1, …; a byte per chunk and group."""
+
+    keys: Blob
+    wanted: list[Blob]
+    first: Annotated[int, msgspec.Meta(ge=0, le=2**31)]
+    epoch: Natural
+
+
+class Reserve(_Message):
+    """Reserve slots for several requests at once. Answered by Reserved."""
+
+    namespace: Natural
+    items: Annotated[list[Reservation], msgspec.Meta(max_length=65536)]
+
+
+class Commit(_Message):
+    """A rank has written its part. Not answered."""
+
+    reservation: Natural
+    part: Rank
+
+
+class Abort(_Message):
+    """Nobody will write to this reservation. Not answered."""
+
+    reservation: Natural
+
+
+class Release(_Message):
+    """A rank has read what it was leased (None: the whole lease is given back). Not answered."""
+
+    lease: Natural
+    rank: Rank | None
+
+
+class Touch(_Message):
+    """A chain was used to its end. Not answered."""
+
+    namespace: Natural
+    keys: Blob
+
+
+class Clear(_Message):
+    """Forget what is held, of one namespace or (None) of all. Answered by Cleared."""
+
+    namespace: Natural | None
+
+
+class Status(_Message):
+    """Ask for figures. Answered by StatusReply."""
+
+
+class Welcome(_Message):
+    """The connection is open."""
+
+    version: int
+    keeper: str
+    arena_bytes: Natural
+
+
+class Namespace(_Message):
+    """The handle of a namespace, valid for any connection to this keeper."""
+
+    namespace: Natural
+
+
+class Found(_Message):
+    """See kvkeep.keeper.keeper.Found; offsets as int64 per group."""
+
+    lease: Natural
+    chunks: Natural
+    epoch: Natural
+    offsets: list[bytes]
+
+
+class Reserved(_Message):
+    """Per item: the reservation's number (0: nothing to write) and int64 offsets per group."""
+
+    items: list[tuple[int, list[bytes]]]
+
+
+class Cleared(_Message):
+    """How many chunks were forgotten."""
+
+    chunks: Natural
+
+
+class StatusReply(_Message):
+    """Figures as a plain dict, for people and for JSON."""
+
+    figures: dict[str, Any]
+
+
+class Refused(_Message):
+    """The request was understood and declined; the message says why and what to do."""
+
+    reason: str
+
+
+Request: TypeAlias = (
+    Hello | OpenNamespace | Lookup | Reserve | Commit | Abort | Release | Touch | Clear | Status
+)
+Reply: TypeAlias = Welcome | Namespace | Found | Reserved | Cleared | StatusReply | Refused
+
+_encoder = msgspec.msgpack.Encoder()
+_requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
+_replies: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
+
+
+def encode(message: Request | Reply) -> bytes:
+    """A whole frame. Raises ProtocolError if the message is longer than a frame may be."""
+    body = _encoder.encode(message)
+    if len(body) > MAX_FRAME:
+        raise ProtocolError(f"a message of {len(body)} bytes exceeds the limit of {MAX_FRAME}")
+    return HEADER.pack(len(body)) + body
+
+
+def frame_length(header: bytes | bytearray | memoryview) -> int:
+    """Length of the body that follows a 4-byte header. Raises ProtocolError when it cannot be ours."""
+    (length,) = HEADER.unpack(header)
+    if not 0 < length <= MAX_FRAME:
+        raise ProtocolError(f"a frame of {length} bytes: this is not kvkeep's protocol")
+    return int(length)
+
+
+def decode_request(body: bytes | memoryview) -> Request:
+    """Decode a client's message. Raises ProtocolError."""
+    try:
+        return _requests.decode(body)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise ProtocolError(f"not a request of protocol version {VERSION}: {error}") from error
+
+
+def decode_reply(body: bytes | memoryview) -> Reply:
+    """Decode the keeper's message. Raises ProtocolError."""
+    try:
+        return _replies.decode(body)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise ProtocolError(f"not a reply of protocol version {VERSION}: {error}") from error

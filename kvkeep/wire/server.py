@@ -1,0 +1,397 @@
+"""The keeper's socket: one event loop owns all state, a connection is a frame parser.
+
+The arena is a memfd that only the connections of our own user are handed; when the last process
+that maps it is gone, so is it: nothing in /dev/shm, no port, nothing to clean up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import os
+import socket
+import stat
+import struct
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from kvkeep import __version__
+from kvkeep.config import KeeperConfig
+from kvkeep.errors import ConfigError, ProtocolError, RequestRefused
+from kvkeep.keeper.keeper import GroupSpec, Keeper, Namespace
+from kvkeep.keeper.leases import ClaimKind
+from kvkeep.wire import messages as msg
+
+__all__ = ["KeeperServer"]
+
+log = logging.getLogger("kvkeep.keeper")
+
+_PREFAULT_STEP = 64 << 20
+_HELLO_DEADLINE = 5.0
+_MAX_NAMESPACES = 4096
+_MAX_BACKLOG = 256 << 20  # bytes of unread answers at which a client is taken for dead
+
+
+class KeeperServer:
+    """Serves one keeper on one unix socket until `stop` or, if told so, until nobody is left."""
+
+    def __init__(self, config: KeeperConfig) -> None:
+        self.config = config
+        self.keeper = Keeper(config.memory, config.policy)
+        self.identity = uuid.uuid4().hex
+        self.started = time.time()
+        self.prefaulted = 0
+        self.errors = 0
+        self.connections: set[_Connection] = set()
+        self._had_client = False
+        self._stopping = asyncio.Event()
+        self.arena_fd = _arena(self.keeper.arena.nbytes, config.huge_pages)
+
+    async def run(self, ready: Callable[[], None] = lambda: None) -> None:
+        """Bind, serve, and clean up. Raises ConfigError where the socket cannot be had."""
+        path = Path(self.config.socket)
+        listener = _listen(path)
+        inode = path.stat().st_ino
+        threading.Thread(target=self._prefault, name="kvkeep-prefault", daemon=True).start()
+        loop = asyncio.get_running_loop()
+        server = await loop.create_unix_server(lambda: _Connection(self), sock=listener)
+        ready()
+        try:
+            await self._until_done()
+        finally:
+            server.close()
+            for connection in list(self.connections):
+                connection.close()
+            with contextlib.suppress(FileNotFoundError):
+                if path.stat().st_ino == inode:  # a successor may have bound the path already
+                    path.unlink()
+
+    def stop(self) -> None:
+        """Ask `run` to return. From the event loop's thread."""
+        self._stopping.set()
+
+    def opened(self, connection: _Connection) -> None:
+        """A connection has said hello."""
+        self.connections.add(connection)
+        self._had_client = True
+
+    def figures(self) -> dict[str, object]:
+        """What `kvkeep status` shows."""
+        keeper = self.keeper
+        return {
+            "version": __version__,
+            "keeper": self.identity,
+            "pid": os.getpid(),
+            "socket": self.config.socket,
+            "uptime_s": round(time.time() - self.started, 1),
+            "policy": self.config.policy,
+            "memory_bytes": keeper.arena.nbytes,
+            "prefaulted_bytes": self.prefaulted,
+            "used_bytes": keeper.used_bytes(),
+            "chunks": len(keeper.chunks),
+            "index_bytes": keeper.chunks.nbytes,
+            "leases": keeper.claims.count(ClaimKind.LEASE),
+            "reservations": keeper.claims.count(ClaimKind.RESERVATION),
+            "sessions": keeper.claims.sessions,
+            "connections": len(self.connections),
+            "protocol_errors": self.errors,
+            "counters": _asdict(keeper.counters),
+            "namespaces": [
+                {
+                    "namespace": space.number,
+                    "fingerprint": space.fingerprint.hex(),
+                    "label": space.label,
+                    "chunks": keeper.held_chunks(space),
+                    "used_bytes": keeper.used_bytes(space),
+                    **_asdict(space.counters),
+                }
+                for space in keeper.namespaces
+            ],
+        }
+
+    async def _until_done(self) -> None:
+        idle_since = time.monotonic()
+        while not self._stopping.is_set():
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), 0.5)
+            if self.connections:
+                idle_since = time.monotonic()
+            patience = self.config.linger if self._had_client else max(60.0, self.config.linger)
+            if self.config.linger and time.monotonic() - idle_since > patience:
+                log.info("no engine is left: this embedded keeper ends")
+                return
+
+    def _prefault(self) -> None:
+        """Allocate the arena's pages ahead of use: touching fresh memory is ten times slower."""
+        total = self.keeper.arena.nbytes
+        while self.config.prefault and self.prefaulted < total and not self._stopping.is_set():
+            step = min(_PREFAULT_STEP, total - self.prefaulted)
+            try:
+                os.posix_fallocate(self.arena_fd, self.prefaulted, step)
+            except OSError as error:
+                log.warning(
+                    "only %.1f of %.1f GiB of the arena could be prepared ahead (%s): give --memory less",
+                    self.prefaulted / 2**30,
+                    total / 2**30,
+                    error.strerror,
+                )
+                return
+            self.prefaulted += step
+
+
+class _Connection(asyncio.Protocol):
+    """One client: parses frames, calls the keeper, writes answers. Bad bytes end it, nothing else."""
+
+    def __init__(self, server: KeeperServer) -> None:
+        self._server = server
+        self._keeper = server.keeper
+        self._session: str | None = None
+        self._buffer = bytearray()
+        self._transport: asyncio.Transport | None = None
+        self._deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        peer = transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        _, uid, _ = struct.unpack("3i", peer)
+        if uid not in (os.getuid(), 0):
+            log.warning("refused a connection of user %d: this keeper serves user %d", uid, os.getuid())
+            self._refuse(f"this keeper belongs to user {os.getuid()}, you are {uid}")
+            return
+        self._deadline = asyncio.get_running_loop().call_later(_HELLO_DEADLINE, self._too_late)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._cancel_deadline()
+        self._server.connections.discard(self)
+        if self._session is not None:
+            self._keeper.detach(self._session)
+            self._session = None
+
+    def close(self) -> None:
+        """Drop the client."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        self._buffer += data
+        try:
+            self._parse()
+        except ProtocolError as error:
+            self._server.errors += 1
+            log.warning("dropped a client: %s", error)
+            self._refuse(str(error))
+
+    def _parse(self) -> None:
+        start, buffer = 0, self._buffer
+        while self._transport is not None and len(buffer) - start >= msg.HEADER.size:
+            length = msg.frame_length(buffer[start : start + msg.HEADER.size])
+            end = start + msg.HEADER.size + length
+            if len(buffer) < end:
+                break
+            self._handle(msg.decode_request(bytes(buffer[start + msg.HEADER.size : end])))
+            start = end
+        del buffer[:start]
+
+    def _handle(self, request: msg.Request) -> None:
+        if self._session is None:
+            self._hello(request)
+            return
+        try:
+            reply = self._answer(self._session, request)
+        except (RequestRefused, ConfigError) as error:
+            one_way = isinstance(request, msg.Commit | msg.Abort | msg.Release | msg.Touch)
+            if one_way:
+                log.debug("ignored %s: %s", type(request).__name__, error)
+            reply = None if one_way else msg.Refused(str(error))
+        if reply is not None:
+            self._write(reply)
+
+    def _answer(self, session: str, request: msg.Request) -> msg.Reply | None:
+        keeper = self._keeper
+        match request:
+            case msg.Lookup():
+                found = keeper.lookup(session, self._space(request.namespace), _keys(request.keys))
+                return msg.Found(
+                    found.lease, found.chunks, found.epoch, [_int64(row) for row in found.offsets]
+                )
+            case msg.Reserve():
+                return self._reserve(session, request)
+            case msg.Commit():
+                keeper.commit(session, request.reservation, request.part)
+            case msg.Release():
+                keeper.release(session, request.lease, request.rank)
+            case msg.Abort():
+                keeper.abort(session, request.reservation)
+            case msg.Touch():
+                keeper.touch(self._space(request.namespace), _keys(request.keys))
+            case msg.OpenNamespace():
+                return self._open(request)
+            case msg.Clear():
+                space = None if request.namespace is None else self._space(request.namespace)
+                return msg.Cleared(keeper.clear(space))
+            case msg.Status():
+                return msg.StatusReply(self._server.figures())
+            case msg.Hello():
+                raise ProtocolError("a second hello")
+        return None
+
+    def _reserve(self, session: str, request: msg.Reserve) -> msg.Reserved:
+        space, out = self._space(request.namespace), []
+        for item in request.items:
+            count = len(_keys(item.keys)) // 16
+            if len(item.wanted) != len(space.groups) or any(len(row) != count for row in item.wanted):
+                raise ProtocolError("a reservation needs one byte per chunk and group")
+            wanted = [np.frombuffer(row, np.uint8) != 0 for row in item.wanted]
+            done = self._keeper.reserve(session, space, item.keys, wanted, item.first, item.epoch)
+            out.append((done.reservation, [_int64(row) for row in done.offsets]))
+        return msg.Reserved(out)
+
+    def _open(self, request: msg.OpenNamespace) -> msg.Namespace:
+        if len(self._keeper.namespaces) >= _MAX_NAMESPACES:
+            raise RequestRefused(f"more than {_MAX_NAMESPACES} namespaces: restart this keeper")
+        groups = [GroupSpec(group.slot_bytes, group.window_chunks) for group in request.groups]
+        return msg.Namespace(
+            self._keeper.open_namespace(
+                request.fingerprint, request.label, groups, request.parts, request.readers
+            ).number
+        )
+
+    def _space(self, number: int) -> Namespace:
+        if number >= len(self._keeper.namespaces):
+            raise RequestRefused(f"no namespace {number} is open here")
+        return self._keeper.namespaces[number]
+
+    def _hello(self, request: msg.Request) -> None:
+        if not isinstance(request, msg.Hello):
+            raise ProtocolError("the first message must be a hello")
+        if request.version != msg.VERSION:
+            raise ProtocolError(
+                f"client speaks protocol {request.version}, this keeper ({__version__}) {msg.VERSION}: "
+                "install the same kvkeep on both sides"
+            )
+        self._cancel_deadline()
+        self._session = request.session
+        self._keeper.attach(request.session)
+        self._server.opened(self)
+        welcome = msg.encode(msg.Welcome(msg.VERSION, self._server.identity, self._keeper.arena.nbytes))
+        if request.arena:
+            self._send_arena(welcome)
+        else:
+            self._raw_write(welcome)
+
+    def _send_arena(self, frame: bytes) -> None:
+        # asyncio cannot pass descriptors; nothing is queued yet, so the frame can go out directly.
+        assert self._transport is not None
+        with socket.socket(fileno=os.dup(self._transport.get_extra_info("socket").fileno())) as raw:
+            try:
+                sent = socket.send_fds(raw, [frame], [self._server.arena_fd])
+            except OSError:
+                self.close()
+                return
+        if sent < len(frame):
+            self.close()
+
+    def _write(self, reply: msg.Reply) -> None:
+        self._raw_write(msg.encode(reply))
+
+    def _raw_write(self, frame: bytes) -> None:
+        if self._transport is None:
+            return
+        self._transport.write(frame)
+        if self._transport.get_write_buffer_size() > _MAX_BACKLOG:
+            log.warning("dropped a client that does not read its answers")
+            self.close()
+
+    def _refuse(self, reason: str) -> None:
+        if self._transport is not None:
+            self._transport.write(msg.encode(msg.Refused(reason[:1000])))
+            self._transport.close()
+        self._transport = None
+        self._buffer.clear()
+
+    def _too_late(self) -> None:
+        self._server.errors += 1
+        log.warning("dropped a client that did not say hello within %g s", _HELLO_DEADLINE)
+        self.close()
+
+    def _cancel_deadline(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+
+def _arena(nbytes: int, huge_pages: bool) -> int:
+    """A memfd of fixed size: no client can shrink it under another's feet."""
+    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | (os.MFD_HUGETLB if huge_pages else 0)
+    try:
+        fd = os.memfd_create("kvkeep-arena", flags)
+        os.ftruncate(fd, nbytes)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        if huge_pages:
+            os.posix_fallocate(fd, 0, nbytes)
+    except OSError as error:
+        remedy = (
+            "reserve huge pages (vm.nr_hugepages), or leave --huge-pages out"
+            if huge_pages
+            else "give --memory less"
+        )
+        raise ConfigError(
+            f"cannot create an arena of {nbytes / 2**30:.2f} GiB: {error.strerror}; {remedy}"
+        ) from error
+    return fd
+
+
+def _listen(path: Path) -> socket.socket:
+    """A listening socket at `path`, mode 0600; a dead keeper's socket is replaced."""
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            raise ConfigError(f"{path} exists and is not a socket: choose another --socket, or remove it")
+        if _answers(path):
+            raise ConfigError(f"another keeper serves {path}: choose another --socket, or stop that one")
+        path.unlink()
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    mask = os.umask(0o177)
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        listener.bind(str(path))
+    except OSError as error:
+        listener.close()
+        raise ConfigError(f"cannot listen on {path}: {error.strerror or error}") from error
+    finally:
+        os.umask(mask)
+    listener.listen(128)
+    return listener
+
+
+def _answers(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(str(path))
+        except (ConnectionRefusedError, FileNotFoundError):
+            return False
+        except OSError:
+            return True
+    return True
+
+
+def _keys(blob: bytes) -> bytes:
+    if len(blob) % 16:
+        raise ProtocolError("keys are 16 bytes each")
+    return blob
+
+
+def _int64(row: np.ndarray) -> bytes:  # type: ignore[type-arg]
+    return np.ascontiguousarray(row, "<i8").tobytes()
+
+
+def _asdict(counters: object) -> dict[str, int]:
+    return dict(vars(counters))
