@@ -55,7 +55,8 @@ class KeeperConfig:
         machine = _machine_bytes()
         if self.memory > machine:
             raise ConfigError(
-                f"memory of {self.memory / 2**30:.1f} GiB is more than this machine's {machine / 2**30:.1f} GiB: "
+                f"memory of {self.memory / 2**30:.1f} GiB is more than this machine's "
+                f"{machine / 2**30:.1f} GiB: "
                 "give less, and leave room for the engine"
             )
         if len(self.socket.encode()) > _MAX_SOCKET_PATH:

@@ -56,8 +56,9 @@ def _print(figures: dict[str, Any]) -> None:
         f"{counters['evicted_chunks']} evicted, {counters['refused_chunks']} refused"
     )
     console.print(
-        f"clients  {figures['sessions']} sessions, {figures['connections']} connections, {figures['leases']} leases, "
-        f"{figures['reservations']} reservations, {figures['protocol_errors']} protocol errors"
+        f"clients  {figures['sessions']} sessions, {figures['connections']} connections, "
+        f"{figures['leases']} leases, {figures['reservations']} reservations, "
+        f"{figures['protocol_errors']} protocol errors"
     )
     table = Table("#", "namespace", "fingerprint", "chunks", "bytes", "hit ratio", "lookups")
     for space in figures["namespaces"]:

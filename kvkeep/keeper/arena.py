@@ -59,7 +59,7 @@ class Arena:
         slot = _round_up(nbytes, ALIGNMENT)
         if slot > self.slab_bytes:
             raise ConfigError(
-                f"a chunk of {nbytes / 2**20:.1f} MiB does not fit this arena of {self.nbytes / 2**20:.0f} MiB "
+                f"a chunk of {nbytes / 2**20:.1f} MiB does not fit an arena of {self.nbytes / 2**20:.0f} MiB "
                 f"(slabs of {self.slab_bytes / 2**20:.1f} MiB): give the keeper --memory of at least "
                 f"{_MIN_SLABS * slot / 2**20:.0f} MiB, or choose a smaller chunk size"
             )

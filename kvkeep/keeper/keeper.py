@@ -12,13 +12,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvkeep.errors import RequestRefused
+from kvkeep.errors import ConfigError, RequestRefused
 from kvkeep.identity import group_keys
 from kvkeep.keeper.arena import Arena, SlotClass
 from kvkeep.keeper.chunks import Chunks, ChunkState
 from kvkeep.keeper.index import Keys, Records
 from kvkeep.keeper.leases import Claim, ClaimKind, Claims
-from kvkeep.keeper.policy import Policy, make_policy
+from kvkeep.keeper.policy import POLICIES, Policy, make_policy
 from kvkeep.keeper.usable import usable_chunks
 
 __all__ = ["Counters", "Found", "GroupSpec", "Keeper", "Namespace", "Reserved"]
@@ -93,6 +93,8 @@ class Keeper:
         self.claims = Claims()
         self.namespaces: list[Namespace] = []
         self.counters = Counters()
+        if policy not in POLICIES:
+            raise ConfigError(f"unknown policy {policy!r}: choose one of {', '.join(POLICIES)}")
         self._policy_name = policy
         self._kinds: list[SlotClass] = []
         self._policies: list[Policy] = []

@@ -8,6 +8,7 @@ larger than the caches anyway.
 
 from __future__ import annotations
 
+import itertools
 import mmap
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -62,7 +63,7 @@ class CpuTransfer(Transfer):
             copy(target, source, sizes)
             return
         cuts = np.linspace(0, len(sizes), self._threads + 1).astype(int)
-        spans = [slice(start, stop) for start, stop in zip(cuts[:-1], cuts[1:], strict=True)]
+        spans = [slice(start, stop) for start, stop in itertools.pairwise(cuts.tolist())]
         waiting = [self._pool.submit(copy, target[span], source[span], sizes[span]) for span in spans[1:]]
         copy(target[spans[0]], source[spans[0]], sizes[spans[0]])
         for future in waiting:

@@ -63,24 +63,11 @@ class Connection:
         RequestRefused where the keeper does not want us (its message says why).
         """
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        sock.settimeout(_HELLO_TIMEOUT)
         try:
-            sock.connect(path)
-            sock.sendall(msg.encode(msg.Hello(msg.VERSION, session, arena)))
-            first, fds, _, _ = socket.recv_fds(sock, 4096, 1)
-            body = bytearray(first)
-            while len(body) < 4 or len(body) < 4 + msg.frame_length(body[:4]):
-                more = sock.recv(4096)
-                if not more:
-                    raise KeeperUnavailable(f"the keeper at {path} closed the connection")
-                body += more
-            reply = msg.decode_reply(bytes(body[4:]))
+            reply, fds = _greet(sock, path, msg.Hello(msg.VERSION, session, arena))
         except (OSError, ProtocolError) as error:
             sock.close()
             raise KeeperUnavailable(f"no keeper answers at {path}: {error}") from error
-        except KeeperUnavailable:
-            sock.close()
-            raise
         if not isinstance(reply, msg.Welcome) or arena != bool(fds):
             sock.close()
             for fd in fds:
@@ -195,3 +182,18 @@ class Connection:
                 raise ConnectionResetError("it closed the connection")
             filled += got
         return view
+
+
+def _greet(sock: socket.socket, path: str, hello: msg.Hello) -> tuple[msg.Reply, list[int]]:
+    """Connect and exchange hello and welcome; the arena's descriptor comes with the first bytes."""
+    sock.settimeout(_HELLO_TIMEOUT)
+    sock.connect(path)
+    sock.sendall(msg.encode(hello))
+    first, fds, _, _ = socket.recv_fds(sock, 4096, 1)
+    body = bytearray(first)
+    while len(body) < msg.HEADER.size or len(body) < msg.HEADER.size + msg.frame_length(body[:4]):
+        more = sock.recv(4096)
+        if not more:
+            raise ConnectionResetError("it closed the connection")
+        body += more
+    return msg.decode_reply(bytes(body[msg.HEADER.size :])), fds

@@ -59,9 +59,7 @@ def _await(child: subprocess.Popen[bytes], socket: str) -> None:
         if _alive(socket):
             return
         if child.poll() is not None:
-            raise KeeperUnavailable(
-                f"the private keeper ended with status {child.returncode}: see its message above"
-            )
+            raise KeeperUnavailable(f"the private keeper ended with status {child.returncode}; see above")
         time.sleep(0.02)
     child.kill()
     raise KeeperUnavailable(f"the private keeper did not answer within {_START_DEADLINE:g} s")

@@ -108,7 +108,7 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
             return
         if len(self._kv_cache_config.kv_cache_groups) == 1:
             worker.fail_load(meta)
-        else:  # vLLM cannot recompute blocks of several groups: the slow path, and if need be the engine's end
+        else:  # vLLM cannot recompute blocks of several groups: the slow path, or the engine's end
             worker.load_again(meta)
 
     def wait_for_layer_load(self, layer_name: str) -> None:

@@ -69,7 +69,7 @@ def group_window(spec: KVCacheSpec) -> int | None:
     if type(spec) not in _PLAIN_SPECS:
         raise LayoutError(f"KV of kind {type(spec).__name__} is not supported yet")
     if isinstance(spec, SlidingWindowSpec):
-        return max(1, spec.sliding_window - 1 + spec.extra_retained_tokens)
+        return max(1, int(spec.sliding_window) - 1 + int(spec.extra_retained_tokens))
     return None
 
 
@@ -79,9 +79,7 @@ def describe_model(
     """The scheduler's half of the namespace: model, numerics, groups, split over ranks."""
     model = config.model_config
     cache = config.cache_config
-    hf = model.hf_config.to_dict()
-    for unstable in ("_name_or_path", "transformers_version"):
-        hf.pop(unstable, None)
+    hf = _stable(model.hf_config.to_dict())
     rope = json.dumps(hf.get("rope_scaling") or hf.get("rope_parameters"), default=str)
     return {
         "engine": "vllm",
@@ -105,6 +103,14 @@ def describe_model(
             for group in kv_config.kv_cache_groups
         ],
     }
+
+
+def _stable(config: Any) -> Any:
+    """A model's configuration without what says only where it was loaded from, and by what."""
+    if isinstance(config, dict):
+        skipped = ("_name_or_path", "transformers_version")
+        return {name: _stable(value) for name, value in config.items() if name not in skipped}
+    return config
 
 
 def describe_tensors(layers: Sequence[LayerTensor], dtypes: Sequence[torch.dtype], device: str) -> str:

@@ -94,12 +94,16 @@ class Link:
     def _search(self, epoch: int) -> None:
         wait = _RETRY_FIRST
         while not self._stop.wait(wait):
-            try:
-                self._opened = self.open(epoch)
-            except KeeperUnavailable:
-                wait = min(2 * wait, _RETRY_MOST)
-            except KVKeepError as error:
-                log.warning("the keeper refuses this engine, which goes on without it: %s", error)
+            wait = min(2 * wait, _RETRY_MOST)
+            if self._try(epoch):
                 return
-            else:
-                return
+
+    def _try(self, epoch: int) -> bool:
+        """Whether the search is over: a keeper was found, or it does not want us."""
+        try:
+            self._opened = self.open(epoch)
+        except KeeperUnavailable:
+            return False
+        except KVKeepError as error:
+            log.warning("the keeper refuses this engine, which goes on without it: %s", error)
+        return True

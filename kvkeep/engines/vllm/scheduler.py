@@ -8,23 +8,20 @@ one round trip to the keeper, bounded by `timeout`.
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
-import numpy as np
-
 from kvkeep.config import EngineConfig
 from kvkeep.engines.vllm.describe import describe_model, group_window
+from kvkeep.engines.vllm.geometry import Geometry, arrange
 from kvkeep.engines.vllm.link import Identity, Link, Opened
 from kvkeep.engines.vllm.metadata import Copies, Handshake, Rank, Session, StepMeta, WorkerMeta
 from kvkeep.engines.vllm.report import Reporter
 from kvkeep.engines.vllm.requests import Tracked
 from kvkeep.engines.vllm.stats import KVKeepStats
-from kvkeep.errors import ConfigError, KeeperUnavailable, KVKeepError, RequestRefused
+from kvkeep.errors import KeeperUnavailable, KVKeepError, RequestRefused
 from kvkeep.identity import fingerprint
-from kvkeep.layout import chunk_blocks
 from kvkeep.wire.messages import Reservation
 
 if TYPE_CHECKING:
@@ -68,7 +65,8 @@ class SchedulerSide:
         specs = [group.kv_cache_spec for group in kv_config.kv_cache_groups]
         self._block_tokens = [int(spec.block_size) for spec in specs]
         self._windows = [group_window(spec) for spec in specs]
-        self._chunk_tokens = 0  # 0: off, until the workers have said what they hold
+        self._geometry: Geometry | None = None  # fixed once the workers have said what they hold
+        self._chunk_tokens = 0
         self._fingerprint = b""
         self._link: Link | None = None
         self._keeper: Opened | None = None
@@ -87,40 +85,26 @@ class SchedulerSide:
     def handshake(self, workers: dict[Rank, Handshake]) -> None:
         """The workers have registered their KV caches: fix the namespace, and open it."""
         self._ranks = sorted(workers)
-        total = [
-            sum(workers[rank].block_bytes[group] for rank in self._ranks)
-            for group in range(len(self._windows))
-        ]
-        self._chunk_tokens = self._choose_chunk(sum(total))
+        groups = range(len(self._windows))
+        block_bytes = [sum(workers[rank].block_bytes[group] for rank in self._ranks) for group in groups]
+        geometry = Geometry.choose(self._block_tokens, self._windows, block_bytes, self.config.chunk_tokens)
+        self._geometry, self._chunk_tokens = geometry, geometry.chunk_tokens
         description = describe_model(
-            self._vllm_config, self._kv_config, self._chunk_tokens, self.config.model_id
+            self._vllm_config, self._kv_config, geometry.chunk_tokens, self.config.model_id
         )
         description["layouts"] = [[list(rank), workers[rank].layout] for rank in self._ranks]
         self._fingerprint = fingerprint(description)
-        replicas = max(1, self._kv_config.kv_tp_replicas)
-        session = Session(0)
-        slot, parts = [0] * len(self._windows), 0
-        for rank in self._ranks:
-            if rank[1] % replicas == 0:
-                session.part[rank], session.part_offset[rank] = parts, list(slot)
-                parts += 1
-                for group, size in enumerate(workers[rank].block_bytes):
-                    slot[group] += size * self._chunk_tokens // self._block_tokens[group]
-            else:
-                session.part_offset[rank] = session.part_offset[(rank[0], rank[1] - rank[1] % replicas)]
-        windows = [
-            None if window is None else math.ceil(window / self._chunk_tokens) for window in self._windows
-        ]
+        self._session, slot = arrange(geometry, workers, max(1, self._kv_config.kv_tp_replicas))
+        specs = list(zip(slot, geometry.window_chunks(), strict=True))
         identity = Identity(
-            self._fingerprint, self._label(), list(zip(slot, windows, strict=True)), parts, len(self._ranks)
+            self._fingerprint, self._label(), specs, len(self._session.part), len(self._ranks)
         )
         self._link = Link(self.config, self._engine_id, identity)
-        self._session = session
         self._joined = {rank: 0 if workers[rank].attached else -1 for rank in self._ranks}
         log.info(
-            "kvkeep namespace %s: chunks of %d tokens, %.2f MiB, %d groups, %d ranks",
+            "kvkeep namespace %s: chunks of %d tokens, %.2f MiB; %d groups, %d ranks",
             self._fingerprint.hex()[:12],
-            self._chunk_tokens,
+            geometry.chunk_tokens,
             sum(slot) / 2**20,
             len(slot),
             len(self._ranks),
@@ -134,18 +118,6 @@ class SchedulerSide:
         except KeeperUnavailable as error:
             log.warning("kvkeep: %s; the engine runs without it and goes on looking", error)
             self._link.reopen(1)
-
-    def _choose_chunk(self, block_bytes: int) -> int:
-        """Tokens per chunk: whole blocks of every group."""
-        unit = math.lcm(*self._block_tokens)
-        if self.config.chunk_tokens is not None:
-            if self.config.chunk_tokens % unit:
-                raise ConfigError(
-                    f"chunk_tokens={self.config.chunk_tokens} is no multiple of the engine's block size {unit}: "
-                    f"set it to {unit} or a multiple, or leave it out"
-                )
-            return self.config.chunk_tokens
-        return unit * chunk_blocks(block_bytes * unit // min(self._block_tokens))
 
     def _label(self) -> str:
         model = self._vllm_config.model_config
@@ -231,92 +203,56 @@ class SchedulerSide:
         self._ready, self._disabled = False, True
 
     def _plan_loads(self, promised: list[Promise]) -> Copies:
+        assert self._geometry is not None
         copies = Copies()
-        for tracked, block_ids, local, external in promised:
-            for group, size in enumerate(self._block_tokens):
-                blocks = np.array(block_ids[group][local // size : (local + external) // size], np.int64)
-                number = local // size + np.arange(len(blocks))
-                per_chunk = self._chunk_tokens // size
-                slots = tracked.offsets[group][number // per_chunk - tracked.first]
-                used = (blocks != 0) & (slots >= 0)  # block 0 is the null block outside a sliding window
-                copies.add(group, slots[used], (number % per_chunk)[used], blocks[used])
-            copies.claims.append(tracked.lease)
-            copies.tokens += external
+        for tracked, table, local, external in promised:
+            self._geometry.add_load(copies, tracked, table, local, external)
             tracked.next_save = max(tracked.next_save, tracked.first + tracked.found)
             tracked.forget_claim()
         return copies
 
     def _plan_saves(self, output: SchedulerOutput) -> Copies | None:
         began = time.perf_counter()
-        items, owners = [], []
+        offers = []
         for request_id, scheduled in output.num_scheduled_tokens.items():
             tracked = self._requests.get(request_id)
-            if tracked is None or not tracked.cacheable:
-                continue
-            last = self._complete_chunks(tracked, request_id, scheduled, output)
-            if last <= tracked.next_save:
-                continue
-            item = self._offer(tracked, output, tracked.next_save, last)
-            if item is not None:
-                items.append(item)
-                owners.append((tracked, tracked.next_save))
-            tracked.next_save = last
-        if not items or self._keeper is None:
+            if tracked is not None and tracked.cacheable:
+                last = self._complete_chunks(tracked.request, scheduled, output)
+                if last > tracked.next_save:
+                    offers.append(self._offer(tracked, output, last))
+        made = [offer for offer in offers if offer is not None]
+        if not made or self._keeper is None or self._geometry is None:
             return None
         try:
-            reserved = self._keeper.connection.reserve(self._keeper.namespace, items)
+            reserved = self._keeper.connection.reserve(self._keeper.namespace, [item for item, _ in made])
         except (KeeperUnavailable, RequestRefused) as error:
             self._lose(error)
             return None
         copies = Copies()
-        for (tracked, first), result in zip(owners, reserved, strict=True):
+        for (item, table), result in zip(made, reserved, strict=True):
             if result.reservation:
-                self._add_save(copies, tracked, output, first, result.offsets)
+                self._geometry.add_save(copies, table, item.first, result.offsets)
                 copies.claims.append(result.reservation)
         self.stats.add("reserve_seconds", time.perf_counter() - began)
         return copies if copies.claims else None
 
-    def _complete_chunks(
-        self, tracked: Tracked, request_id: str, scheduled: int, output: SchedulerOutput
-    ) -> int:
+    def _complete_chunks(self, request: Request, scheduled: int, output: SchedulerOutput) -> int:
         """Chunks whose KV is certain after this step: no draft tokens, no tokens not yet known."""
-        request = tracked.request
-        drafts = len(output.scheduled_spec_decode_tokens.get(request_id, ()))
-        end = min(request.num_computed_tokens + scheduled - drafts, request.num_tokens)
+        drafts = len(output.scheduled_spec_decode_tokens.get(request.request_id, ()))
+        end: int = min(request.num_computed_tokens + scheduled - drafts, request.num_tokens)
         if not self.config.save_decoded:
             end = min(end, request.num_prompt_tokens)
         return end // self._chunk_tokens
 
-    def _offer(self, tracked: Tracked, output: SchedulerOutput, first: int, last: int) -> Reservation | None:
+    def _offer(
+        self, tracked: Tracked, output: SchedulerOutput, last: int
+    ) -> tuple[Reservation, tuple[list[int], ...]] | None:
+        """What the keeper is asked about chunks up to `last`, and the block table behind it."""
+        assert self._geometry is not None
+        first, tracked.next_save = tracked.next_save, last
         table = output.kv_connector_block_state.get_block_ids(tracked.request.request_id)
-        keys = tracked.keys(first, last)
-        if table is None or not keys:
-            return None
-        wanted = []
-        for group, size in enumerate(self._block_tokens):
-            per_chunk = self._chunk_tokens // size
-            blocks = np.array(table[group][first * per_chunk : last * per_chunk], np.int64)
-            whole = np.zeros(last - first, np.uint8)
-            whole[: len(blocks) // per_chunk] = (
-                (blocks[: len(blocks) // per_chunk * per_chunk] != 0).reshape(-1, per_chunk).all(axis=1)
-            )
-            wanted.append(whole.tobytes())
-        return Reservation(keys, wanted, first, tracked.epoch)
-
-    def _add_save(
-        self, copies: Copies, tracked: Tracked, output: SchedulerOutput, first: int, offsets: list[np.ndarray]
-    ) -> None:
-        table = output.kv_connector_block_state.get_block_ids(tracked.request.request_id)
-        given = np.zeros(len(offsets[0]), np.bool_)
-        for group, size in enumerate(self._block_tokens):
-            per_chunk = self._chunk_tokens // size
-            chunks = np.flatnonzero(offsets[group] >= 0)
-            given[chunks] = True
-            index = np.tile(np.arange(per_chunk), len(chunks))
-            number = np.repeat((first + chunks) * per_chunk, per_chunk) + index
-            slots = np.repeat(offsets[group][chunks], per_chunk)
-            copies.add(group, slots, index, np.array(table[group], np.int64)[number])
-        copies.tokens += int(given.sum()) * self._chunk_tokens
+        item = None if table is None else self._geometry.offer(tracked, table, first, last)
+        return None if item is None else (item, table)
 
     # Results and housekeeping
 
