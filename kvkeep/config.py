@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from kvkeep.errors import ConfigError
 
-__all__ = ["EngineConfig", "KeeperConfig", "default_socket", "parse_bytes"]
+__all__ = ["EngineConfig", "KeeperConfig", "child_environment", "default_socket", "load", "parse_bytes"]
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {
@@ -156,6 +156,11 @@ def parse_bytes(value: Any) -> int:
     if match is None or unit is None:
         raise ConfigError(f"not a size: {value!r}; write it as 8GiB, 500MB or a number of bytes")
     return int(float(match[1]) * unit)
+
+
+def child_environment(extra: Mapping[str, str]) -> dict[str, str]:
+    """This process's environment with additions, for a child process."""
+    return {**os.environ, **extra}
 
 
 def default_socket() -> str:
