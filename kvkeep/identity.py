@@ -27,6 +27,7 @@ FORMAT = 1
 """Version of the key derivation; part of every fingerprint."""
 
 _EXTRA_MARK = b"\xff\xff\xff\xff"  # a token id that no prompt can contain: ids are packed as uint31
+_SPAN_BYTES = 992  # with the 32 bytes that it starts from, one leaf of BLAKE3's tree
 _STRIPE = 1 << 20
 _SAMPLE = 4096
 
@@ -62,11 +63,16 @@ class ChainHasher:
 
     Owned by one request, used by one thread. Feeding is incremental: `extend` takes the tokens
     that follow those already fed; those short of a whole chunk wait for the next call.
+
+    A key is the digest of all that came before. BLAKE3 hashes a long input as a tree, and each digest
+    folds the tree again, a third of the time at 128k tokens; so every `_SPAN_BYTES` of token ids the
+    hasher starts anew from its own 32-byte digest, which stands for all before it.
     """
 
     def __init__(self, namespace: bytes, chunk_tokens: int) -> None:
         self._hasher = blake3(namespace)
         self._chunk_tokens = chunk_tokens
+        self._span = max(1, _SPAN_BYTES // (4 * chunk_tokens))
         self._keys = bytearray()
 
     @property
@@ -84,17 +90,30 @@ class ChainHasher:
         `extras`: one entry per whole chunk, the canonical encoding of its extra keys or None.
         Raises `struct.error` on a token id outside [0, 2^31).
         """
-        size = 4 * self._chunk_tokens
         count = len(tokens) // self._chunk_tokens
-        packed = memoryview(
-            struct.pack(f"<{count * self._chunk_tokens}i", *tokens[: count * self._chunk_tokens])
-        )
+        whole = count * self._chunk_tokens
+        packed = struct.pack(f"<{whole}i", *(tokens if len(tokens) == whole else tokens[:whole]))
         if count and np.frombuffer(packed, "<i4").min() < 0:
             raise struct.error("negative token id")
-        update, digest, out = self._hasher.update, self._hasher.digest, self._keys
-        for index in range(count):
+        done = 0
+        while done < count:
+            stop = min(count, done + self._span - self.chunks % self._span)
+            self._hash(packed, done, stop, extras)
+            done = stop
+            if self.chunks % self._span == 0:
+                self._hasher = blake3(self._hasher.digest())
+
+    def _hash(self, packed: bytes, first: int, last: int, extras: Sequence[bytes | None] | None) -> None:
+        size, out = 4 * self._chunk_tokens, self._keys
+        update, digest = self._hasher.update, self._hasher.digest
+        if extras is None:
+            for at in range(first * size, last * size, size):
+                update(packed[at : at + size])
+                out += digest(KEY_BYTES)
+            return
+        for index in range(first, last):
             update(packed[index * size : (index + 1) * size])
-            extra = extras[index] if extras is not None else None
+            extra = extras[index]
             if extra is not None:
                 update(_EXTRA_MARK + struct.pack("<I", len(extra)) + extra)
             out += digest(KEY_BYTES)

@@ -19,6 +19,7 @@ Records = npt.NDArray[np.int64]
 _EMPTY = np.uint64(0)
 _TOMBSTONE = np.uint64(1) << np.uint64(32)  # record field 0 (none), tag 1
 _LOW = np.uint64(0xFFFFFFFF)
+_ONE = np.uint64(1)
 _SHIFT = np.uint64(32)
 
 
@@ -74,19 +75,23 @@ class KeyTable:
     def _probe(self, keys: Keys) -> tuple[Records, Records]:
         mask = np.int64(len(self._entries) - 1)
         position = (keys[:, 0] & np.uint64(mask)).astype(np.int64)
-        tag = keys[:, 1] >> _SHIFT
+        tag = keys[:, 1] & ~_LOW
         out = np.full(len(keys), -1, np.int64)
         active = np.arange(len(keys))
         while len(active):
             entry = self._entries[position[active]]
-            record = (entry & _LOW).astype(np.int64) - 1
-            match = ((entry >> _SHIFT) == tag[active]) & (record >= 0)
-            hits = np.flatnonzero(match)
-            if len(hits):
-                same = (self._keys[record[hits]] == keys[active[hits]]).all(axis=1)
-                match[hits[~same]] = False
-                out[active[hits[same]]] = record[hits[same]]
-            active = active[~match & (entry != _EMPTY)]
+            # Equal tags leave the record number + 1; minus 1, all else is _LOW or more: no match, empty
+            # and tombstone by wrapping round.
+            record = (entry ^ tag[active]) - _ONE
+            match = np.flatnonzero(record < _LOW)
+            going_on = entry != _EMPTY
+            if len(match):
+                chosen, hits = active[match], record[match].astype(np.int64)
+                kept, asked = self._keys.take(hits, 0), keys.take(chosen, 0)  # half of [] for rows
+                same = (kept[:, 0] == asked[:, 0]) & (kept[:, 1] == asked[:, 1])
+                out[chosen[same]] = hits[same]
+                going_on[match[same]] = False
+            active = active[going_on]
             position[active] = (position[active] + 1) & mask
         return out, position
 

@@ -146,14 +146,13 @@ class Keeper:
             counters.hit_chunks += usable
         if not usable:
             return Found(0, 0, self._clock, [])
-        offsets, leased = [], []
-        for found, window in zip(records, windows, strict=True):
-            start = 0 if window is None else max(0, usable - window)
-            needed = found[start:usable]
+        starts = [0 if window is None else max(0, usable - window) for window in windows]
+        leased = [found[start:usable] for found, start in zip(records, starts, strict=True)]
+        together = _distinct(np.concatenate(leased))
+        offsets = []
+        for needed, start in zip(leased, starts, strict=True):
             self._touch(needed, start)
-            leased.append(needed)
             offsets.append(np.concatenate([np.full(start, -1, np.int64), self.chunks.offset[needed]]))
-        together = np.concatenate(leased)
         self.chunks.lease(together)
         lease = self.claims.open(ClaimKind.LEASE, session, together, space.readers)
         return Found(lease, usable, self._clock, offsets)
@@ -169,7 +168,7 @@ class Keeper:
         self._clock += 1
         for group in range(len(space.groups)):
             found = self.chunks.table.find(group_keys(keys, space.fingerprint, group))
-            self._touch(found[found >= 0], 0)
+            self._touch(_distinct(found[found >= 0]), 0)
 
     # Writing
 
@@ -188,6 +187,8 @@ class Keeper:
         group g has chunk i to give; `epoch`: from the request's lookup. Chunks for which nothing
         older than the request can be evicted are refused, never waited for.
         """
+        if len({keys[at : at + 16] for at in range(0, len(keys), 16)}) != len(keys) // 16:
+            raise RequestRefused("a reservation names a chunk twice")
         epoch = min(epoch, self._clock)
         offsets, written = [], []
         for group, flags in enumerate(wanted):
@@ -195,8 +196,6 @@ class Keeper:
             named = group_keys(keys, space.fingerprint, group)
             new = np.flatnonzero((self.chunks.table.find(named) < 0) & np.asarray(flags, np.bool_))
             if len(new):
-                if len(np.unique(named[new], axis=0)) != len(new):
-                    raise RequestRefused("a reservation names a chunk twice")
                 records = self._place(space, group, named[new], first + int(new[0]), epoch)
                 placed[new] = np.where(records >= 0, self.chunks.offset[records], -1)
                 written.append(records[records >= 0])
@@ -325,7 +324,7 @@ class Keeper:
             if other == number or not kind.slabs:
                 continue
             slabs = np.array(sorted(kind.slabs))
-            newest = np.zeros(len(slabs), np.int64)
+            newest = np.full(len(slabs), -1, np.int64)  # an empty slab is older than any request
             records = np.flatnonzero((self.chunks.kind == other) & (self.chunks.state != ChunkState.FREE))
             where = np.searchsorted(slabs, self.chunks.offset[records] // self.arena.slab_bytes)
             np.maximum.at(newest, where, self.chunks.epoch[records])
@@ -367,3 +366,11 @@ class Keeper:
             mine = records[self.chunks.kind[records] == number]
             self.arena.release(self._kinds[number], self.chunks.offset[mine])
         self.chunks.free(records)
+
+
+def _distinct(records: Records) -> Records:
+    """The records as they are. Raises RequestRefused on a repeat: one record, leased twice by one claim,
+    would be freed twice."""
+    if len(np.unique(records)) != len(records):
+        raise RequestRefused("a request names a chunk twice")
+    return records

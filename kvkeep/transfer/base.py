@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
+import os
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
@@ -14,9 +17,11 @@ import torch
 from kvkeep.errors import LayoutError
 from kvkeep.layout import GroupLayout, LayerTensor, group_layout
 
-__all__ = ["Offsets", "Transfer", "describe_layers"]
+__all__ = ["Offsets", "Transfer", "describe_layers", "prepare_mapping"]
 
 Offsets = npt.NDArray[np.int64]
+_PREPARE_STEP = 16 << 20
+_MADV_POPULATE_WRITE = 23
 
 
 class Transfer(ABC):
@@ -62,6 +67,28 @@ class Transfer(ABC):
             raise LayoutError("a block id outside the engine's KV cache")
         if offsets.min() < 0 or offsets.max() + layout.block_bytes > len(self.arena):
             raise LayoutError("a place outside the arena")
+
+
+def prepare_mapping(arena: mmap.mmap) -> threading.Thread:
+    """Enter the arena's pages into this process's page table, in the background, at lowest priority.
+
+    A first touch costs about ten times a copy of the same bytes; a copy that comes before its page
+    was prepared just pays that. The thread ends with its work, or with the process.
+    """
+    address = torch.frombuffer(arena, dtype=torch.uint8).data_ptr()
+    thread = threading.Thread(target=_populate, args=(address, arena), name="kvkeep-prepare", daemon=True)
+    thread.start()
+    return thread
+
+
+def _populate(address: int, arena: mmap.mmap) -> None:
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+    madvise = ctypes.CDLL(None).madvise
+    madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    for offset in range(0, len(arena), _PREPARE_STEP):
+        size = min(_PREPARE_STEP, len(arena) - offset)
+        if madvise(address + offset, size, _MADV_POPULATE_WRITE):
+            return  # an older kernel (before 5.14), or no memory: pages come on first touch instead
 
 
 def describe_layers(layers: Sequence[tuple[str, torch.Tensor]]) -> list[LayerTensor]:

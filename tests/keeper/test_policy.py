@@ -44,10 +44,11 @@ class PolicyMachine(RuleBasedStateMachine):
         self.keys.update(zip(chunks, keys, strict=True))
         self.stamps.update((chunk, (epoch, -first - depth)) for depth, chunk in enumerate(chunks))
 
-    @rule(data=st.data(), epoch=st.integers(0, 12), first=st.integers(0, 6))
-    def touch(self, data: st.DataObject, epoch: int, first: int) -> None:
+    @rule(data=st.data(), epoch=st.integers(0, 12), first=st.integers(0, 6), times=st.integers(1, 3))
+    def touch(self, data: st.DataObject, epoch: int, first: int, times: int) -> None:
         chunks = self.some_held(data)
-        self.policy.touch(ids_of(chunks), epoch, first)
+        for _ in range(times):
+            self.policy.touch(ids_of(chunks), epoch, first)
         for depth, chunk in enumerate(chunks):
             self.stamps[chunk] = max(self.stamps[chunk], (epoch, -first - depth))
 
@@ -185,6 +186,36 @@ def test_what_was_evicted_and_comes_back_outlives_a_scan(name: str, evicted: boo
             assert not evicted
             return
     assert evicted
+
+
+def test_arc_makes_room_for_recent_chunks_when_they_come_back() -> None:
+    policy = make_policy("arc", 4)
+    policy.insert(np.arange(4), [0, 1, 2, 3], 0, 0)
+    policy.touch(ids_of([0, 1]), 1, 0)
+    for chunk, key, victim in [(4, 4, 3), (5, 3, 2)]:
+        policy.insert(ids_of([chunk]), [key], chunk, 0)
+        assert policy.victims(1, all_evictable()).tolist() == [victim]
+        policy.remove(ids_of([victim]), evicted=True)
+    # The second ghost to come back: room for two recent chunks is now meant, and only one is held.
+    policy.insert(ids_of([6]), [2], 6, 0)
+    assert policy.victims(1, all_evictable()).tolist() == [1]
+
+
+def test_s3fifo_turns_its_main_queue() -> None:
+    policy = make_policy("s3fifo", 10)
+    policy.insert(np.arange(4), [0, 1, 2, 3], 0, 0)
+    for epoch in (1, 2):
+        policy.touch(np.arange(4), epoch, 0)
+    policy.insert(ids_of([4]), [4], 3, 0)
+    assert policy.victims(1, all_evictable()).tolist() == [4]
+    policy.remove(ids_of([4]), evicted=True)
+    policy.touch(ids_of([3]), 4, 3)
+    evictable = all_evictable()
+    evictable[2] = False
+    assert policy.victims(2, evictable).tolist() == [1, 0]
+    assert policy.victims(4, all_evictable()).tolist() == [2, 1, 0, 3]
+    policy.remove(ids_of([2, 1]), evicted=True)
+    assert policy.victims(2, all_evictable()).tolist() == [0, 3]
 
 
 def test_positions_past_the_stamp_are_the_oldest_of_their_epoch_only() -> None:

@@ -20,7 +20,7 @@ from kvkeep.engines.vllm.stats import KVKeepStats
 from kvkeep.errors import KeeperUnavailable, KVKeepError
 from kvkeep.layout import group_layout
 from kvkeep.transfer import Transfer, make_transfer
-from kvkeep.transfer.base import describe_layers
+from kvkeep.transfer.base import describe_layers, prepare_mapping
 from kvkeep.transfer.reference import ReferenceTransfer
 from kvkeep.wire.client import Connection
 
@@ -88,9 +88,10 @@ class WorkerSide:
     def _join(self, epoch: int) -> _Joined:
         connection = connect(self.config, self._engine_id, epoch, arena=True)
         try:
-            transfer = make_transfer(
-                self._layers, self._kv_config.num_blocks, connection.map_arena(), self.config.copy_threads
-            )
+            arena = connection.map_arena()
+            threads = self.config.copy_threads
+            transfer = make_transfer(self._layers, self._kv_config.num_blocks, arena, threads)
+            prepare_mapping(arena)
         except BaseException:
             connection.close()
             raise
