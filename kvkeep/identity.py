@@ -55,7 +55,8 @@ def group_keys(base: bytes, print_: bytes, group: int) -> npt.NDArray[np.uint64]
     constant that is XORed onto the key, so one walk over the tokens serves all groups.
     """
     tweak = np.frombuffer(blake3(print_ + b"group%d" % group).digest(KEY_BYTES), "<u8")
-    return np.frombuffer(base, "<u8").reshape(-1, 2) ^ tweak
+    keys: npt.NDArray[np.uint64] = np.frombuffer(base, "<u8").reshape(-1, 2) ^ tweak
+    return keys
 
 
 class ChainHasher:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import itertools
 import json
 import mmap
 import os
@@ -99,7 +100,7 @@ class Bed:
         ]
         self.arena = _arena(self.nbytes)
         self.slots = torch.frombuffer(self.arena, dtype=torch.uint8)
-        self.flat = torch.ones(self.nbytes, dtype=torch.uint8)
+        self.flat = torch.ones(self.nbytes + 2 * mmap.PAGESIZE, dtype=torch.uint8)
         self.blocks = np.random.default_rng(0).permutation(self.num_blocks)[: self.count].astype(np.int64)
         self.offsets = np.arange(self.count, dtype=np.int64) * block_bytes
 
@@ -114,15 +115,20 @@ class Bed:
         return lambda: move(0, self.offsets, self.blocks)
 
     def memcpy(self, direction: str, pool: ThreadPoolExecutor | None, threads: int) -> Callable[[], object]:
-        """As many bytes between the same arena and the flat buffer, in one call per thread."""
+        """As many bytes between the same arena and the flat buffer, in one call per thread.
+
+        The two lie half a page apart, where memcpy is at its best: with a target 64 bytes into its page
+        and a source at the start of one, glibc 2.36 falls from 16 to 3 GB/s on an AMD EPYC.
+        """
         memmove = ctypes.CDLL(None).memmove
         memmove.argtypes, memmove.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t], None
-        ends = (self.slots.data_ptr(), self.flat.data_ptr())
+        flat = self.flat.data_ptr()
+        ends = (self.slots.data_ptr(), flat + (mmap.PAGESIZE // 2 - flat) % mmap.PAGESIZE)
         target, source = ends if direction == "save" else ends[::-1]
         if pool is None:
             return lambda: memmove(target, source, self.nbytes)
         cuts = [self.nbytes * part // threads for part in range(threads + 1)]
-        spans = [(cut, stop - cut) for cut, stop in zip(cuts, cuts[1:], strict=False)]
+        spans = [(cut, stop - cut) for cut, stop in itertools.pairwise(cuts)]
 
         def parallel() -> None:
             waiting = [pool.submit(memmove, target + at, source + at, size) for at, size in spans[1:]]

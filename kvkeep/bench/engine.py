@@ -154,7 +154,8 @@ class VllmServer:
     def _stream(self, path: str, body: dict[str, Any], max_tokens: int, params: dict[str, Any]) -> Answer:
         request = {"model": "model", "temperature": 0, "max_tokens": max_tokens, "stream": True}
         request |= {"stream_options": {"include_usage": True}, **body, **params}
-        began, first, text, usage = time.perf_counter(), 0.0, [], {}
+        usage: dict[str, Any] = {}
+        began, first, text = time.perf_counter(), 0.0, []
         with self._client.stream("POST", path, json=request) as response:
             if response.status_code != httpx.codes.OK:
                 raise EngineFailed(f"the engine answered {response.status_code}: {response.read()[:500]!r}")
@@ -184,7 +185,9 @@ class VllmServer:
         deadline = time.monotonic() + _START_DEADLINE
         while time.monotonic() < deadline:
             if self._process.poll() is not None:
-                raise EngineFailed(f"vLLM ended at start with status {self._process.returncode}; {self._tail()}")
+                raise EngineFailed(
+                    f"vLLM ended at start with status {self._process.returncode}; {self._tail()}"
+                )
             with contextlib.suppress(httpx.HTTPError):
                 if self._client.get("/health", timeout=2.0).status_code == httpx.codes.OK:
                     return

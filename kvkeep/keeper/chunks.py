@@ -91,7 +91,8 @@ class Chunks:
         idle = records[self.leases[records] == 0]
         committed = self.state[idle] == ChunkState.COMMITTED
         self.evictable[idle[committed]] = True
-        return idle[~committed]
+        doomed: Records = idle[~committed]
+        return doomed
 
     def forget(self, records: Records) -> None:
         """Take the keys of `records` out of the table; the records stay until `free`."""
@@ -106,7 +107,8 @@ class Chunks:
 
     def in_state(self, *states: ChunkState) -> Records:
         """Records that are in one of the states."""
-        return np.flatnonzero(np.isin(self.state, states))
+        records: Records = np.flatnonzero(np.isin(self.state, states))
+        return records
 
     def _grow(self) -> None:
         old, new = len(self.state), max(self._GROW, 2 * len(self.state))

@@ -129,30 +129,37 @@ class Keeper:
 
     # Reading
 
-    def lookup(self, session: str, space: Namespace, keys: bytes) -> Found:
-        """Lease the longest usable run of leading chunks. `keys`: 16 bytes per prompt chunk."""
+    def lookup(self, session: str, space: Namespace, keys: bytes, first: int = 0) -> Found:
+        """Lease the longest usable run of chunks first, first+1, … of a chain.
+
+        `keys`: 16 bytes per chunk of the prompt, from its beginning. The `first` chunks are in the
+        engine already: they are marked as used, since a chain is worth only what is held from its
+        start. Once per request: ARC and S3-FIFO take a second touch for reuse.
+        """
         self._clock += 1
-        records = [
+        chains = [
             self.chunks.table.find(group_keys(keys, space.fingerprint, group))
             for group in range(len(space.groups))
         ]
+        records = [chain[first:] for chain in chains]
         held = [(found >= 0) & (self._state(found) == ChunkState.COMMITTED) for found in records]
         windows = [group.window_chunks for group in space.groups]
         usable = usable_chunks(held, windows)
-        asked = len(keys) // 16
         for counters in (self.counters, space.counters):
             counters.lookups += 1
-            counters.asked_chunks += asked
+            counters.asked_chunks += len(records[0])
             counters.hit_chunks += usable
+        for chain in chains:
+            self._touch(_distinct(chain[: first + usable][chain[: first + usable] >= 0]), 0)
         if not usable:
             return Found(0, 0, self._clock, [])
         starts = [0 if window is None else max(0, usable - window) for window in windows]
         leased = [found[start:usable] for found, start in zip(records, starts, strict=True)]
         together = _distinct(np.concatenate(leased))
-        offsets = []
-        for needed, start in zip(leased, starts, strict=True):
-            self._touch(needed, start)
-            offsets.append(np.concatenate([np.full(start, -1, np.int64), self.chunks.offset[needed]]))
+        offsets = [
+            np.concatenate([np.full(start, -1, np.int64), self.chunks.offset[needed]])
+            for needed, start in zip(leased, starts, strict=True)
+        ]
         self.chunks.lease(together)
         lease = self.claims.open(ClaimKind.LEASE, session, together, space.readers)
         return Found(lease, usable, self._clock, offsets)
@@ -162,13 +169,6 @@ class Keeper:
         claim = self.claims.report(ClaimKind.LEASE, session, lease, rank)
         if claim is not None:
             self._end(claim, completed=True)
-
-    def touch(self, space: Namespace, keys: bytes) -> None:
-        """Mark a whole chain as just used, in chain order."""
-        self._clock += 1
-        for group in range(len(space.groups)):
-            found = self.chunks.table.find(group_keys(keys, space.fingerprint, group))
-            self._touch(_distinct(found[found >= 0]), 0)
 
     # Writing
 
@@ -184,12 +184,14 @@ class Keeper:
         """Reserve slots for those of the wanted chunks that are not held.
 
         `keys`: 16 bytes per chunk, of positions first, first+1, … of one chain; `wanted[g][i]`:
-        group g has chunk i to give; `epoch`: from the request's lookup. Chunks for which nothing
+        group g has chunk i to give; `epoch`: from the request's lookup (0: now). Chunks for which nothing
         older than the request can be evicted are refused, never waited for.
         """
         if len({keys[at : at + 16] for at in range(0, len(keys), 16)}) != len(keys) // 16:
             raise RequestRefused("a reservation names a chunk twice")
-        epoch = min(epoch, self._clock)
+        if not epoch:
+            self._clock += 1
+        epoch = min(epoch or self._clock, self._clock)
         offsets, written = [], []
         for group, flags in enumerate(wanted):
             placed = np.full(len(keys) // 16, -1, np.int64)

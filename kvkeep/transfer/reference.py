@@ -36,4 +36,4 @@ class ReferenceTransfer(Transfer):
 
 def _in_memory_order(block: torch.Tensor) -> torch.Tensor:
     raw = block.view(torch.uint8) if block.element_size() == 1 else block
-    return raw.permute(sorted(range(raw.dim()), key=lambda dim: -raw.stride(dim)))
+    return raw.permute(sorted(range(raw.dim()), key=raw.stride, reverse=True))

@@ -106,9 +106,9 @@ class Connection:
         request = msg.OpenNamespace(fingerprint, label[:512], specs, parts, readers)
         return self._call(request, msg.Namespace).namespace
 
-    def lookup(self, namespace: int, keys: bytes) -> Found:
-        """Lease the longest usable run of leading chunks (16 bytes per key)."""
-        reply = self._call(msg.Lookup(namespace, keys), msg.Found)
+    def lookup(self, namespace: int, keys: bytes, first: int = 0) -> Found:
+        """Lease the longest usable run of chunks first, first+1, …; 16 bytes per key, from chunk 0."""
+        reply = self._call(msg.Lookup(namespace, keys, first), msg.Found)
         return Found(
             reply.lease, reply.chunks, reply.epoch, [np.frombuffer(row, "<i8") for row in reply.offsets]
         )
@@ -129,10 +129,6 @@ class Connection:
     def release(self, lease: int, rank: int | None = None) -> None:
         """This rank has read its lease; None gives back the whole lease."""
         self._send(msg.Release(lease, rank))
-
-    def touch(self, namespace: int, keys: bytes) -> None:
-        """A chain was used to its end."""
-        self._send(msg.Touch(namespace, keys))
 
     def clear(self, namespace: int | None = None) -> int:
         """Forget what is held; returns the number of chunks."""

@@ -36,7 +36,6 @@ __all__ = [
     "Reserved",
     "Status",
     "StatusReply",
-    "Touch",
     "Welcome",
     "decode_reply",
     "decode_request",
@@ -91,6 +90,8 @@ class Lookup(_Message):
 
     namespace: Natural
     keys: Blob
+    first: Annotated[int, msgspec.Meta(ge=0, le=2**31)]
+    """Chunks at the start that the engine has already: touched, not looked for."""
 
 
 class Reservation(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
@@ -127,13 +128,6 @@ class Release(_Message):
 
     lease: Natural
     rank: Rank | None
-
-
-class Touch(_Message):
-    """A chain was used to its end. Not answered."""
-
-    namespace: Natural
-    keys: Blob
 
 
 class Clear(_Message):
@@ -193,9 +187,7 @@ class Refused(_Message):
     reason: str
 
 
-Request: TypeAlias = (
-    Hello | OpenNamespace | Lookup | Reserve | Commit | Abort | Release | Touch | Clear | Status
-)
+Request: TypeAlias = Hello | OpenNamespace | Lookup | Reserve | Commit | Abort | Release | Clear | Status
 Reply: TypeAlias = Welcome | Namespace | Found | Reserved | Cleared | StatusReply | Refused
 
 _encoder = msgspec.msgpack.Encoder()

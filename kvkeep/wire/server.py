@@ -207,7 +207,7 @@ class _Connection(asyncio.Protocol):
         try:
             reply = self._answer(self._session, request)
         except (RequestRefused, ConfigError) as error:
-            one_way = isinstance(request, msg.Commit | msg.Abort | msg.Release | msg.Touch)
+            one_way = isinstance(request, msg.Commit | msg.Abort | msg.Release)
             if one_way:
                 log.debug("ignored %s: %s", type(request).__name__, error)
             reply = None if one_way else msg.Refused(str(error))
@@ -218,7 +218,9 @@ class _Connection(asyncio.Protocol):
         keeper = self._keeper
         match request:
             case msg.Lookup():
-                found = keeper.lookup(session, self._space(request.namespace), _keys(request.keys))
+                found = keeper.lookup(
+                    session, self._space(request.namespace), _keys(request.keys), request.first
+                )
                 return msg.Found(
                     found.lease, found.chunks, found.epoch, [_int64(row) for row in found.offsets]
                 )
@@ -230,8 +232,6 @@ class _Connection(asyncio.Protocol):
                 keeper.release(session, request.lease, request.rank)
             case msg.Abort():
                 keeper.abort(session, request.reservation)
-            case msg.Touch():
-                keeper.touch(self._space(request.namespace), _keys(request.keys))
             case msg.OpenNamespace():
                 return self._open(request)
             case msg.Clear():
@@ -389,7 +389,7 @@ def _keys(blob: bytes) -> bytes:
     return blob
 
 
-def _int64(row: np.ndarray) -> bytes:  # type: ignore[type-arg]
+def _int64(row: np.ndarray) -> bytes:
     return np.ascontiguousarray(row, "<i8").tobytes()
 
 

@@ -189,9 +189,7 @@ class KeeperMachine(RuleBasedStateMachine):
             assert not pages & {page for slot in self.live_slots(before) for page in slot.pages}
         assert bool(done.reservation) == bool(chunks)
         if done.reservation:
-            self.writing[done.reservation] = Claim(
-                session, set(range(space.parts)), frozenset(pages), chunks
-            )
+            self.writing[done.reservation] = Claim(session, set(range(space.parts)), frozenset(pages), chunks)
 
     @rule(data=st.data(), part=st.integers(0, 2))
     def commit(self, data: st.DataObject, part: int) -> None:
@@ -259,13 +257,13 @@ class KeeperMachine(RuleBasedStateMachine):
         try:
             found = self.keeper.lookup(session, space, keys)
             self.keeper.release(session, found.lease, None) if found.lease else None
-            self.keeper.touch(space, keys)
+            self.keeper.lookup(session, space, keys, len(keys) // 16)
         except RequestRefused:
             pass
 
     @rule(number=st.integers(0, 1), chain=st.integers(0, 5), length=st.integers(0, 14))
     def touch(self, number: int, chain: int, length: int) -> None:
-        self.keeper.touch(self.spaces[number], chain_keys(chain, length))
+        self.keeper.lookup("other", self.spaces[number], chain_keys(chain, length), length)
 
     @rule(number=st.none() | st.integers(0, 1))
     def clear(self, number: int | None) -> None:
@@ -394,7 +392,7 @@ def answers(keeper: Keeper, operations: list[tuple[str, int, int, int, int]]) ->
             reservation = pending.pop().reservation
             keeper.commit("s", reservation, 0) if first % 2 else keeper.abort("s", reservation)
         elif what == "touch":
-            keeper.touch(space, keys)
+            keeper.lookup("s", space, keys, len(keys) // 16)
         elif what == "clear":
             seen.append(keeper.clear(space))
         elif what == "detach":

@@ -65,10 +65,6 @@ class Tracked:
                 self.cacheable = False
         return self._hasher.keys(first, last) if self.cacheable else b""
 
-    def all_keys(self) -> bytes:
-        """Keys of every chunk hashed so far."""
-        return self._hasher.keys(0, self._hasher.chunks)
-
     def _extras(self, first: int, last: int) -> list[bytes | None]:
         """The engine's own extra keys per chunk: LoRA, cache salt, multimodal content, embeddings."""
         out: list[bytes | None] = []

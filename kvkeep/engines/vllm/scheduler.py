@@ -131,7 +131,7 @@ class SchedulerSide:
             return 0
         tracked = self._track(request)
         first, limit = local // self._chunk_tokens, (request.num_tokens - 1) // self._chunk_tokens
-        if limit <= first or not tracked.cacheable:
+        if not tracked.cacheable:
             return 0
         if tracked.asked != (first, limit):
             self._lookup(tracked, first, limit)
@@ -140,11 +140,12 @@ class SchedulerSide:
     def _lookup(self, tracked: Tracked, first: int, limit: int) -> None:
         began = time.perf_counter()
         self._give_back(tracked)
-        keys = tracked.keys(first, limit)
-        if self._keeper is None or not keys:
+        keys = tracked.keys(0, max(first, limit))
+        if self._keeper is None or not tracked.cacheable:
             return
         try:
-            found = self._keeper.connection.lookup(self._keeper.namespace, keys)
+            # Also with nothing to find: it marks what is used, and gives the request its place in time.
+            found = self._keeper.connection.lookup(self._keeper.namespace, keys, first)
         except (KeeperUnavailable, RequestRefused) as error:
             self._lose(error)
             return
@@ -170,14 +171,11 @@ class SchedulerSide:
         self._loads.append(Promise(tracked, blocks.get_block_ids(), local, external))
 
     def finished(self, request: Request) -> None:
-        """A request is over: note that its chain was used, and let go of it."""
+        """A request is over: let go of it."""
         tracked = self._requests.pop(request.request_id, None)
         if tracked is None:
             return
         self._give_back(tracked)
-        keys = tracked.all_keys()
-        if self._keeper is not None and keys:
-            self._tell(lambda keeper: keeper.connection.touch(keeper.namespace, keys))
 
     # One step
 

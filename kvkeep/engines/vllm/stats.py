@@ -41,7 +41,7 @@ class KVKeepStats(KVConnectorStats):
 
     def reset(self) -> None:
         """Start over."""
-        self.data = {}
+        self.data = dict[str, Any]()
 
     def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
         """Sum with another rank's or another interval's figures."""
