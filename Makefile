@@ -59,8 +59,8 @@ test: models
 	exit $$status
 
 check: venv
-	@echo "check: ruff"; $(BIN)/ruff check kvkeep tests demo scripts
-	@echo "check: format"; $(BIN)/ruff format --check kvkeep tests demo scripts
+	@echo "check: ruff"; $(BIN)/ruff check kvkeep tests demo scripts benchmarks
+	@echo "check: format"; $(BIN)/ruff format --check kvkeep tests demo scripts benchmarks
 	@echo "check: mypy"; $(BIN)/mypy --strict kvkeep
 	@echo "check: budgets and boundaries"; $(BIN)/python scripts/check.py
 

@@ -11,7 +11,7 @@ import difflib
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -161,6 +161,11 @@ def parse_bytes(value: Any) -> int:
 def child_environment(extra: Mapping[str, str]) -> dict[str, str]:
     """This process's environment with additions, for a child process."""
     return {**os.environ, **extra}
+
+
+def environment(names: Sequence[str]) -> dict[str, str]:
+    """Those of the named variables of this process's environment that are set."""
+    return {name: os.environ[name] for name in names if name in os.environ}
 
 
 def default_socket() -> str:

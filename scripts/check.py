@@ -20,8 +20,7 @@ from typing import NamedTuple
 PACKAGE_LINES, FILE_LINES, FUNCTION_LINES = 15_000, 400, 50  # all budgets: stay under
 USUAL_FUNCTION_LINES, USUAL_SHARE = 35, 0.9  # nine functions of ten stay under this
 ABSTRACT_METHODS, CONFIG_FIELDS = 7, 30
-DUPLICATE_LINES = 8
-IMPORT_SECONDS = 1.0
+DUPLICATE_LINES, IMPORT_SECONDS = 8, 1.0
 
 # What a part of the tree may import or use of GUARDED, beside itself; the longest name that fits counts.
 _LOW = ("kvkeep.errors", "kvkeep.config", "kvkeep.layout", "kvkeep.identity")
@@ -56,18 +55,14 @@ HEAVY = ("torch", "vllm", "numba", "transformers", "triton")  # what `import kvk
 
 
 class Problem(NamedTuple):
-    """One thing to put right."""
-
     where: str
     what: str
     remedy: str
 
 
 class Source(NamedTuple):
-    """One parsed file; `module` is its dotted name."""
-
     path: str
-    module: str
+    module: str  # its dotted name
     text: str
     nodes: list[ast.AST]
 
@@ -75,22 +70,21 @@ class Source(NamedTuple):
 def main() -> int:
     """Check the tree around this script, or the one that is named."""
     root = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).resolve().parent.parent)
-    sources = load(root, "kvkeep")
-    outside = [source for folder in ("demo", "scripts", "tests") for source in load(root, folder)]
+    sources, outside = load(root, "kvkeep"), load(root, "demo", "scripts", "tests")
     figures, problems = budgets(sources)
     problems += boundaries(sources + outside) + broad_excepts(sources) + duplicates(sources)
     problems += light_import(root)
-    print(*(f"  {figure}" for figure in figures), sep="\n")
-    for where, what, remedy in problems:
-        print(f"{where}: {what}\n    remedy: {remedy}")
+    report = [f"  {figure}" for figure in figures]
+    report += [f"{where}: {what}\n    remedy: {remedy}" for where, what, remedy in problems]
+    print(*report, sep="\n")
     print(f"check: {len(problems)} problem(s)" if problems else f"check: fine, {len(sources)} files")
     return 1 if problems else 0
 
 
-def load(root: Path, folder: str) -> list[Source]:
-    """Parse all Python files under `root/folder`."""
+def load(root: Path, *folders: str) -> list[Source]:
+    """Parse all Python files under these folders of `root`."""
     found = []
-    for path in sorted((root / folder).rglob("*.py")):
+    for path in sorted(path for folder in folders for path in (root / folder).rglob("*.py")):
         text, relative = path.read_text(encoding="utf-8"), path.relative_to(root)
         module = ".".join(relative.with_suffix("").parts).removesuffix(".__init__")
         found.append(Source(str(relative), module, text, list(ast.walk(ast.parse(text, str(relative))))))
@@ -148,8 +142,7 @@ def broad_excepts(sources: list[Source]) -> list[Problem]:
     """Return what swallows every error: one such handler is allowed in each engine adapter, at its edge."""
     problems, excused = [], set[str]()
     for source in sources:
-        parts = source.module.split(".")
-        adapter = ".".join(parts[:3]) if parts[1:2] == ["engines"] and len(parts) > 2 else ""
+        adapter = (re.match(r"kvkeep\.engines\.\w+", source.module) or [""])[0]
         for line in [getattr(node, "lineno", 0) for node in source.nodes if _is_broad(node)]:
             if adapter in excused or not adapter:
                 what = (
@@ -185,8 +178,9 @@ def light_import(root: Path) -> list[Problem]:
         "import sys, time; start = time.perf_counter(); import kvkeep; took = time.perf_counter() - start;"
         f"print(took, *[name for name in {HEAVY} if name in sys.modules])"
     )
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60, check=False
+    )
     took, *heavy = done.stdout.split() or ["0"]
     wrong = [f"pulls {name}" for name in heavy]
     if done.returncode != 0 or float(took) > IMPORT_SECONDS:

@@ -65,14 +65,21 @@ def test_mixed_prompts_are_answered_alike(model: str, tmp_path: Path) -> None:
     "changes",
     [
         pytest.param({"connector": {}, "enable_prefix_caching": True}, id="prefix caching"),
-        pytest.param({"connector": {"chunk_tokens": 64}, "enable_prefix_caching": False}, id="two-block chunks"),
+        pytest.param(
+            {"connector": {"chunk_tokens": 64}, "enable_prefix_caching": False}, id="two-block chunks"
+        ),
     ],
 )
 def test_preemption_and_chunked_prefill(changes: dict[str, Any], tmp_path: Path) -> None:
     changes = dict(changes)
     connector = changes.pop("connector")
     # 36 blocks for six requests that grow to ten each; prefill in pieces of 64 tokens.
-    tight = {"num_gpu_blocks_override": 36, "max_num_batched_tokens": 64, "max_num_seqs": 8, "max_model_len": 512}
+    tight = {
+        "num_gpu_blocks_override": 36,
+        "max_num_batched_tokens": 64,
+        "max_num_seqs": 8,
+        "max_model_len": 512,
+    }
     off = live(tmp_path / "off.json", "smollm2", "crowded", None, **tight, **changes)
     on = live(tmp_path / "on.json", "smollm2", "crowded", connector, **tight, **changes)
     assert assert_equal(on, off) == 12

