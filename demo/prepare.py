@@ -19,6 +19,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,8 +112,10 @@ def _is_ready(target: Path, recipe: Recipe) -> bool:
 
 def _build(model: str, recipe: Recipe, target: Path) -> None:
     started = time.monotonic()
-    scratch = target.with_name(f".{model}.building")
-    shutil.rmtree(scratch, ignore_errors=True)
+    for left in target.parent.glob(f".{model}.building-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    # A name of its own: a child of a killed run may still be writing to the folder of that run.
+    scratch = Path(tempfile.mkdtemp(prefix=f".{model}.building-", dir=target.parent))
     packages, checkpoint = scratch / "packages", scratch / "checkpoint"
     packages.mkdir(parents=True)
 

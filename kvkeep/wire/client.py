@@ -6,6 +6,7 @@ caller goes on without the cache and opens a new one when `Connection.open` succ
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import socket
@@ -184,7 +185,8 @@ def _greet(sock: socket.socket, path: str, hello: msg.Hello) -> tuple[msg.Reply,
     """Connect and exchange hello and welcome; the arena's descriptor comes with the first bytes."""
     sock.settimeout(_HELLO_TIMEOUT)
     sock.connect(path)
-    sock.sendall(msg.encode(hello))
+    with contextlib.suppress(BrokenPipeError):  # refused already: what there is to read says why
+        sock.sendall(msg.encode(hello))
     first, fds, _, _ = socket.recv_fds(sock, 4096, 1)
     body = bytearray(first)
     while len(body) < msg.HEADER.size or len(body) < msg.HEADER.size + msg.frame_length(body[:4]):

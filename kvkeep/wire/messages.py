@@ -68,7 +68,7 @@ class Hello(_Message):
     """Whether to send the arena's file descriptor along with the answer."""
 
 
-class GroupSpec(_Message):
+class GroupSpec(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     """One KV-cache group: bytes per chunk, and the window in chunks (None: full attention)."""
 
     slot_bytes: Annotated[int, msgspec.Meta(ge=1, le=2**40)]
@@ -215,7 +215,7 @@ def decode_request(body: bytes | memoryview) -> Request:
     """Decode a client's message. Raises ProtocolError."""
     try:
         return _requests.decode(body)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:  # ValueError: bad UTF-8
         raise ProtocolError(f"not a request of protocol version {VERSION}: {error}") from error
 
 
@@ -223,5 +223,5 @@ def decode_reply(body: bytes | memoryview) -> Reply:
     """Decode the keeper's message. Raises ProtocolError."""
     try:
         return _replies.decode(body)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise ProtocolError(f"not a reply of protocol version {VERSION}: {error}") from error

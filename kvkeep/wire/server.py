@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import logging
 import os
 import socket
-import stat
 import struct
 import threading
 import time
@@ -28,6 +26,7 @@ from kvkeep.errors import ConfigError, ProtocolError, RequestRefused
 from kvkeep.keeper.keeper import GroupSpec, Keeper, Namespace
 from kvkeep.keeper.leases import ClaimKind
 from kvkeep.wire import messages as msg
+from kvkeep.wire.listen import arena, listen
 
 __all__ = ["KeeperServer"]
 
@@ -52,12 +51,12 @@ class KeeperServer:
         self.connections: set[_Connection] = set()
         self._had_client = False
         self._stopping = asyncio.Event()
-        self.arena_fd = _arena(self.keeper.arena.nbytes, config.huge_pages)
+        self.arena_fd = arena(self.keeper.arena.nbytes, config.huge_pages)
 
     async def run(self, ready: Callable[[], None] = lambda: None) -> None:
         """Bind, serve, and clean up. Raises ConfigError where the socket cannot be had."""
         path = Path(self.config.socket)
-        listener = _listen(path)
+        listener = listen(path)
         inode = path.stat().st_ino
         threading.Thread(target=self._prefault, name="kvkeep-prefault", daemon=True).start()
         loop = asyncio.get_running_loop()
@@ -249,13 +248,20 @@ class _Connection(asyncio.Protocol):
             count = len(_keys(item.keys)) // 16
             if len(item.wanted) != len(space.groups) or any(len(row) != count for row in item.wanted):
                 raise ProtocolError("a reservation needs one byte per chunk and group")
+        for item in request.items:
             wanted = [np.frombuffer(row, np.uint8) != 0 for row in item.wanted]
-            done = self._keeper.reserve(session, space, item.keys, wanted, item.first, item.epoch)
+            try:
+                done = self._keeper.reserve(session, space, item.keys, wanted, item.first, item.epoch)
+            except RequestRefused:
+                for number in filter(None, (number for number, _ in out)):
+                    self._keeper.abort(session, number)  # the client will never learn of it
+                raise
             out.append((done.reservation, [_int64(row) for row in done.offsets]))
         return msg.Reserved(out)
 
     def _open(self, request: msg.OpenNamespace) -> msg.Namespace:
-        if len(self._keeper.namespaces) >= _MAX_NAMESPACES:
+        known = any(space.fingerprint == request.fingerprint for space in self._keeper.namespaces)
+        if not known and len(self._keeper.namespaces) >= _MAX_NAMESPACES:
             raise RequestRefused(f"more than {_MAX_NAMESPACES} namespaces: restart this keeper")
         groups = [GroupSpec(group.slot_bytes, group.window_chunks) for group in request.groups]
         return msg.Namespace(
@@ -326,61 +332,6 @@ class _Connection(asyncio.Protocol):
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
-
-
-def _arena(nbytes: int, huge_pages: bool) -> int:
-    """A memfd of fixed size: no client can shrink it under another's feet."""
-    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | (os.MFD_HUGETLB if huge_pages else 0)
-    try:
-        fd = os.memfd_create("kvkeep-arena", flags)
-        os.ftruncate(fd, nbytes)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-        if huge_pages:
-            os.posix_fallocate(fd, 0, nbytes)
-    except OSError as error:
-        remedy = (
-            "reserve huge pages (vm.nr_hugepages), or leave --huge-pages out"
-            if huge_pages
-            else "give --memory less"
-        )
-        raise ConfigError(
-            f"cannot create an arena of {nbytes / 2**30:.2f} GiB: {error.strerror}; {remedy}"
-        ) from error
-    return fd
-
-
-def _listen(path: Path) -> socket.socket:
-    """A listening socket at `path`, mode 0600; a dead keeper's socket is replaced."""
-    with contextlib.suppress(FileNotFoundError):
-        if not stat.S_ISSOCK(path.lstat().st_mode):
-            raise ConfigError(f"{path} exists and is not a socket: choose another --socket, or remove it")
-        if _answers(path):
-            raise ConfigError(f"another keeper serves {path}: choose another --socket, or stop that one")
-        path.unlink()
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    mask = os.umask(0o177)
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        listener.bind(str(path))
-    except OSError as error:
-        listener.close()
-        raise ConfigError(f"cannot listen on {path}: {error.strerror or error}") from error
-    finally:
-        os.umask(mask)
-    listener.listen(128)
-    return listener
-
-
-def _answers(path: Path) -> bool:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(1.0)
-        try:
-            probe.connect(str(path))
-        except (ConnectionRefusedError, FileNotFoundError):
-            return False
-        except OSError:
-            return True
-    return True
 
 
 def _keys(blob: bytes) -> bytes:

@@ -367,8 +367,8 @@ def test_a_keeper_makes_its_directory_without_being_root(keeper_process, wait_un
     home.chmod(0o777)
     path = home / "new" / "keeper.sock"
     script = (
-        "import os, socket, sys; from pathlib import Path; from kvkeep.wire import server;"
-        "os.setgid(65534); os.setuid(65534); server._listen(Path(sys.argv[1])).close()"
+        "import os, socket, sys; from pathlib import Path; from kvkeep.wire.listen import listen;"
+        "os.setgid(65534); os.setuid(65534); listen(Path(sys.argv[1])).close()"
     )
     done = subprocess.run(
         [sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=False
