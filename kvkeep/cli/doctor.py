@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from kvkeep import __version__, config
 from kvkeep.errors import ConfigError, KeeperUnavailable, KVKeepError
@@ -76,9 +77,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check everything and print it; returns 0 where there is no problem, else 1."""
-    checks: list[Check] = []
     with Console(stderr=True).status("looking around; importing the engine takes a while"):
-        checks.extend((*_machine(), *_engine()))
+        checks = [*_machine(), *_engine()]
     problems, warnings = (sum(c.level is level for c in checks) for level in (Level.PROBLEM, Level.WARNING))
     if args.json:
         rows = [{**check._asdict(), "level": check.level.value} for check in checks]
@@ -94,9 +94,9 @@ def _print(checks: Sequence[Check], problems: int, warnings: int) -> None:
     styles = {Level.OK: "green", Level.WARNING: "yellow", Level.PROBLEM: "bold red"}
     table = Table.grid(padding=(0, 2))
     for check in checks:
-        table.add_row(f"[{styles[check.level]}]{check.level.value}[/]", check.name, check.detail)
+        table.add_row(Text(check.level.value, styles[check.level]), check.name, Text(check.detail))
         if check.remedy:
-            table.add_row("", "", f"[bold]→ {check.remedy}[/]")
+            table.add_row("", "", Text(f"→ {check.remedy}", "bold"))
     console = Console(highlight=False)
     console.print(table)
     console.print(f"kvkeep {__version__}: {problems} problem(s), {warnings} warning(s)")
@@ -110,9 +110,11 @@ def _machine() -> Iterator[Check]:
     yield check_platform(sys.platform, _try_descriptor)
     yield from check_packages(_requirements(), _version)
     yield check_copy_engine(_version("numba"), _importable("numba"))
-    yield check_memory(_arena_bytes(), *_memory())
+    settings = _settings()
+    yield check_memory(settings if isinstance(settings, str) else settings.memory, *_memory())
     yield check_descriptors(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-    yield check_pages(_meminfo(), _read("/sys/kernel/mm/transparent_hugepage/shmem_enabled"))
+    huge = 0 if isinstance(settings, str) or not settings.huge_pages else settings.memory
+    yield check_pages(huge, _meminfo(), _read("/sys/kernel/mm/transparent_hugepage/shmem_enabled"))
     yield check_folder(Path(config.default_socket()).parent, os.getuid())
     yield check_keeper(config.default_socket(), _keeper_version)
 
@@ -180,13 +182,16 @@ def check_descriptors(soft: int) -> Check:
     return Check("open files", Level.OK, f"limit of {soft}")
 
 
-def check_pages(meminfo: Mapping[str, int], shmem: str) -> Check:
-    """`meminfo`: /proc/meminfo in its own units; `shmem`: transparent huge pages for memfds."""
+def check_pages(huge: int, meminfo: Mapping[str, int], shmem: str) -> Check:
+    """`huge`: bytes of huge pages that the configuration asks for; `meminfo`: /proc/meminfo in its own
+    units; `shmem`: transparent huge pages for memfds."""
     mode = re.search(r"\[(\w+)\]", shmem)
     free, size = meminfo.get("HugePages_Free", 0), meminfo.get("Hugepagesize", 0)
-    detail = f"{free} huge pages of {size} KiB free, transparent ones for memfds: "
-    # No warning: ordinary pages do, and the system's owner decides.
-    return Check("huge pages", Level.OK, detail + (mode[1] if mode else "unknown"))
+    detail = f"{free} of {size} KiB are free; transparent ones for memfds: {mode[1] if mode else 'unknown'}"
+    if free * size << 10 < huge:
+        remedy = f"sysctl vm.nr_hugepages={huge // max(1, size << 10)}, or unset KVKEEP_HUGE_PAGES"
+        return Check("huge pages", Level.PROBLEM, f"{_gib(huge)} asked for, {detail}", remedy)
+    return Check("huge pages", Level.OK, detail)
 
 
 def check_folder(folder: Path, user: int) -> Check:
@@ -325,9 +330,10 @@ def _keeper_version(path: str) -> str:
         return str(connection.status().get("version"))
 
 
-def _arena_bytes() -> int | str:
+def _settings() -> config.KeeperConfig | str:
+    """What `kvkeep serve` would run with, or why it would not."""
     try:
-        return config.load(config.KeeperConfig, {"socket": config.default_socket()}).memory
+        return config.load(config.KeeperConfig, {"socket": config.default_socket()})
     except ConfigError as error:
         return str(error)
 

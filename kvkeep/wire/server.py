@@ -243,7 +243,8 @@ class _Connection(asyncio.Protocol):
         return None
 
     def _reserve(self, session: str, request: msg.Reserve) -> msg.Reserved:
-        space, out = self._space(request.namespace), []
+        space = self._space(request.namespace)
+        out: list[tuple[int, list[bytes]]] = []
         for item in request.items:
             count = len(_keys(item.keys)) // 16
             if len(item.wanted) != len(space.groups) or any(len(row) != count for row in item.wanted):

@@ -116,14 +116,20 @@ class KeeperMachine(RuleBasedStateMachine):
                 for number in [number for number, claim in claims.items() if claim.session == session]:
                     del claims[number]
 
-    @rule(data=st.data(), number=st.integers(0, 1), chain=st.integers(0, 5), length=st.integers(0, 14))
-    def lookup(self, data: st.DataObject, number: int, chain: int, length: int) -> None:
+    @rule(
+        data=st.data(),
+        number=st.integers(0, 1),
+        chain=st.integers(0, 5),
+        length=st.integers(0, 14),
+        first=st.just(0) | st.integers(0, 14),
+    )
+    def lookup(self, data: st.DataObject, number: int, chain: int, length: int, first: int) -> None:
         session = self.some_session(data)
         if session is None:
             return
         space = self.spaces[number]
-        found = self.keeper.lookup(session, space, chain_keys(chain, length))
-        possible = self.usable_by_model(space, chain, length)
+        found = self.keeper.lookup(session, space, chain_keys(chain, length), first)
+        possible = self.usable_by_model(space, chain, length, first)
         assert found.chunks <= possible
         if not self.keeper.counters.evicted_chunks:
             assert found.chunks == possible, "a chunk was lost without an eviction"
@@ -135,7 +141,7 @@ class KeeperMachine(RuleBasedStateMachine):
             start = 0 if window is None else max(0, found.chunks - window)
             assert (offsets[:start] == -1).all()
             for position in range(start, found.chunks):
-                chunk = (number, group, chain_key(chain, position))
+                chunk = (number, group, chain_key(chain, first + position))
                 slot = self.stored[chunk]
                 assert slot.offset == offsets[position]
                 assert {self.memory[page] for page in slot.pages} == {chunk}, "another chunk's bytes"
@@ -158,10 +164,15 @@ class KeeperMachine(RuleBasedStateMachine):
         session = self.some_session(data)
         if session is None:
             return
-        space = self.spaces[number]
         flags = st.lists(st.booleans() | st.just(True), min_size=length, max_size=length)
-        wanted = [data.draw(flags) for _ in space.groups]
-        before, refused = self.keeper.counters.evicted_chunks, self.keeper.counters.refused_chunks
+        wanted = [data.draw(flags) for _ in self.spaces[number].groups]
+        self.begin(session, number, chain, first, wanted, age)
+
+    def begin(
+        self, session: str, number: int, chain: int, first: int, wanted: list[list[bool]], age: int
+    ) -> int:
+        space, length = self.spaces[number], len(wanted[0])
+        refused = self.keeper.counters.refused_chunks
         epoch = max(0, self.keeper.lookup(session, space, b"").epoch - age)
         done = self.keeper.reserve(session, space, chain_keys(chain, length, first), wanted, first, epoch)
         being_written = {chunk for claim in self.writing.values() for chunk in claim.chunks}
@@ -185,17 +196,32 @@ class KeeperMachine(RuleBasedStateMachine):
                 chunks.append(chunk)
                 self.take(slot, chunk)
                 self.stored_later[chunk] = Slot(slot, offset)
-        if self.keeper.counters.evicted_chunks == before:
-            assert not pages & {page for slot in self.live_slots(before) for page in slot.pages}
+        if not self.keeper.counters.evicted_chunks:
+            assert not pages & {page for slot in self.stored.values() for page in slot.pages}
         assert bool(done.reservation) == bool(chunks)
         if done.reservation:
             self.writing[done.reservation] = Claim(session, set(range(space.parts)), frozenset(pages), chunks)
 
+        return done.reservation
+
+    @rule(data=st.data(), number=st.integers(0, 1), chain=st.integers(0, 5), length=st.integers(1, 14))
+    def save(self, data: st.DataObject, number: int, chain: int, length: int) -> None:
+        """A whole prompt, as engines do it; without such ones there would hardly be a hit."""
+        session = self.some_session(data)
+        if session is None:
+            return
+        wanted = [[True] * length for _ in self.spaces[number].groups]
+        reservation = self.begin(session, number, chain, 0, wanted, 0)
+        for part in range(self.spaces[number].parts if reservation else 0):
+            self.written(reservation, part)
+
     @rule(data=st.data(), part=st.integers(0, 2))
     def commit(self, data: st.DataObject, part: int) -> None:
         number = self.some_claim(data, self.writing)
-        if number is None:
-            return
+        if number is not None:
+            self.written(number, part)
+
+    def written(self, number: int, part: int) -> None:
         claim = self.writing[number]
         self.keeper.commit(claim.session, number, part)
         claim.waiting.discard(part)
@@ -311,13 +337,9 @@ class KeeperMachine(RuleBasedStateMachine):
             assert not slot & claim.pages, "a slot in use was given to a writer"
         self.memory.update(dict.fromkeys(slot, chunk))
 
-    def live_slots(self, evicted: int) -> list[Slot]:
-        """Slots that hold stored chunks for certain: all of them, as long as nothing was evicted."""
-        return list(self.stored.values()) if not evicted else []
-
-    def usable_by_model(self, space: Namespace, chain: int, length: int) -> int:
+    def usable_by_model(self, space: Namespace, chain: int, length: int, first: int = 0) -> int:
         def there(group: int, position: int) -> bool:
-            return (space.number, group, chain_key(chain, position)) in self.stored
+            return (space.number, group, chain_key(chain, first + position)) in self.stored
 
         def good(end: int) -> bool:
             return all(
@@ -326,7 +348,7 @@ class KeeperMachine(RuleBasedStateMachine):
                 for position in range(max(0, end - (spec.window_chunks or end)), end)
             )
 
-        return max(end for end in range(length + 1) if good(end))
+        return max(end for end in range(max(0, length - first) + 1) if good(end))
 
     def some_session(self, data: st.DataObject) -> str | None:
         here = [session for session, count in self.attached.items() if count]
