@@ -63,11 +63,9 @@ class Probe:
         self._prompts = {length: ids[:length] for length in lengths}
         self._chunks = sum(length // chunk_tokens for length in lengths)
 
-    def prompt(self, length: int, variant: int, shared: int = 0) -> list[int]:
-        """Token ids that equal no other variant's beyond `shared`; those of variant 0 up to there."""
-        base = self._prompts[length]
-        first = min(shared, length - 1)
-        return [*base[:first], _VOCABULARY + length + variant, *base[first + 1 :]]
+    def prompt(self, length: int, variant: int) -> list[int]:
+        """Token ids whose first, and so every key, is this variant's own."""
+        return [_VOCABULARY + length + variant, *self._prompts[length][1:]]
 
     def keys(self, tokens: list[int]) -> bytes:
         """What the engine adapter does with a prompt before it asks."""
@@ -77,7 +75,7 @@ class Probe:
 
     def fill(self, total: int) -> None:
         """Hold `total` chunks: as many variants of the prompts as fit (up to 8), then random keys."""
-        fitting = min(_VARIANTS, total // max(self._chunks, 1))
+        fitting = min(_VARIANTS, self.variants + (total - self.held) // max(self._chunks, 1))
         if not fitting:
             raise ConfigError(f"--held must be at least {self._chunks}: the chunks of the prompts themselves")
         for variant in range(self.variants, fitting):

@@ -8,13 +8,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import enum
-import importlib.metadata
 import json
 import os
 import re
 import resource
-import socket
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kvkeep import __version__, config
+from kvkeep.cli import probes
 from kvkeep.errors import ConfigError, KeeperUnavailable, KVKeepError
 from kvkeep.wire.client import Connection
 
@@ -36,7 +34,6 @@ _COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
 _VARIABLES = ("VLLM_CPU_KVCACHE_SPACE", "VLLM_CPU_OMP_THREADS_BIND")
 _BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # the last is Arm's name
 _SERVE = "python -m vllm.entrypoints.openai.api_server"
-_IMPORT_SECONDS = 180
 _INSPECT = """
 import inspect, json
 from kvkeep.engines.vllm import KVKeepConnector as ours
@@ -61,13 +58,6 @@ class Check(NamedTuple):
     level: Level
     detail: str
     remedy: str = ""
-
-
-class Outcome(NamedTuple):
-    """What a child Python printed, or the last line of its error."""
-
-    ok: bool
-    text: str
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -107,14 +97,16 @@ def _print(checks: Sequence[Check], problems: int, warnings: int) -> None:
 
 def _machine() -> Iterator[Check]:
     yield check_python(sys.version_info[:3])
-    yield check_platform(sys.platform, _try_descriptor)
-    yield from check_packages(_requirements(), _version)
-    yield check_copy_engine(_version("numba"), _importable("numba"))
+    yield check_platform(sys.platform, probes.try_descriptor)
+    yield from check_packages(probes.requirements(), probes.installed)
+    yield check_copy_engine(probes.installed("numba"), probes.importable("numba"))
     settings = _settings()
-    yield check_memory(settings if isinstance(settings, str) else settings.memory, *_memory())
+    yield check_memory(settings if isinstance(settings, str) else settings.memory, *probes.memory())
     yield check_descriptors(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     huge = 0 if isinstance(settings, str) or not settings.huge_pages else settings.memory
-    yield check_pages(huge, _meminfo(), _read("/sys/kernel/mm/transparent_hugepage/shmem_enabled"))
+    yield check_pages(
+        huge, probes.meminfo(), probes.read("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
+    )
     yield check_folder(Path(config.default_socket()).parent, os.getuid())
     yield check_keeper(config.default_socket(), _keeper_version)
 
@@ -151,7 +143,7 @@ def check_packages(requirements: Mapping[str, str], version: Callable[[str], str
             yield Check(name, Level.OK, found)
 
 
-def check_copy_engine(version: str | None, importing: Outcome) -> Check:
+def check_copy_engine(version: str | None, importing: probes.Outcome) -> Check:
     """`version`: of numba, if installed; `importing`: whether it can be imported."""
     if version is None:
         detail = "numba is missing: blocks are copied one by one in torch, at a third of the speed or less"
@@ -229,20 +221,20 @@ def check_keeper(path: str, version: Callable[[str], str]) -> Check:
 
 
 def _engine() -> Iterator[Check]:
-    names = [name for name in ("vllm", "vllm-cpu") if _version(name)]
-    yield check_vllm(names, _version(names[0]) if names else None)
+    names = [name for name in ("vllm", "vllm-cpu") if probes.installed(name)]
+    yield check_vllm(names, probes.installed(names[0]) if names else None)
     if not names:
         return
-    torch = _version("torch") or ""
-    yield check_companions(torch, [name for name in _COMPANIONS if _version(name)], _importable)
+    torch = probes.installed("torch") or ""
+    yield check_companions(torch, [name for name in _COMPANIONS if probes.installed(name)], probes.importable)
     if "vllm-cpu" in names or "+cpu" in torch:
         yield check_command(names)
         yield from check_variables(config.environment(_VARIABLES), os.cpu_count() or 1)
-        yield check_bfloat16(_cpu_flags())
+        yield check_bfloat16(probes.cpu_flags())
     else:
         detail = f"torch {torch} is built for GPUs: this version moves the KV of CPU engines"
         yield Check("device", Level.WARNING, detail, "run a CPU engine (vllm-cpu); on a GPU kvkeep stays off")
-    yield check_connector(_python(_INSPECT))
+    yield check_connector(probes.python(_INSPECT))
 
 
 def check_vllm(names: Sequence[str], version: str | None) -> Check:
@@ -270,7 +262,7 @@ def check_command(names: Sequence[str]) -> Check:
     return Check("vllm command", Level.WARNING, detail, f"use {_SERVE} instead of vllm serve")
 
 
-def check_companions(torch: str, names: Sequence[str], importing: Callable[[str], Outcome]) -> Check:
+def check_companions(torch: str, names: Sequence[str], importing: Callable[[str], probes.Outcome]) -> Check:
     """`names`: those of torchvision and its like that are installed; broken ones break vLLM."""
     broken = [name for name in names if not importing(name).ok]
     if broken:
@@ -300,7 +292,7 @@ def check_bfloat16(flags: set[str]) -> Check:
     return Check("bfloat16", Level.WARNING, detail, "start vLLM with --dtype float32")
 
 
-def check_connector(inspected: Outcome) -> Check:
+def check_connector(inspected: probes.Outcome) -> Check:
     """`inspected`: what a child found on importing the connector: hooks missing, unknown, and how many."""
     if not inspected.ok:
         remedy = "python -c 'import kvkeep.engines.vllm' shows it whole; reinstall what it names"
@@ -312,22 +304,12 @@ def check_connector(inspected: Outcome) -> Check:
     return Check("connector", Level.OK, f"imports; all {count} hooks are this vLLM's")
 
 
-# What is read from the world
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version.split("+", maxsplit=1)[0]))
 
 
-def _try_descriptor() -> None:
-    fd = os.memfd_create("kvkeep-doctor", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    ours, theirs = socket.socketpair()
-    with ours, theirs, contextlib.ExitStack() as stack:
-        stack.callback(os.close, fd)
-        socket.send_fds(ours, [b"."], [fd])
-        for received in socket.recv_fds(theirs, 1, 1)[1]:
-            stack.callback(os.close, received)
-
-
-def _keeper_version(path: str) -> str:
-    with contextlib.closing(Connection.open(path, f"doctor-{os.getpid()}", timeout=5.0)) as connection:
-        return str(connection.status().get("version"))
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.1f} GiB"
 
 
 def _settings() -> config.KeeperConfig | str:
@@ -338,67 +320,6 @@ def _settings() -> config.KeeperConfig | str:
         return str(error)
 
 
-def _memory() -> tuple[int, int | None, int]:
-    info, limit = _meminfo(), _read("/sys/fs/cgroup/memory.max").strip()
-    total, available = info.get("MemTotal", 0) << 10, info.get("MemAvailable", 0) << 10
-    if not limit.isdigit() or int(limit) >= total:
-        return total, None, available
-    used = int(_read("/sys/fs/cgroup/memory.current").strip() or 0)
-    return total, int(limit), max(0, min(available, int(limit) - used))
-
-
-def _meminfo() -> dict[str, int]:
-    lines = (line.split() for line in _read("/proc/meminfo").splitlines())
-    return {words[0].rstrip(":"): int(words[1]) for words in lines if len(words) > 1}
-
-
-def _cpu_flags() -> set[str]:
-    found = re.search(r"^(?:flags|Features)\s*:(.*)$", _read("/proc/cpuinfo"), re.MULTILINE)
-    return set(found[1].split()) if found else set()
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text()
-    except OSError:
-        return ""
-
-
-def _requirements() -> dict[str, str]:
-    try:
-        lines = importlib.metadata.requires("kvkeep") or []
-    except importlib.metadata.PackageNotFoundError:
-        return {}
-    found = (re.match(r"([\w.-]+)>=([\d.]+)", line) for line in lines if "extra ==" not in line)
-    return {match[1]: match[2] for match in found if match}
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _importable(name: str) -> Outcome:
-    return _python(f"import {name}")
-
-
-def _python(code: str) -> Outcome:
-    """Run code in a child of this Python: an import that crashes must not end the doctor."""
-    command = [sys.executable, "-c", code]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_IMPORT_SECONDS, check=False)
-    except subprocess.TimeoutExpired:
-        return Outcome(False, f"not done after {_IMPORT_SECONDS} s")
-    if done.returncode:
-        return Outcome(False, (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1])
-    return Outcome(True, done.stdout.strip())
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", version.split("+", maxsplit=1)[0]))
-
-
-def _gib(nbytes: int) -> str:
-    return f"{nbytes / 2**30:.1f} GiB"
+def _keeper_version(path: str) -> str:
+    with contextlib.closing(Connection.open(path, f"doctor-{os.getpid()}", timeout=5.0)) as connection:
+        return str(connection.status().get("version"))

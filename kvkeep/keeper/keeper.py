@@ -149,13 +149,16 @@ class Keeper:
             counters.lookups += 1
             counters.asked_chunks += len(records[0])
             counters.hit_chunks += usable
-        for chain in chains:
-            self._touch(_distinct(chain[: first + usable][chain[: first + usable] >= 0]), 0)
+        used = [chain[: first + usable] for chain in chains]
+        used = [chain[chain >= 0] for chain in used]
+        _check_distinct(np.concatenate(used))
+        for chain in used:
+            self._touch(chain, 0)
         if not usable:
             return Found(0, 0, self._clock, [])
         starts = [0 if window is None else max(0, usable - window) for window in windows]
         leased = [found[start:usable] for found, start in zip(records, starts, strict=True)]
-        together = _distinct(np.concatenate(leased))
+        together = np.concatenate(leased)
         offsets = [
             np.concatenate([np.full(start, -1, np.int64), self.chunks.offset[needed]])
             for needed, start in zip(leased, starts, strict=True)
@@ -370,9 +373,8 @@ class Keeper:
         self.chunks.free(records)
 
 
-def _distinct(records: Records) -> Records:
-    """The records as they are. Raises RequestRefused on a repeat: one record, leased twice by one claim,
-    would be freed twice."""
-    if len(np.unique(records)) != len(records):
+def _check_distinct(records: Records) -> None:
+    """Raise RequestRefused on a repeat: one record, leased twice by one claim, would be freed twice."""
+    ordered = np.sort(records)  # np.unique takes ten times as long
+    if (ordered[1:] == ordered[:-1]).any():
         raise RequestRefused("a request names a chunk twice")
-    return records

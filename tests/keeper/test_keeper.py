@@ -375,7 +375,7 @@ class S3FifoKeeper(KeeperMachine):
     policy_name = "s3fifo"
 
 
-BUDGET = settings(max_examples=120, stateful_step_count=40, deadline=None)
+BUDGET = settings(max_examples=60, stateful_step_count=50, deadline=None)
 TestLruKeeper, TestArcKeeper, TestS3FifoKeeper = LruKeeper.TestCase, ArcKeeper.TestCase, S3FifoKeeper.TestCase
 TestLruKeeper.settings = TestArcKeeper.settings = TestS3FifoKeeper.settings = BUDGET
 

@@ -1,0 +1,112 @@
+"""What `kvkeep doctor` reads from the world: files of the kernel, installed packages, child processes."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+__all__ = [
+    "Outcome",
+    "cpu_flags",
+    "importable",
+    "installed",
+    "meminfo",
+    "memory",
+    "python",
+    "read",
+    "requirements",
+    "try_descriptor",
+]
+
+_IMPORT_SECONDS = 180
+
+
+class Outcome(NamedTuple):
+    """What a child Python printed, or the last line of its error."""
+
+    ok: bool
+    text: str
+
+
+def try_descriptor() -> None:
+    """Make a sealed memfd and pass it through a unix socket. Raises OSError."""
+    fd = os.memfd_create("kvkeep-doctor", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    ours, theirs = socket.socketpair()
+    with ours, theirs, contextlib.ExitStack() as stack:
+        stack.callback(os.close, fd)
+        socket.send_fds(ours, [b"."], [fd])
+        for received in socket.recv_fds(theirs, 1, 1)[1]:
+            stack.callback(os.close, received)
+
+
+def memory() -> tuple[int, int | None, int]:
+    """Bytes in all, the control group's limit where that is less (else None), bytes available."""
+    info, limit = meminfo(), read("/sys/fs/cgroup/memory.max").strip()
+    total, available = info.get("MemTotal", 0) << 10, info.get("MemAvailable", 0) << 10
+    if not limit.isdigit() or int(limit) >= total:
+        return total, None, available
+    used = int(read("/sys/fs/cgroup/memory.current").strip() or 0)
+    return total, int(limit), max(0, min(available, int(limit) - used))
+
+
+def meminfo() -> dict[str, int]:
+    """/proc/meminfo: KiB, or counts of pages."""
+    lines = (line.split() for line in read("/proc/meminfo").splitlines())
+    return {words[0].rstrip(":"): int(words[1]) for words in lines if len(words) > 1}
+
+
+def cpu_flags() -> set[str]:
+    """Features of the first CPU."""
+    found = re.search(r"^(?:flags|Features)\s*:(.*)$", read("/proc/cpuinfo"), re.MULTILINE)
+    return set(found[1].split()) if found else set()
+
+
+def read(path: str) -> str:
+    """Text of a file of the kernel; empty where it is not there."""
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
+
+
+def requirements() -> dict[str, str]:
+    """Oldest version of each package that kvkeep declares; empty where kvkeep is not installed."""
+    try:
+        lines = importlib.metadata.requires("kvkeep") or []
+    except importlib.metadata.PackageNotFoundError:
+        return {}
+    found = (re.match(r"([\w.-]+)>=([\d.]+)", line) for line in lines if "extra ==" not in line)
+    return {match[1]: match[2] for match in found if match}
+
+
+def installed(name: str) -> str | None:
+    """Version of a distribution, or None."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def importable(name: str) -> Outcome:
+    """Whether a module can be imported."""
+    return python(f"import {name}")
+
+
+def python(code: str) -> Outcome:
+    """Run code in a child of this Python: an import that crashes must not end the doctor."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=_IMPORT_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return Outcome(False, f"not done after {_IMPORT_SECONDS} s")
+    if done.returncode:
+        return Outcome(False, (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1])
+    return Outcome(True, done.stdout.strip())

@@ -1,0 +1,170 @@
+"""A client of a keeper that dies, stops or refuses: bounded, told what happened, and its mapping stays."""
+
+import fcntl
+import os
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+
+from kvkeep.errors import KeeperUnavailable, RequestRefused
+from kvkeep.wire import messages as msg
+from kvkeep.wire.client import Connection
+
+GROUPS = [(4096, None)]
+
+
+def test_a_killed_keeper_is_unavailable(keeper_process) -> None:
+    keeper = keeper_process()
+    client = keeper.connect(arena=True)
+    namespace = client.open_namespace(bytes(32), "m", GROUPS, 1, 1)
+    keeper.process.kill()
+    keeper.process.wait(20)
+    with pytest.raises(KeeperUnavailable):
+        client.lookup(namespace, bytes(16))
+    assert client.closed
+    for call in (client.status, lambda: client.commit(1, 0), lambda: client.release(1)):
+        with pytest.raises(KeeperUnavailable, match="closed"):
+            call()
+    with pytest.raises(KeeperUnavailable, match="no keeper answers"):
+        keeper.connect()
+
+
+def test_a_keeper_killed_in_the_middle_of_a_call(keeper_process) -> None:
+    keeper = keeper_process()
+    client = keeper.connect()
+    os.kill(keeper.process.pid, signal.SIGSTOP)
+    raised: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            client.status()
+        except KeeperUnavailable as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    keeper.process.kill()
+    thread.join(60)
+    assert len(raised) == 1
+
+
+def test_a_stopped_keeper_costs_no_more_than_the_timeout(keeper_process) -> None:
+    keeper = keeper_process()
+    client = keeper.connect(timeout=0.2)
+    good = keeper.connect("good")
+    os.kill(keeper.process.pid, signal.SIGSTOP)
+    with pytest.raises(KeeperUnavailable, match="no answer"):
+        client.status()
+    # A late answer must not be taken for the next one's.
+    assert client.closed
+    os.kill(keeper.process.pid, signal.SIGCONT)
+    assert good.status()["pid"] == keeper.process.pid
+    assert keeper.connect("test").status()["pid"] == keeper.process.pid
+
+
+def test_a_stopped_keeper_does_not_hold_up_one_way_messages_for_ever(keeper_process) -> None:
+    keeper = keeper_process()
+    client = keeper.connect(timeout=0.2)
+    os.kill(keeper.process.pid, signal.SIGSTOP)
+
+    def release_often() -> None:
+        for _ in range(100_000):
+            client.release(1)
+
+    with pytest.raises(KeeperUnavailable):
+        release_often()
+
+
+def test_the_mapping_outlives_the_keeper(keeper_process) -> None:
+    keeper = keeper_process()
+    writer, reader = keeper.connect("w", arena=True), keeper.connect("r", arena=True)
+    written, read = writer.map_arena(), reader.map_arena()
+    written[4096:8192] = b"x" * 4096
+    keeper.process.kill()
+    keeper.process.wait(20)
+    assert read[4096:8192] == b"x" * 4096
+    read[0] = 7
+    assert written[0] == 7
+    assert len(read) == reader.arena_bytes == 16 << 20
+    written.close()
+    read.close()
+
+
+def test_the_arena_can_be_neither_shrunk_nor_grown(keeper_process) -> None:
+    client = keeper_process().connect(arena=True)
+    fd = client._arena_fd
+    assert fd is not None
+    for size in (0, client.arena_bytes - 4096, client.arena_bytes + 4096):
+        with pytest.raises(PermissionError):
+            os.ftruncate(fd, size)
+    with pytest.raises(PermissionError):
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
+    assert os.fstat(fd).st_size == client.arena_bytes
+
+
+def test_without_the_arena_there_is_no_descriptor(keeper_process) -> None:
+    client = keeper_process().connect()
+    with pytest.raises(RequestRefused, match="without the arena"):
+        client.map_arena()
+
+
+def test_connections_leave_no_descriptor(keeper_process) -> None:
+    keeper = keeper_process()
+    keeper.connect(arena=True).close()
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(20):
+        keeper.connect(arena=True).close()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_the_keepers_descriptors_go_with_its_clients(keeper_process, wait_until) -> None:
+    keeper = keeper_process()
+    fds = Path(f"/proc/{keeper.process.pid}/fd")
+    first = keeper.connect()
+    wait_until(lambda: first.status()["connections"] == 1)
+    before = len(list(fds.iterdir()))
+    clients = [keeper.connect(f"c{number}", arena=True) for number in range(20)]
+    assert len(list(fds.iterdir())) == before + 20
+    for client in clients:
+        client.close()
+    wait_until(lambda: len(list(fds.iterdir())) <= before)
+
+
+def test_no_keeper_is_unavailable(keeper_process) -> None:
+    path = keeper_process.directory() / "none.sock"
+    for socket in (str(path), str(path) + "x" * 200):
+        with pytest.raises(KeeperUnavailable, match="no keeper answers"):
+            Connection.open(socket, "s")
+
+
+def test_a_refusal_leaves_the_connection_usable(keeper_process) -> None:
+    client = keeper_process().connect()
+    with pytest.raises(RequestRefused, match="no namespace 3"):
+        client.lookup(3, bytes(16))
+    namespace = client.open_namespace(bytes(32), "m", GROUPS, 1, 1)
+    with pytest.raises(RequestRefused, match="geometry"):
+        client.open_namespace(bytes(32), "m", [(8192, None)], 1, 1)
+    assert client.lookup(namespace, bytes(16)).chunks == 0
+
+
+def test_a_restarted_keeper_is_another_one(keeper_process) -> None:
+    keeper = keeper_process()
+    first = keeper.connect().keeper
+    keeper.close()
+    again = keeper_process(socket=keeper.socket).connect()
+    assert again.keeper != first
+    assert again.status()["keeper"] == again.keeper
+
+
+def test_long_prompts_fit_a_frame(keeper_process) -> None:
+    """A million tokens in 16-token chunks, in two groups."""
+    client = keeper_process(memory="64MiB").connect()
+    namespace = client.open_namespace(bytes(32), "m", [(4096, None), (4096, 4)], 1, 1)
+    keys = b"".join(number.to_bytes(16, "little") for number in range(65536))
+    [done] = client.reserve(namespace, [msg.Reservation(keys, [b"\1" * 65536, b"\1" * 65536], 0, 10**9)])
+    assert [len(row) for row in done.offsets] == [65536] * 2
+    assert 0 < (done.offsets[0] >= 0).sum() < 65536
+    client.abort(done.reservation)
+    assert client.status()["used_bytes"] == 0

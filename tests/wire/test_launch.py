@@ -1,0 +1,158 @@
+"""The private keeper: one for an engine, however many processes ask, and gone when they are."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kvkeep.config import EngineConfig
+from kvkeep.errors import KeeperUnavailable
+from kvkeep.wire import launch
+
+ENGINE = """
+import sys
+from kvkeep.config import EngineConfig
+from kvkeep.wire import launch
+from kvkeep.wire.client import Connection
+
+launch._LINGER = float(sys.argv[2])
+print("ready", flush=True)
+sys.stdin.readline()
+launch.ensure_keeper(sys.argv[1], EngineConfig(memory=16 << 20))
+connection = Connection.open(sys.argv[1], "engine", timeout=30.0)
+print(connection.status()["pid"], flush=True)
+sys.stdin.readline()
+connection.close()
+"""
+
+
+@pytest.fixture
+def socket(keeper_process):
+    """A path for a private keeper; whatever serves it at the end of a test is killed, by its pid."""
+    path = str(keeper_process.directory() / "private" / "engine.sock")
+    yield path
+    for pid in servers(path):
+        os.kill(pid, 9)
+
+
+def servers(path: str) -> list[int]:
+    """Processes that were started to serve this socket and still run (a zombie has no command line)."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                words = (entry / "cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if path.encode() in words and b"serve" in words:
+                found.append(int(entry.name))
+    return found
+
+
+def gone(path: str) -> bool:
+    return not servers(path) and not Path(path).exists()
+
+
+def test_processes_that_start_at_once_share_one_keeper(socket: str, child_process, wait_until) -> None:
+    engines = [child_process(ENGINE, socket, "0.5") for _ in range(4)]
+    for engine in engines:
+        assert engine.line() == "ready"
+    for engine in engines:
+        engine.say()
+    pids = {int(engine.line()) for engine in engines}
+    assert list(pids) == servers(socket)
+    for engine in engines[1:]:
+        engine.say()
+        assert engine.finish() == 0
+    engines[0].say()
+    assert engines[0].finish() == 0
+    wait_until(lambda: gone(socket))
+
+
+def test_the_keeper_ends_when_its_engine_was_killed(socket: str, child_process, wait_until) -> None:
+    engine = child_process(ENGINE, socket, "0.5")
+    engine.say()
+    assert engine.line() == "ready"
+    pid = int(engine.line())
+    assert servers(socket) == [pid]
+    engine.kill()
+    wait_until(lambda: gone(socket))
+
+
+def test_a_killed_keeper_is_started_anew(socket: str, child_process, wait_until) -> None:
+    first, second = child_process(ENGINE, socket, "0.5"), child_process(ENGINE, socket, "0.5")
+    first.say()
+    assert first.line() == "ready"
+    pid = int(first.line())
+    os.kill(pid, 9)
+    wait_until(lambda: not servers(socket))
+    second.say()
+    assert second.line() == "ready"
+    successor = int(second.line())
+    assert [successor] == servers(socket) != [pid]
+
+
+def test_the_keeper_stays_while_a_client_does(socket: str, child_process, wait_until) -> None:
+    """Idle, not unused, is what ends it: its linger is shorter than two looks of this test."""
+    engine = child_process(ENGINE, socket, "0.01")
+    engine.say()
+    assert engine.line() == "ready"
+    pid = int(engine.line())
+    other = child_process(ENGINE, socket, "0.01")
+    other.say()
+    assert other.line() == "ready"
+    assert int(other.line()) == pid
+    other.say()
+    assert other.finish() == 0
+    third = child_process(ENGINE, socket, "0.01")
+    third.say()
+    assert third.line() == "ready"
+    assert int(third.line()) == pid
+
+
+def test_a_keeper_that_cannot_start_is_unavailable(keeper_process) -> None:
+    script = """
+import sys
+from kvkeep.config import EngineConfig
+from kvkeep.errors import KeeperUnavailable
+from kvkeep.wire.launch import ensure_keeper
+try:
+    ensure_keeper(sys.argv[1], EngineConfig(memory=1000))
+except KeeperUnavailable as error:
+    print(error)
+"""
+    path = keeper_process.directory() / "s"
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(path)], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert "ended with status 2" in done.stdout
+    assert "too small" in done.stderr
+    assert not path.exists()
+
+
+def test_a_keeper_that_answers_is_used(keeper_process) -> None:
+    keeper = keeper_process()
+    launch.ensure_keeper(keeper.socket, EngineConfig())
+    assert servers(keeper.socket) == [keeper.process.pid]
+
+
+def test_each_engine_has_a_socket_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/1")
+    one, two = launch.embedded_socket("engine-1"), launch.embedded_socket("engine-2")
+    assert one != two
+    assert one == launch.embedded_socket("engine-1")
+    assert launch.embedded_socket("x" * 1000).startswith("/run/user/1/kvkeep/engine-")
+    assert len(launch.embedded_socket("x" * 1000)) == len(one)
+
+
+def test_what_is_not_started_is_not_waited_for_in_vain(monkeypatch, keeper_process, wait_until) -> None:
+    """A child that neither answers nor ends is killed."""
+    path = keeper_process.directory() / "s"
+    monkeypatch.setattr(launch, "_START_DEADLINE", 0.1)
+    monkeypatch.setattr(launch, "_alive", lambda socket: False)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        with pytest.raises(KeeperUnavailable, match="did not answer"):
+            launch._await(child, str(path))
+        assert child.wait(20) == -9
