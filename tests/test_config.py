@@ -1,0 +1,59 @@
+"""Options: one name everywhere, and a clear word about each mistake."""
+
+import pytest
+
+from kvkeep.config import EngineConfig, KeeperConfig, load, parse_bytes
+from kvkeep.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [
+        ("4GiB", 4 << 30),
+        ("4G", 4 << 30),
+        ("500 MB", 500_000_000),
+        (77, 77),
+        ("1.5k", 1536),
+        ("3tb", 3 * 10**12),
+    ],
+)
+def test_sizes(text, nbytes) -> None:
+    assert parse_bytes(text) == nbytes
+
+
+@pytest.mark.parametrize("text", ["", "-1", "4 parsecs", "GiB", None, "1e9"])
+def test_what_is_no_size(text) -> None:
+    with pytest.raises(ConfigError, match="not a size"):
+        parse_bytes(text)
+
+
+def test_an_unknown_option_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'memory'"):
+        load(EngineConfig, {"memroy": 1}, {})
+    with pytest.raises(ConfigError, match="known options"):
+        load(EngineConfig, {"zzz": 1}, {})
+
+
+def test_options_win_over_the_environment() -> None:
+    environ = {"KVKEEP_MEMORY": "1GiB", "KVKEEP_COPY_THREADS": "2"}
+    config = load(EngineConfig, {"memory": "2GiB", "save-decoded": "no"}, environ)
+    assert (config.memory, config.copy_threads, config.save_decoded) == (2 << 30, 2, False)
+    assert load(EngineConfig, {"socket": None, "chunk_tokens": None}, {}) == EngineConfig()
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "said"),
+    [
+        (KeeperConfig, {"socket": "s", "memory": "900TiB"}, "more than this machine's"),
+        (KeeperConfig, {"socket": "s" * 200}, "longer than"),
+        (KeeperConfig, {"socket": "s", "linger": -1}, "linger"),
+        (KeeperConfig, {"socket": "s", "prefault": "perhaps"}, "prefault"),
+        (EngineConfig, {"timeout": 0}, "timeout"),
+        (EngineConfig, {"copy_threads": 0}, "copy_threads"),
+        (EngineConfig, {"copy_threads": "many"}, "copy_threads"),
+        (EngineConfig, {"chunk_tokens": -16}, "chunk_tokens"),
+    ],
+)
+def test_a_wrong_value_is_named(kind, options, said) -> None:
+    with pytest.raises(ConfigError, match=said):
+        load(kind, options, {})
