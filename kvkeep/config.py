@@ -13,6 +13,7 @@ import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -151,11 +152,11 @@ def _parse_bool(value: Any) -> bool:
 
 def parse_bytes(value: Any) -> int:
     """Bytes from 4294967296, "4GiB", "4G", "500 MB". Raises ConfigError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(value))
+    match = re.fullmatch(r"\s*(\d{1,20}(?:\.\d{1,20})?)\s*([a-zA-Z]*)\s*", str(value))
     unit = _UNITS.get(match[2].lower()) if match else None
     if match is None or unit is None:
         raise ConfigError(f"not a size: {value!r}; write it as 8GiB, 500MB or a number of bytes")
-    return int(float(match[1]) * unit)
+    return int(Fraction(match[1]) * unit)  # exact: a float has 53 bits, and an end
 
 
 def child_environment(extra: Mapping[str, str]) -> dict[str, str]:

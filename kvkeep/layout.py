@@ -96,6 +96,7 @@ def _block_dim(layer: LayerTensor, num_blocks: int) -> int:
 
 def _pieces(layer: LayerTensor, num_blocks: int) -> list[Piece]:
     block_dim = _block_dim(layer, num_blocks)
+    _check_apart(layer)
     inner = [dim for dim in range(len(layer.shape)) if dim != block_dim and layer.shape[dim] > 1]
     inner.sort(key=lambda dim: -layer.strides[dim])
     run = 1
@@ -107,9 +108,20 @@ def _pieces(layer: LayerTensor, num_blocks: int) -> list[Piece]:
         sum(index * layer.strides[dim] for index, dim in zip(start, inner, strict=True)) for start in starts
     )
     nbytes = run * layer.itemsize
-    if nbytes > abs(stride) and num_blocks > 1:
-        raise LayoutError(f"layer {layer.name}: blocks overlap (stride {stride}, run {nbytes} bytes)")
     return [Piece(layer.address + offset * layer.itemsize, stride, nbytes) for offset in offsets]
+
+
+def _check_apart(layer: LayerTensor) -> None:
+    """Raise LayoutError unless each dimension steps over all that the ones inside it reach."""
+    reach = 1
+    for stride, size in sorted(zip(layer.strides, layer.shape, strict=True)):
+        if size > 1:
+            if stride < reach:
+                raise LayoutError(
+                    f"layer {layer.name}: elements overlap in shape {layer.shape}, strides {layer.strides}: "
+                    "kvkeep does not know this KV layout; run this engine without it, and report both"
+                )
+            reach += (size - 1) * stride
 
 
 def chunk_blocks(block_bytes: int, target: int = CHUNK_BYTES) -> int:

@@ -57,3 +57,26 @@ def test_options_win_over_the_environment() -> None:
 def test_a_wrong_value_is_named(kind, options, said) -> None:
     with pytest.raises(ConfigError, match=said):
         load(kind, options, {})
+
+
+def test_sizes_are_exact_and_bounded() -> None:
+    assert parse_bytes(2**53 + 1) == 2**53 + 1
+    assert parse_bytes("9" * 20) == int("9" * 20)
+    with pytest.raises(ConfigError, match="not a size"):
+        parse_bytes("9" * 400)
+
+
+@pytest.mark.parametrize("text", ["1", "true", "Yes", "ON", True])
+def test_yes(text) -> None:
+    assert load(KeeperConfig, {"socket": "s", "huge-pages": text}, {}).huge_pages is True
+
+
+@pytest.mark.parametrize("text", ["0", "false", "No", "OFF", False])
+def test_no(text) -> None:
+    assert load(KeeperConfig, {"socket": "s", "prefault": text}, {}).prefault is False
+
+
+def test_a_socket_path_may_be_as_long_as_the_system_allows() -> None:
+    assert load(KeeperConfig, {"socket": "s" * 107}, {}).socket == "s" * 107
+    with pytest.raises(ConfigError, match="longer than 107"):
+        load(KeeperConfig, {"socket": "ü" * 54}, {})

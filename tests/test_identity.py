@@ -110,3 +110,44 @@ def test_weights_are_known_by_content(tmp_path: Path) -> None:
     assert file_digest([file]) != before
     file.write_bytes(bytes((3 << 20) + 1))
     assert file_digest([file]) != before
+
+
+def test_pinned_values() -> None:
+    """A change here makes every stored chunk unreachable: raise identity.FORMAT, and say so."""
+    space = fingerprint({"model": "m", "groups": [[16, 128]], "tp": 1})
+    hasher = ChainHasher(space, 16)
+    hasher.extend(list(range(320)), [None, encode_extra(("salt", 3)), *[None] * 18])
+    assert space.hex() == "dad964e77d520a7f787898f295a21ca8c83b8d21168b7f117d90ab8c51e2eab2"
+    assert hasher.keys(0, 1).hex() == "b9f001917d344e50f70a4cfcb99535a6"
+    assert hasher.keys(19, 20).hex() == "8f0eeeb1424d54eff19e70d41a10fc4f"
+    assert group_keys(hasher.keys(19, 20), space, 2).tobytes().hex() == "ed4e289730efbef4bf480a10944f3c19"
+    assert encode_extra((None, True, -7, "é")).hex() == (
+        "7419000000000000006e62316902000000000000002d37730200000000000000c3a9"
+    )
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 100, 248, 249, 1000])
+def test_pieces_over_every_boundary_inside_the_hash(tokens: int) -> None:
+    prompt = np.random.default_rng(tokens).integers(0, 2**31, 12 * max(tokens, 40) + 3).tolist()
+    whole, pieces = ChainHasher(SPACE, tokens), ChainHasher(SPACE, tokens)
+    whole.extend(prompt)
+    for end in range(tokens, len(prompt) + 1, tokens):
+        pieces.extend(prompt[end - tokens : end])
+    count = len(prompt) // tokens
+    assert whole.chunks == pieces.chunks == count
+    assert whole.keys(0, count) == pieces.keys(0, count)
+    assert len({whole.keys(index, index + 1) for index in range(count)}) == count
+
+
+def test_a_description_tells_every_field_and_type() -> None:
+    base = {"model": "m", "layers": ["a", "b"], "window": None, "scale": 1.0, "mla": False}
+    others: list[dict] = [{"model": "n"}, {"layers": ["b", "a"]}, {"layers": "ab"}, {"window": 0}]
+    others += [{"window": "null"}, {"scale": 1}, {"mla": 0}, {"more": None}, {"model": {"m": 1}}]
+    assert len({fingerprint(base), *(fingerprint(base | other) for other in others)}) == len(others) + 1
+    assert fingerprint(dict(reversed(base.items()))) == fingerprint(base), "their order says nothing"
+
+
+@pytest.mark.parametrize("value", [b"x", object(), {1, 2}, {1: "a"}, [{None: 1}], ({"a": {True: 1}},)])
+def test_a_description_of_what_json_would_confuse_is_refused(value) -> None:
+    with pytest.raises(TypeError):
+        fingerprint({"field": value})

@@ -126,7 +126,7 @@ def test_the_keepers_descriptors_go_with_its_clients(keeper_process, wait_until)
     wait_until(lambda: first.status()["connections"] == 1)
     before = len(list(fds.iterdir()))
     clients = [keeper.connect(f"c{number}", arena=True) for number in range(20)]
-    assert len(list(fds.iterdir())) == before + 20
+    wait_until(lambda: len(list(fds.iterdir())) == before + 20)
     for client in clients:
         client.close()
     wait_until(lambda: len(list(fds.iterdir())) <= before)
