@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from kvkeep.bench.engine import VllmServer, connector_args
+from kvkeep.errors import KeeperUnavailable
 from kvkeep.wire.client import Connection
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -170,7 +171,15 @@ def test_a_private_keeper_lives_and_ends_with_its_engine(
         assert engine.complete(prompt(5), 8).text == first
         assert engine.metric("vllm:kvkeep_loaded_tokens_total") == HIT
         (socket,) = (tmp_path / "kvkeep").glob("*.sock")
-    wait_until(lambda: not socket.exists(), 20)
+
+    def gone() -> bool:
+        try:
+            Connection.open(str(socket), "test").close()
+        except KeeperUnavailable:
+            return True
+        return False
+
+    wait_until(gone, 30)
 
 
 @pytest.mark.parametrize(
