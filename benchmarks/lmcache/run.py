@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import random
+import signal
 import statistics
 import sys
 import time
@@ -331,6 +332,7 @@ def main() -> int:
         raise SystemExit(
             f"three engines and two caches need {NEED_GIB} GiB; {available / 2**30:.1f} are free"
         )
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that engines and servers end with the run
     result = run(options)
     show(result)
     if options.json is not None:
