@@ -11,6 +11,7 @@ KVKeepError
 from __future__ import annotations
 
 __all__ = [
+    "CONFIG_EXIT",
     "ConfigError",
     "KVKeepError",
     "KeeperUnavailable",
@@ -18,6 +19,10 @@ __all__ = [
     "ProtocolError",
     "RequestRefused",
 ]
+
+
+CONFIG_EXIT = 2
+"""Exit code of the command after an error of ours; argparse uses the same for its own."""
 
 
 class KVKeepError(Exception):

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from kvkeep import __version__
-from kvkeep.errors import KVKeepError
+from kvkeep.errors import CONFIG_EXIT, KVKeepError
 
 __all__ = ["main"]
 
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(args.run(args))
     except KVKeepError as error:
         print(f"kvkeep: {error}", file=sys.stderr)
-        return 2
+        return CONFIG_EXIT
     except KeyboardInterrupt:
         return 130
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kvkeep.config import EngineConfig, runtime_dir
-from kvkeep.errors import KeeperUnavailable
+from kvkeep.errors import CONFIG_EXIT, ConfigError, KeeperUnavailable
 from kvkeep.wire.client import Connection
 
 __all__ = ["embedded_socket", "ensure_keeper"]
@@ -36,8 +36,8 @@ def embedded_socket(engine_id: str) -> str:
 def ensure_keeper(socket: str, config: EngineConfig) -> None:
     """Start a keeper on `socket` unless one answers there.
 
-    Returns when it answers. Raises KeeperUnavailable if it does not within 20 s. The child logs to
-    the engine's standard error.
+    Returns when it answers. Raises KeeperUnavailable if it does not within 20 s, and ConfigError if
+    it refuses its options. The child logs to the engine's standard error.
     """
     path = Path(socket)
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -58,6 +58,11 @@ def _await(child: subprocess.Popen[bytes], socket: str) -> None:
     while time.monotonic() < deadline:
         if _alive(socket):
             return
+        if child.poll() == CONFIG_EXIT:
+            # No keeper will ever start with these options: the operator must hear of it, at start-up.
+            raise ConfigError(
+                "the private keeper refuses its options (memory, policy): see its message above"
+            )
         if child.poll() is not None:
             raise KeeperUnavailable(f"the private keeper ended with status {child.returncode}; see above")
         time.sleep(0.02)

@@ -1,4 +1,4 @@
-"""The messages of protocol version 1, and their framing.
+"""The messages of protocol version 2, and their framing.
 
 A frame is a little-endian u32 length and that many bytes of msgpack: an array whose first item
 names the message. Arrays of numbers travel as bytes (little-endian int64), keys as 16 bytes each.
@@ -43,7 +43,8 @@ __all__ = [
     "frame_length",
 ]
 
-VERSION = 1
+VERSION = 2
+"""Raised with every change of a message: `tests/wire/test_version.py` holds each to its version."""
 MAX_FRAME = 32 << 20
 """Longest frame in bytes; 2 M chunk keys. A longer one is not from a client of ours."""
 HEADER = struct.Struct("<I")

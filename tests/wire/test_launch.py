@@ -112,22 +112,22 @@ def test_the_keeper_stays_while_a_client_does(socket: str, child_process, wait_u
     assert int(third.line()) == pid
 
 
-def test_a_keeper_that_cannot_start_is_unavailable(keeper_process) -> None:
+def test_options_that_no_keeper_takes_are_an_error_not_an_outage(keeper_process) -> None:
     script = """
 import sys
 from kvkeep.config import EngineConfig
-from kvkeep.errors import KeeperUnavailable
+from kvkeep.errors import ConfigError
 from kvkeep.wire.launch import ensure_keeper
 try:
     ensure_keeper(sys.argv[1], EngineConfig(memory=1000))
-except KeeperUnavailable as error:
+except ConfigError as error:
     print(error)
 """
     path = keeper_process.directory() / "s"
     done = subprocess.run(
         [sys.executable, "-c", script, str(path)], capture_output=True, text=True, timeout=60, check=True
     )
-    assert "ended with status 2" in done.stdout
+    assert "refuses its options" in done.stdout
     assert "too small" in done.stderr
     assert not path.exists()
 

@@ -199,6 +199,10 @@ class SchedulerSide:
     def off(self) -> None:
         """Promise nothing more; what has been promised is still planned."""
         self._ready, self._disabled = False, True
+        self.stats.data["attached"] = 0
+        if self._keeper is not None:  # the workers close theirs as they leave: then the session's claims end
+            self._keeper.connection.close()
+            self._keeper = None
 
     def _plan_loads(self, promised: list[Promise]) -> Copies:
         assert self._geometry is not None

@@ -187,6 +187,7 @@ def test_a_private_keeper_lives_and_ends_with_its_engine(
     [
         ({"memroy": "1GiB"}, "did you mean 'memory'"),
         ({"chunk_tokens": 48}, "no multiple of the engine's block size 32"),
+        ({"policy": "fifo"}, "unknown policy 'fifo': choose one of lru, arc, s3fifo"),
     ],
 )
 def test_a_wrong_option_stops_the_start(
