@@ -79,12 +79,18 @@ def without(model: str, text: str, args: list[str], out: Path) -> tuple[Answer, 
     """The engine alone: a cold answer, then its own prefix cache."""
     say("vLLM without kvkeep: starting")
     with VllmServer(HERE / "models" / model, args, log=out / "engine-off.log") as engine:
-        warm_up(engine)
-        say("cold: the whole document is prefilled")
-        cold = ask(engine, model, text, QUESTIONS[0])
-        say(f"    {cold.ttft_s:7.2f} s to the first token")
+        cold = first_answer(engine, model, text)
         say("the same engine's own prefix cache, while it lasts")
         return cold, round_of_questions(engine, model, text, reset=False)
+
+
+def first_answer(engine: VllmServer, model: str, text: str) -> Answer:
+    """The first question to an engine that has just started and knows nothing of the document."""
+    warm_up(engine)
+    say("cold: the whole document is prefilled")
+    answer = ask(engine, model, text, QUESTIONS[0])
+    say(f"    {answer.ttft_s:7.2f} s to the first token")
+    return answer
 
 
 def warm_up(engine: VllmServer) -> None:
@@ -108,10 +114,7 @@ def run(model: str, out: Path) -> dict[str, Any]:
         with keeper(socket, out / "keeper.log"):
             args += connector_args(socket=socket)
             with VllmServer(HERE / "models" / model, args, log=out / "engine-on.log") as engine:
-                warm_up(engine)
-                say("cold: prefilled once, and kept")
-                cold = ask(engine, model, text, QUESTIONS[0])
-                say(f"    {cold.ttft_s:7.2f} s to the first token")
+                cold = first_answer(engine, model, text)
                 say("warm: the engine's own cache is emptied before each question")
                 before = engine.metric("vllm:kvkeep_loaded_tokens_total")
                 warm = round_of_questions(engine, model, text, reset=True)
