@@ -5,7 +5,8 @@ KVKeepError
  ├── LayoutError        this engine's KV layout is not supported: run it without kvkeep
  ├── KeeperUnavailable  the keeper is gone or too slow: treat as a miss, reconnect later
  ├── ProtocolError      the other side does not speak our protocol: drop the connection
- └── RequestRefused     the keeper understood the request and says no: a bug or a stale handle
+ ├── RequestRefused     the keeper understood the request and says no: a bug or a stale handle
+ └── TierUnavailable    a place below the arena does not answer or refuses us: go on without it
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ __all__ = [
     "LayoutError",
     "ProtocolError",
     "RequestRefused",
+    "TierUnavailable",
 ]
 
 
@@ -47,3 +49,7 @@ class ProtocolError(KVKeepError):
 
 class RequestRefused(KVKeepError):
     """The keeper refused one request; the connection stays usable."""
+
+
+class TierUnavailable(KVKeepError):
+    """A tier cannot be reached, does not answer in time, or refuses us; it may come back."""

@@ -33,6 +33,7 @@ MAY_USE: dict[str, tuple[str, ...]] = {
     "kvkeep.identity": _LOW[:3],
     "kvkeep.observe": _LOW,
     "kvkeep.keeper": _LOW,
+    "kvkeep.tiers": _LOW,
     "kvkeep.transfer": (*_LOW, "torch"),
     "kvkeep.wire": (*_LOW, "kvkeep.observe"),
     "kvkeep.wire.server": (*_LOW, "kvkeep.observe", "kvkeep.keeper"),

@@ -1,0 +1,114 @@
+"""The interface of tiers: places below the arena that keep chunks as sealed values.
+
+A tier moves whole values between the caller's buffers and its medium, in batches, and knows
+nothing of what they mean. Verbs block; movers call them from threads of their own, several at
+once, so a tier is thread-safe, bounds every wait by its own timeout, and releases the GIL in bulk
+operations. A batch fails as a whole only with TierUnavailable; all else is a result per key.
+"""
+
+from __future__ import annotations
+
+import enum
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+__all__ = ["KEY_BYTES", "Buffer", "Capabilities", "Got", "Key", "Put", "Tier", "Usage", "key_name"]
+
+Key: TypeAlias = bytes
+"""24 bytes: the first 8 of the namespace's fingerprint, then the 16 of the chunk key."""
+KEY_BYTES = 24
+
+Buffer: TypeAlias = memoryview
+"""Contiguous bytes (format "B") of the caller's. In the arena they start at a page, and their length is a
+multiple of a page; a tier may take advantage of that, and must not rely on it."""
+
+
+class Got(enum.Enum):
+    """What became of one `get`."""
+
+    HIT = "hit"
+    MISS = "miss"
+    DAMAGED = "damaged"
+    """A value is there, but not one of this length, or (where sealed) not the one that was put."""
+
+
+class Put(enum.Enum):
+    """What became of one `put`."""
+
+    STORED = "stored"
+    REFUSED = "refused"
+    """No room for it, or larger than the store takes. Not an error: the cache goes on without."""
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a tier is like; fixed while it is open."""
+
+    shared: bool
+    """Other hosts may write to it: a key not put by us may be there."""
+    persistent: bool
+    """What was put outlives this process."""
+    max_value_bytes: int | None = None
+    """Longest value; longer ones are REFUSED."""
+    concurrency: int = 2
+    """Batches that it serves at once without making them slower."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Figures of the medium; None where it cannot tell."""
+
+    used_bytes: int | None = None
+    capacity_bytes: int | None = None
+    values: int | None = None
+
+
+class Tier(ABC):
+    """One place. Keys in a batch are distinct; `buffers[i]` belongs to `keys[i]`, and stays the caller's.
+
+    Raises TierUnavailable where the place cannot be reached, does not answer in time, or refuses us.
+    Once a verb has returned or raised, it does not touch the caller's buffers any more.
+    """
+
+    @property
+    @abstractmethod
+    def capabilities(self) -> Capabilities:
+        """What this tier is like."""
+
+    def attach(self, memory: Buffer) -> None:  # noqa: B027 (most media need nothing)
+        """Told once, before the first verb, of the memory that all buffers will lie in (for RDMA)."""
+
+    @abstractmethod
+    def contains(self, keys: Sequence[Key]) -> list[bool]:
+        """Whether each key is held. A hint: it may be gone by the time of the `get`."""
+
+    @abstractmethod
+    def get(self, keys: Sequence[Key], buffers: Sequence[Buffer]) -> list[Got]:
+        """Fill each buffer with the value of its key. The content of a buffer is undefined unless HIT.
+
+        Counts as a use of what was hit, where the tier evicts by itself; earlier keys outlive later ones.
+        """
+
+    @abstractmethod
+    def put(self, keys: Sequence[Key], buffers: Sequence[Buffer]) -> list[Put]:
+        """Store each buffer, whole or not at all; replaces what is there. STORED values are readable, and
+        as durable as the tier is. Earlier keys outlive later ones where the tier evicts by itself."""
+
+    @abstractmethod
+    def delete(self, keys: Sequence[Key]) -> None:
+        """Forget values; absent ones are fine."""
+
+    def usage(self) -> Usage:
+        """How full it is, where the medium can tell. Called now and then, for people."""
+        return Usage()
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of connections and files. Verbs under way end, later ones raise TierUnavailable."""
+
+
+def key_name(key: Key) -> str:
+    """The readable name of a key: namespace/chunk, in hexadecimal."""
+    return f"{key[:8].hex()}/{key[8:].hex()}"

@@ -1,0 +1,106 @@
+"""What a tier did, and how fast it is: for figures, and for the rule that loads or recomputes."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TypeVar
+
+from kvkeep.errors import TierUnavailable
+from kvkeep.tiers.base import Buffer, Got, Key, Put, Tier
+from kvkeep.tiers.wrap import Wrapper
+
+__all__ = ["Metered", "TierCounters"]
+
+_T = TypeVar("_T")
+_SHARE = 0.2  # of the newest sample in a running mean
+
+
+@dataclass
+class TierCounters:
+    """Totals since the tier was opened."""
+
+    hits: int = 0
+    misses: int = 0
+    damaged: int = 0
+    got_bytes: int = 0
+    get_seconds: float = 0.0
+    stored: int = 0
+    refused: int = 0
+    put_bytes: int = 0
+    put_seconds: float = 0.0
+    deleted: int = 0
+    errors: int = 0
+
+
+class Metered(Wrapper):
+    """Counts results, bytes and seconds of every verb; lies outside the seal, so that damage is seen."""
+
+    def __init__(self, inner: Tier, clock: Callable[[], float] = time.perf_counter) -> None:
+        super().__init__(inner)
+        self._clock = clock
+        self._lock = threading.Lock()
+        self.counters = TierCounters()
+        self.latency: float | None = None
+        """Running mean of the seconds that a `contains` takes; None before the first."""
+        self.seconds_per_byte: float | None = None
+        """Running mean over batches that hit; None before the first."""
+
+    def figures(self) -> dict[str, float]:
+        """The counters as a dict, for `kvkeep status`."""
+        with self._lock:
+            return asdict(self.counters)
+
+    def contains(self, keys: Sequence[Key]) -> list[bool]:
+        began = self._clock()
+        try:
+            return self._counted(lambda: self.inner.contains(keys))
+        finally:  # also after a failure: a store that times out is slow, and must count as such
+            with self._lock:
+                self.latency = _mean(self.latency, self._clock() - began)
+
+    def get(self, keys: Sequence[Key], buffers: Sequence[Buffer]) -> list[Got]:
+        began = self._clock()
+        results = self._counted(lambda: self.inner.get(keys, buffers))
+        took = self._clock() - began
+        nbytes = sum(len(buffer) for buffer, got in zip(buffers, results, strict=True) if got is Got.HIT)
+        with self._lock:
+            self.counters.hits += results.count(Got.HIT)
+            self.counters.misses += results.count(Got.MISS)
+            self.counters.damaged += results.count(Got.DAMAGED)
+            self.counters.got_bytes += nbytes
+            self.counters.get_seconds += took
+            if nbytes:
+                self.seconds_per_byte = _mean(self.seconds_per_byte, took / nbytes)
+        return results
+
+    def put(self, keys: Sequence[Key], buffers: Sequence[Buffer]) -> list[Put]:
+        began = self._clock()
+        results = self._counted(lambda: self.inner.put(keys, buffers))
+        took = self._clock() - began
+        stored = [len(buffer) for buffer, put in zip(buffers, results, strict=True) if put is Put.STORED]
+        with self._lock:
+            self.counters.stored += len(stored)
+            self.counters.refused += len(results) - len(stored)
+            self.counters.put_bytes += sum(stored)
+            self.counters.put_seconds += took
+        return results
+
+    def delete(self, keys: Sequence[Key]) -> None:
+        self._counted(lambda: self.inner.delete(keys))
+        with self._lock:
+            self.counters.deleted += len(keys)
+
+    def _counted(self, verb: Callable[[], _T]) -> _T:
+        try:
+            return verb()
+        except TierUnavailable:
+            with self._lock:
+                self.counters.errors += 1
+            raise
+
+
+def _mean(old: float | None, new: float) -> float:
+    return new if old is None else old + _SHARE * (new - old)

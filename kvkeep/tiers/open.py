@@ -1,0 +1,94 @@
+"""Opens tiers by URL: finds the kind, and puts the wrappers around it.
+
+A kind is a function from a TierURL to a Tier that takes the options it knows, and raises ConfigError
+where the place cannot be used as the URL says (unreachable, wrong credentials, another format). Ours
+are listed here; others are found by entry points of the group `kvkeep.tiers`, named by scheme.
+"""
+
+from __future__ import annotations
+
+import enum
+import importlib
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from typing import NamedTuple
+
+from kvkeep.errors import ConfigError
+from kvkeep.tiers.base import Tier
+from kvkeep.tiers.faults import Faults, Faulty
+from kvkeep.tiers.guard import Guarded
+from kvkeep.tiers.meter import Metered
+from kvkeep.tiers.seal import Sealed
+from kvkeep.tiers.url import TierURL
+
+__all__ = ["Opened", "WriteWhen", "open_raw", "open_tier"]
+
+_OURS = {
+    "fs": "kvkeep.tiers.fs:open_fs",
+    "redis": "kvkeep.tiers.redis:open_redis",
+    "rediss": "kvkeep.tiers.redis:open_redis",
+    "s3": "kvkeep.tiers.s3:open_s3",
+    "mooncake": "kvkeep.tiers.mooncake:open_mooncake",
+    "infinistore": "kvkeep.tiers.infinistore:open_infinistore",
+}
+_FAULTY = "faulty+"
+
+
+class WriteWhen(enum.Enum):
+    """When chunks of the arena are written to a tier."""
+
+    THROUGH = "through"
+    """As soon as they are committed, in the background."""
+    SECOND_TOUCH = "second-touch"
+    """Once they were hit: what is never asked for again does not wear flash."""
+    NEVER = "never"
+    """Others write to it, this keeper only reads."""
+
+
+class Opened(NamedTuple):
+    """A tier, ready for use, with the wrappers that are asked about it."""
+
+    url: str
+    """Without the password."""
+    tier: Metered
+    guard: Guarded
+    write: WriteWhen
+
+
+def open_raw(url: TierURL) -> Tier:
+    """The tier of a URL without wrappers. Raises ConfigError."""
+    if url.scheme.startswith(_FAULTY):
+        faults = Faults.of(url)
+        return Faulty(open_raw(url.inner(url.scheme.removeprefix(_FAULTY))), faults)
+    return _kind(url.scheme)(url)
+
+
+def open_tier(text: str) -> Opened:
+    """The tier of a URL: metered, sealed, guarded. Raises ConfigError with what to do."""
+    url = TierURL(text)
+    write = WriteWhen(url.take_choice("write", tuple(when.value for when in WriteWhen), "through"))
+    raw = open_raw(url)
+    try:
+        url.finish()
+    except ConfigError:
+        raw.close()
+        raise
+    guard = Guarded(raw, str(url))
+    return Opened(str(url), Metered(Sealed(guard)), guard, write)
+
+
+def _kind(scheme: str) -> Callable[[TierURL], Tier]:
+    if scheme in _OURS:
+        module, name = _OURS[scheme].split(":")
+        try:
+            found: Callable[[TierURL], Tier] = getattr(importlib.import_module(module), name)
+        except ImportError as error:
+            raise ConfigError(
+                f"{scheme}:// needs {error.name}: pip install 'kvkeep[{module.rsplit('.', 1)[1]}]'"
+            ) from error
+        return found
+    for point in entry_points(group="kvkeep.tiers", name=scheme):
+        loaded: Callable[[TierURL], Tier] = point.load()
+        return loaded
+    known = sorted({*_OURS, *(point.name for point in entry_points(group="kvkeep.tiers"))})
+    raise ConfigError(f"no tier of kind {scheme!r}: known are {', '.join(known)}")

@@ -1,0 +1,78 @@
+"""The seal of every value below the arena: what it is, and a checksum, in its last 56 bytes.
+
+It lies in the slot itself, behind the KV, so that a value is one piece of memory for every medium:
+no second buffer, no copy. A value that does not carry its own key and length under the right
+checksum is DAMAGED, whoever wrote it, and is deleted; nothing of it is served.
+
+| bytes | content                                                         |
+|-------|-----------------------------------------------------------------|
+| 8     | `kvkeep`, 0, format version                                     |
+| 24    | the key                                                         |
+| 8     | length of the whole value, little-endian                        |
+| 16    | XXH3-128 of all that lies before this field                     |
+"""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+from collections.abc import Sequence
+
+import xxhash
+
+from kvkeep.errors import TierUnavailable
+from kvkeep.tiers.base import Buffer, Got, Key, Put
+from kvkeep.tiers.wrap import Wrapper
+
+__all__ = ["SEAL_BYTES", "Sealed", "check_seal", "seal", "sealed_key"]
+
+MAGIC = b"kvkeep\x00\x01"
+_HEAD = struct.Struct("<8s24sQ")
+_SUM_BYTES = 16
+SEAL_BYTES = _HEAD.size + _SUM_BYTES
+"""Bytes at the end of every value that are the seal's, not the caller's."""
+
+
+def seal(key: Key, value: Buffer) -> None:
+    """Write the seal into the last bytes of `value`."""
+    _HEAD.pack_into(value, len(value) - SEAL_BYTES, MAGIC, key, len(value))
+    value[-_SUM_BYTES:] = xxhash.xxh3_128_digest(value[:-_SUM_BYTES])
+
+
+def check_seal(key: Key, value: Buffer) -> bool:
+    """Whether `value` is what was sealed under `key`, bit for bit."""
+    if len(value) < SEAL_BYTES:
+        return False
+    head = _HEAD.unpack_from(value, len(value) - SEAL_BYTES)
+    if head != (MAGIC, key, len(value)):  # cheap, and refuses foreign values before the sum is made
+        return False
+    return bool(xxhash.xxh3_128_digest(value[:-_SUM_BYTES]) == value[-_SUM_BYTES:])
+
+
+def sealed_key(value: Buffer) -> Key | None:
+    """The key under which `value` was sealed, if its seal is whole; for repair tools."""
+    if len(value) < SEAL_BYTES:
+        return None
+    _, key, _ = _HEAD.unpack_from(value, len(value) - SEAL_BYTES)
+    return key if check_seal(key, value) else None
+
+
+class Sealed(Wrapper):
+    """Seals what goes down, and lets nothing up that is not as it was sealed."""
+
+    def get(self, keys: Sequence[Key], buffers: Sequence[Buffer]) -> list[Got]:
+        results = self.inner.get(keys, buffers)
+        for place, (key, buffer, result) in enumerate(zip(keys, buffers, results, strict=True)):
+            if result is Got.HIT and not check_seal(key, buffer):
+                results[place] = Got.DAMAGED
+        damaged = [key for key, result in zip(keys, results, strict=True) if result is Got.DAMAGED]
+        if damaged:
+            with contextlib.suppress(TierUnavailable):  # what was good is good all the same
+                self.inner.delete(damaged)
+        return results
+
+    def put(self, keys: Sequence[Key], buffers: Sequence[Buffer]) -> list[Put]:
+        """As the tier's; the last SEAL_BYTES of each buffer are overwritten."""
+        for key, buffer in zip(keys, buffers, strict=True):
+            seal(key, buffer)
+        return self.inner.put(keys, buffers)

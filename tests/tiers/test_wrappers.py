@@ -1,0 +1,285 @@
+"""The suite holds a tier in memory to the interface, and the wrappers around it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+import pytest
+
+from kvkeep.errors import ConfigError, TierUnavailable
+from kvkeep.tiers.base import Capabilities, Got, Key, Put, Tier, Usage
+from kvkeep.tiers.faults import Faults, Faulty
+from kvkeep.tiers.guard import Guarded
+from kvkeep.tiers.meter import Metered
+from kvkeep.tiers.seal import SEAL_BYTES, Sealed, check_seal, seal, sealed_key
+from kvkeep.tiers.url import TierURL
+from kvkeep.tiers.wrap import Wrapper
+from tests.tiers.conformance import TierConformance
+from tests.tiers.place import PAGE, Place, buffers_of, keys_of
+
+
+class MemoryTier(Tier):
+    """The least that is a tier: a dict. Shows that the suite asks for nothing else."""
+
+    def __init__(self, held: dict[Key, bytes], capacity: int | None = None) -> None:
+        self.held, self._capacity, self._open = held, capacity, True
+        self._lock = threading.Lock()
+
+    capabilities = Capabilities(shared=True, persistent=True)
+
+    def contains(self, keys):
+        self._check()
+        return [key in self.held for key in keys]
+
+    def get(self, keys, buffers):
+        self._check()
+        out = []
+        for key, buffer in zip(keys, buffers, strict=True):
+            value = self.held.get(key)
+            if value is not None and len(value) == len(buffer):
+                buffer[:] = value
+            out.append(Got.MISS if value is None else Got.HIT if len(value) == len(buffer) else Got.DAMAGED)
+        return out
+
+    def put(self, keys, buffers):
+        self._check()
+        return [self._put(key, bytes(buffer)) for key, buffer in zip(keys, buffers, strict=True)]
+
+    def _put(self, key: Key, value: bytes) -> Put:
+        with self._lock:
+            if self._capacity is not None:
+                if len(value) > self._capacity:
+                    return Put.REFUSED
+                while sum(map(len, self.held.values())) + len(value) > self._capacity:
+                    del self.held[next(iter(self.held))]
+            self.held[key] = value
+        return Put.STORED
+
+    def delete(self, keys):
+        self._check()
+        for key in keys:
+            self.held.pop(key, None)
+
+    def usage(self):
+        return Usage(sum(map(len, self.held.values())), self._capacity, len(self.held))
+
+    def close(self):
+        self._open = False
+
+    def _check(self) -> None:
+        if not self._open:
+            raise TierUnavailable("closed")
+
+
+class MemoryPlace(Place):
+    def __init__(self) -> None:
+        self.held: dict[Key, bytes] = {}
+
+    def open(self, **options: str) -> Tier:
+        return MemoryTier(self.held, int(options["capacity"]) if options else None)
+
+    def read(self, key):
+        return self.held.get(key)
+
+    def write(self, key, value):
+        self.held[key] = value
+
+    def used_bytes(self):
+        return sum(map(len, self.held.values()))
+
+
+class TestMemory(TierConformance):
+    @pytest.fixture
+    def place(self) -> Place:
+        return MemoryPlace()
+
+
+class TestWrapped(TierConformance):
+    """A wrapper is the tier it wraps."""
+
+    @pytest.fixture
+    def place(self) -> Place:
+        class Wrapped(MemoryPlace):
+            def open(self, **options: str) -> Tier:
+                return Metered(Guarded(Wrapper(super().open(**options)), "memory"))
+
+        return Wrapped()
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+class Broken(Wrapper):
+    """Fails the next `failures` verbs."""
+
+    failures = 0
+    calls = 0
+
+    def contains(self, keys):
+        self._fail()
+        return super().contains(keys)
+
+    def put(self, keys, buffers):
+        self._fail()
+        return super().put(keys, buffers)
+
+    def _fail(self) -> None:
+        self.calls += 1
+        if self.failures:
+            self.failures -= 1
+            raise TierUnavailable("down")
+
+
+@pytest.fixture
+def broken() -> Broken:
+    return Broken(MemoryTier({}))
+
+
+def guarded(inner: Tier) -> tuple[Guarded, Clock]:
+    clock = Clock()
+    return Guarded(inner, "test", clock, clock.sleep), clock
+
+
+def test_a_single_failure_is_tried_again(broken: Broken) -> None:
+    guard, clock = guarded(broken)
+    broken.failures = 1
+    assert guard.contains(keys_of(1)) == [False]
+    assert clock.now == 0  # reads do not wait
+    broken.failures = 2
+    assert guard.put(keys_of(1), buffers_of([PAGE])) == [Put.STORED]
+    assert clock.now > 0  # writes back off
+    assert guard.available
+
+
+def test_the_breaker_opens_stays_open_and_closes_by_a_probe(broken: Broken, caplog) -> None:
+    guard, clock = guarded(broken)
+    broken.failures = 6
+    with pytest.raises(TierUnavailable), caplog.at_level(logging.WARNING):
+        guard.put(keys_of(1), buffers_of([PAGE]))
+    assert not guard.available
+    assert broken.calls == 3
+    with pytest.raises(TierUnavailable, match="switched off: down"):
+        guard.contains(keys_of(1))
+    assert broken.calls == 3
+    assert len(caplog.records) == 1
+    waits = []
+    while not guard.available:
+        began = clock.now
+        while not guard.probe_due:
+            clock.sleep(0.25)
+        waits.append(clock.now - began)
+        guard.probe()
+    assert waits == [1, 2, 4, 8]
+    assert guard.contains(keys_of(1)) == [False]
+    assert len(caplog.records) == 1  # one warning, however long it took
+
+
+def test_a_slow_failure_of_a_read_is_not_tried_again(broken: Broken) -> None:
+    guard, clock = guarded(broken)
+
+    class Slow(Wrapper):
+        def contains(self, keys):
+            clock.sleep(1)
+            return super().contains(keys)
+
+    broken.failures = 1
+    guard.inner = Slow(broken)
+    with pytest.raises(TierUnavailable):
+        guard.contains(keys_of(1))
+    assert broken.calls == 1
+
+
+def test_the_seal_binds_key_length_and_every_byte() -> None:
+    (key, other), (value,) = keys_of(2), buffers_of([PAGE], 1)
+    before = bytes(value[:-SEAL_BYTES])
+    seal(key, value)
+    assert bytes(value[:-SEAL_BYTES]) == before
+    assert check_seal(key, value)
+    assert sealed_key(value) == key
+    assert not check_seal(other, value)
+    assert not check_seal(key, value[:-1])
+    assert not check_seal(key, value[1:])
+    assert not check_seal(key, value[:10])
+    for place in (0, PAGE // 2, *range(PAGE - SEAL_BYTES, PAGE)):
+        value[place] ^= 1
+        assert not check_seal(key, value)
+        assert sealed_key(value) is None
+        value[place] ^= 1
+    assert check_seal(key, value)
+
+
+def test_what_is_damaged_is_counted_and_deleted_also_where_deleting_fails() -> None:
+    class NoDelete(Wrapper):
+        def delete(self, keys):
+            raise TierUnavailable("read-only")
+
+    held: dict[Key, bytes] = {}
+    keys, sent = keys_of(2), buffers_of([PAGE] * 2, 1)
+    meter = Metered(Sealed(NoDelete(MemoryTier(held))))
+    meter.put(keys, sent)
+    held[keys[0]] = held[keys[0]][:-1] + b"?"
+    assert meter.get(keys, buffers_of([PAGE] * 2)) == [Got.DAMAGED, Got.HIT]
+    assert (meter.counters.hits, meter.counters.damaged, meter.counters.got_bytes) == (1, 1, PAGE)
+
+
+def test_faults_are_as_ordered() -> None:
+    tier = Faulty(Sealed(MemoryTier({})), Faults(flip_rate=1.0))
+    outer = Sealed(tier)
+    keys, sent = keys_of(4), buffers_of([PAGE] * 4, 1)
+    outer.put(keys, sent)
+    assert outer.get(keys, buffers_of([PAGE] * 4)) == [Got.DAMAGED] * 4
+    tier.faults = Faults(error_rate=1.0)
+    with pytest.raises(TierUnavailable):
+        outer.contains(keys)
+    tier.faults = Faults(hang=True)
+    failed = threading.Event()
+
+    def wait() -> None:
+        with pytest.raises(TierUnavailable):
+            outer.contains(keys)
+        failed.set()
+
+    threading.Thread(target=wait, daemon=True).start()
+    assert not failed.wait(0.05)
+    tier.release()
+    assert failed.wait(5)
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("/data/kv", "not a tier URL"),
+        ("redis:host", "not a tier URL"),
+        ("redis://host:port/0", "cannot read"),
+        ("redis://[::1/0", "cannot read"),
+        ("fs:///d?capacity", "cannot read"),
+        ("nothing://x", "no tier of kind 'nothing'"),
+        ("fs:///d?write=sometimes", "write must be one of through, second-touch, never"),
+    ],
+)
+def test_urls_that_cannot_be_are_clear_errors(url: str, message: str) -> None:
+    from kvkeep.tiers.open import open_tier
+
+    with pytest.raises(ConfigError, match=message):
+        open_tier(url)
+
+
+def test_url_options_are_taken_or_named() -> None:
+    url = TierURL("redis://me:secret@host:1/2?ttl=1h&capcity=4GiB&tls=no")
+    assert "secret" not in str(url)
+    assert url.password == "secret"
+    assert url.take_seconds("ttl", 0) == 3600
+    assert url.take_bytes("capacity", None) is None
+    assert url.take_flag("tls", True) is False
+    with pytest.raises(ConfigError, match="unknown option 'capcity': did you mean 'capacity'"):
+        url.finish()
+    with pytest.raises(ConfigError, match="ttl='soon': not a time"):
+        TierURL("a://b?ttl=soon").take_seconds("ttl", 0)
