@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from kvkeep.config import EngineConfig, runtime_dir
+from kvkeep.config import EngineConfig, child_environment, runtime_dir
 from kvkeep.errors import CONFIG_EXIT, ConfigError, KeeperUnavailable
 from kvkeep.wire.client import Connection
 
@@ -48,7 +48,12 @@ def ensure_keeper(socket: str, config: EngineConfig) -> None:
         command += ["--memory", str(config.memory), "--policy", config.policy]
         # A session of its own: Ctrl-C at the engine must not end the keeper before the engine.
         child = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+            # Not as arguments, which everybody on the machine can read: URLs may hold passwords.
+            env=child_environment({"KVKEEP_TIERS": " ".join(config.tiers)}),
         )
         _await(child, socket)
 

@@ -277,7 +277,7 @@ def test_a_chunk_is_not_leased_twice_by_one_lookup(keeper, beside: Connection) -
 
 
 def test_as_many_namespaces_as_there_may_be(keeper_process) -> None:
-    keeper = keeper_process(patch="from kvkeep.wire import server; server._MAX_NAMESPACES = 8")
+    keeper = keeper_process(patch="from kvkeep.wire import connection; connection._MAX_NAMESPACES = 8")
     client = keeper.connect()
     for number in range(8):
         assert (
@@ -290,7 +290,7 @@ def test_as_many_namespaces_as_there_may_be(keeper_process) -> None:
 
 
 def test_a_client_that_never_reads_is_dropped(keeper_process, wait_until) -> None:
-    keeper = keeper_process(patch="from kvkeep.wire import server; server._MAX_BACKLOG = 1 << 20")
+    keeper = keeper_process(patch="from kvkeep.wire import connection; connection._MAX_BACKLOG = 1 << 20")
     good = keeper.connect("good")
     namespace = good.open_namespace(FINGERPRINT, "test", GROUPS, 1, 1)
     with raw(keeper) as sock:
