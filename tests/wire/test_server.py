@@ -306,7 +306,7 @@ def test_a_client_that_never_reads_is_dropped(keeper_process, wait_until) -> Non
 
 
 def test_a_client_that_says_nothing_is_dropped(keeper_process) -> None:
-    keeper = keeper_process(patch="from kvkeep.wire import server; server._HELLO_DEADLINE = 0.2")
+    keeper = keeper_process(patch="from kvkeep.wire import connection; connection._HELLO_DEADLINE = 0.2")
     with raw(keeper) as silent, raw(keeper) as polite:
         send(polite, HELLO)
         assert answers_until_end(silent) == []
