@@ -98,6 +98,12 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
         """This rank's layout, for the namespace."""
         return self._worker.handshake() if self._worker is not None else None
 
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        """A step begins."""
+        super().bind_connector_metadata(connector_metadata)
+        if self._worker is not None:
+            self._worker.begin_step()
+
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         """All loads of the step, before its forward."""
         meta, worker = self._step(), self._worker
@@ -122,7 +128,10 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
     def wait_for_save(self) -> None:
         """All saves of the step; nothing protects the blocks after this returns."""
         meta, worker = self._step(), self._worker
-        if worker is not None and meta is not None and meta.saves is not None:
+        if worker is None or meta is None:
+            return
+        worker.end_forward(meta)
+        if meta.saves is not None:
             self._guard(lambda: worker.save(meta), None)
 
     def get_block_ids_with_load_errors(self) -> set[int]:
@@ -153,11 +162,12 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
-        """Tokens that can be loaded beyond the local hit; loading is synchronous."""
+        """Tokens that can be loaded beyond the local hit, or None to be asked again; loading is synchronous."""
         scheduler = self._scheduler
         if scheduler is None:
             return 0, False
-        return self._guard(lambda: scheduler.matched(request, num_computed_tokens), 0), False
+        nothing: int | None = 0
+        return self._guard(lambda: scheduler.matched(request, num_computed_tokens), nothing), False
 
     def update_state_after_alloc(
         self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int

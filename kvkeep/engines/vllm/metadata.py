@@ -78,6 +78,8 @@ class StepMeta(KVConnectorMetadata):
     """Present until every worker has joined it."""
     unplanned: list[int] = field(default_factory=list)
     """Blocks of promised loads that could not be planned: to be recomputed."""
+    scheduled_tokens: int = 0
+    """Tokens that the step computes, all requests together."""
 
 
 @dataclass

@@ -32,6 +32,8 @@ __all__ = ["WorkerSide"]
 
 log = logging.getLogger("kvkeep.vllm")
 
+_PREFILL_TOKENS = 64  # a step of fewer says little about prefill
+
 
 class _Joined:
     """One session joined: its connection and the copy engine over its arena."""
@@ -59,6 +61,8 @@ class WorkerSide:
         self._session: Session | None = None
         self._failed_blocks: set[int] = set()
         self._off = False
+        self._began = 0.0
+        self._loading = 0.0
 
     # Start
 
@@ -98,6 +102,18 @@ class WorkerSide:
         return _Joined(epoch, connection, transfer)
 
     # One step
+
+    def begin_step(self) -> None:
+        """The engine is about to run a step."""
+        self._began, self._loading = time.perf_counter(), self.stats.data.get("load_seconds", 0.0)
+
+    def end_forward(self, meta: StepMeta) -> None:
+        """The step's forward is done: count how fast it was, where it was prefill enough to tell."""
+        if meta.scheduled_tokens < _PREFILL_TOKENS:
+            return
+        loading = self.stats.data.get("load_seconds", 0.0) - self._loading
+        self.stats.add("computed_tokens", meta.scheduled_tokens)
+        self.stats.add("compute_seconds", max(0.0, time.perf_counter() - self._began - loading))
 
     def load(self, meta: StepMeta) -> bool:
         """Arena → paged KV, for everything this step's forward reads. Returns True when it is there."""
