@@ -162,7 +162,7 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
-        """Tokens that can be loaded beyond the local hit, or None to be asked again; loading is synchronous."""
+        """Tokens that can be loaded beyond the local hit; None to be asked again. Loading is synchronous."""
         scheduler = self._scheduler
         if scheduler is None:
             return 0, False
