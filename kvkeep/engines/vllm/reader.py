@@ -80,7 +80,7 @@ class ComputeSpeed:
 
 
 class Reader:
-    """Looks requests up, on the scheduler's thread. Raises where the keeper is lost; the caller deals with it."""
+    """Looks requests up, on the scheduler's thread. A lost keeper raises: the caller's affair."""
 
     def __init__(self, config: EngineConfig, stats: KVKeepStats) -> None:
         self._config = config
