@@ -27,6 +27,7 @@ _OURS = {
     "fs": "kvkeep.tiers.fs:open_fs",
     "redis": "kvkeep.tiers.redis:open_redis",
     "rediss": "kvkeep.tiers.redis:open_redis",
+    "redis+unix": "kvkeep.tiers.redis:open_redis",
     "s3": "kvkeep.tiers.s3:open_s3",
     "mooncake": "kvkeep.tiers.mooncake:open_mooncake",
     "infinistore": "kvkeep.tiers.infinistore:open_infinistore",
