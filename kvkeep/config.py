@@ -92,7 +92,7 @@ class EngineConfig:
     """When to load from a tier: auto (where that is faster than computing, as measured), always, never."""
     load_wait: float = 5.0
     """Seconds that a request waits, at most, for chunks that a tier holds; then it takes what has come."""
-    probe_wait: float = 0.02
+    probe_wait: float = 0.05
     """Seconds that a request waits, at most, to hear whether any tier holds its chunks."""
     chunk_tokens: int | None = None
     """Tokens per chunk; None: the fewest blocks that reach about 1 MiB."""

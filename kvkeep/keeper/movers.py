@@ -93,8 +93,10 @@ class Movers:
         self._reading = [0] * len(tiers)
         self._probing = [False] * len(tiers)
         keeper.queues += self._queues
-        for opened in tiers:
+        for tier, opened in enumerate(tiers):
             opened.tier.attach(self._memory)
+            # The first verb makes connections and loads code: not while a request waits for it.
+            self._writers[tier].submit(opened.guard.probe)
 
     # Up
 
