@@ -91,7 +91,7 @@ class WorkerSide:
             arena = connection.map_arena()
             threads = self.config.copy_threads
             transfer = make_transfer(self._layers, self._kv_config.num_blocks, arena, threads)
-            prepare_mapping(arena)
+            prepare_mapping(arena, connection.arena_fd)
         except BaseException:
             connection.close()
             raise
