@@ -43,6 +43,7 @@ MAY_USE: dict[str, tuple[str, ...]] = {
     "kvkeep.engines.vllm": (*_ENGINE, "vllm"),
     "kvkeep.cli": ("kvkeep",),
     "kvkeep.bench": ("kvkeep", "torch"),
+    "benchmarks": ("kvkeep",),  # as a user would: engines are processes
     **dict.fromkeys(("demo", "scripts", "tests"), ("kvkeep", "torch", "vllm", "os")),
 }
 _PICKLE = "no pickle anywhere (reading one runs its writer's code): msgspec, struct, or numpy without it"
@@ -73,7 +74,7 @@ class Source(NamedTuple):
 def main() -> int:
     """Check the tree around this script, or the one that is named."""
     root = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).resolve().parent.parent)
-    sources, outside = load(root, "kvkeep"), load(root, "demo", "scripts", "tests")
+    sources, outside = load(root, "kvkeep"), load(root, "benchmarks", "demo", "scripts", "tests")
     figures, problems = budgets(sources)
     problems += boundaries(sources + outside) + broad_excepts(sources) + duplicates(sources)
     problems += light_import(root)
@@ -85,10 +86,13 @@ def main() -> int:
 
 
 def load(root: Path, *folders: str) -> list[Source]:
-    """Parse all Python files under these folders of `root`."""
+    """Parse all Python files under these folders of `root`, but not in hidden ones (environments)."""
     found = []
     for path in sorted(path for folder in folders for path in (root / folder).rglob("*.py")):
-        text, relative = path.read_text(encoding="utf-8"), path.relative_to(root)
+        relative = path.relative_to(root)
+        if any(part.startswith(".") for part in relative.parts):
+            continue
+        text = path.read_text(encoding="utf-8")
         module = ".".join(relative.with_suffix("").parts).removesuffix(".__init__")
         found.append(Source(str(relative), module, text, list(ast.walk(ast.parse(text, str(relative))))))
     return found

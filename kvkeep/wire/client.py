@@ -90,11 +90,16 @@ class Connection:
             os.close(self._arena_fd)
             self._arena_fd = None
 
-    def map_arena(self) -> mmap.mmap:
-        """The arena, shared with the keeper. The caller owns the mapping; it outlives the keeper."""
+    @property
+    def arena_fd(self) -> int:
+        """The arena's descriptor, until `close`."""
         if self._arena_fd is None:
             raise RequestRefused("this connection was opened without the arena")
-        return mmap.mmap(self._arena_fd, self.arena_bytes)
+        return self._arena_fd
+
+    def map_arena(self) -> mmap.mmap:
+        """The arena, shared with the keeper. The caller owns the mapping; it outlives the keeper."""
+        return mmap.mmap(self.arena_fd, self.arena_bytes)
 
     def open_namespace(
         self,

@@ -492,10 +492,7 @@ def test_an_arena_full_of_leased_slots_refuses_and_does_not_wait(policy: str) ->
     keeper.check_integrity()
 
 
-ARC_STARVES = pytest.mark.xfail(reason="with all chunks in T2 and a target of 0, ARC gives up the newcomers")
-
-
-@pytest.mark.parametrize("policy", [pytest.param("arc", marks=ARC_STARVES), "lru", "s3fifo"])
+@pytest.mark.parametrize("policy", POLICIES)
 def test_newcomers_get_in_where_all_that_is_held_was_used_again(policy: str) -> None:
     keeper, space, room = small_keeper(policy)
     save(keeper, space, chain_keys(0, room))

@@ -13,7 +13,7 @@ import torch
 from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 
 from kvkeep.config import EngineConfig
-from kvkeep.engines.vllm.describe import describe_tensors
+from kvkeep.engines.vllm.describe import describe_scales, describe_tensors
 from kvkeep.engines.vllm.link import connect
 from kvkeep.engines.vllm.metadata import Copies, Handshake, Rank, Session, StepMeta, WorkerMeta
 from kvkeep.engines.vllm.stats import KVKeepStats
@@ -52,6 +52,7 @@ class WorkerSide:
         self.stats = KVKeepStats()
         self._kv_config = kv_config
         self._engine_id: str = vllm_config.kv_transfer_config.engine_id
+        self._modules: dict[str, object] = vllm_config.compilation_config.static_forward_context
         self._layers: list[list[tuple[str, torch.Tensor]]] = []
         self._rank: Rank = (0, 0)
         self._handshake: Handshake | None = None
@@ -75,6 +76,7 @@ class WorkerSide:
         layouts = [group_layout(layers, self._kv_config.num_blocks) for layers in described]
         text = [
             describe_tensors(plain, [tensor.dtype for _, tensor in layers], layers[0][1].device.type)
+            + describe_scales([name for name, _ in layers], self._modules)
             for plain, layers in zip(described, self._layers, strict=True)
         ]
         try:
@@ -95,7 +97,7 @@ class WorkerSide:
             arena = connection.map_arena()
             threads = self.config.copy_threads
             transfer = make_transfer(self._layers, self._kv_config.num_blocks, arena, threads)
-            prepare_mapping(arena)
+            prepare_mapping(arena, connection.arena_fd)
         except BaseException:
             connection.close()
             raise
