@@ -146,14 +146,15 @@ def boundaries(sources: list[Source]) -> list[Problem]:
 
 
 def broad_excepts(sources: list[Source]) -> list[Problem]:
-    """Return what swallows every error: one such handler is allowed in each engine adapter, at its edge."""
+    """Return what swallows every error: one such handler is allowed at each edge to what is not ours, an
+    engine in its adapter, a store's client in the guard of tiers."""
     problems, excused = [], set[str]()
     for source in sources:
-        adapter = (re.match(r"kvkeep\.engines\.\w+", source.module) or [""])[0]
+        adapter = (re.match(r"kvkeep\.(engines\.\w+|tiers\.guard)", source.module) or [""])[0]
         for line in [getattr(node, "lineno", 0) for node in source.nodes if _is_broad(node)]:
             if adapter in excused or not adapter:
                 what = (
-                    f"broad except: a second one in {adapter}" if adapter else "broad except: not an adapter"
+                    f"broad except: a second one in {adapter}" if adapter else "broad except: not at an edge"
                 )
                 problems.append(
                     Problem(f"{source.path}:{line}", what, "name the errors, or let them through")

@@ -269,7 +269,7 @@ def test_a_broad_except_is_allowed_once_in_each_engine_adapter(tree: Tree, handl
     found = [(where, what) for where, what, _ in check.broad_excepts(tree.sources())]
     assert found == [
         ("kvkeep/engines/vllm/b.py:3", "broad except: a second one in kvkeep.engines.vllm"),
-        ("kvkeep/wire/c.py:3", "broad except: not an adapter"),
+        ("kvkeep/wire/c.py:3", "broad except: not at an edge"),
     ]
 
 
