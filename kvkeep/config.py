@@ -93,7 +93,8 @@ class EngineConfig:
     load_wait: float = 5.0
     """Seconds that a request waits, at most, for chunks that a tier holds; then it takes what has come."""
     probe_wait: float = 0.05
-    """Seconds that a request waits, at most, to hear whether any tier holds its chunks."""
+    """Seconds that a request waits, at most, to hear whether any tier holds its chunks; or 1 % of what
+    computing them would take, where that is more."""
     chunk_tokens: int | None = None
     """Tokens per chunk; None: the fewest blocks that reach about 1 MiB."""
     model_id: str | None = None

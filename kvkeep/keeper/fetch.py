@@ -27,7 +27,7 @@ from kvkeep.keeper.usable import usable_chunks
 
 __all__ = ["Batch", "Fetch", "Fetches", "Need", "Stage"]
 
-_FIRST_QUESTION = 64
+_FIRST_QUESTION = 16  # a miss costs one of these
 _BATCH_BYTES = 32 << 20
 _HELD, _UNKNOWN, _ABSENT = -1, -2, -3  # what is not the number of a tier
 

@@ -13,7 +13,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,16 +25,27 @@ from kvkeep.keeper.namespaces import Namespace
 from kvkeep.tiers.base import Got, Put
 from kvkeep.tiers.open import Opened, WriteWhen
 
-__all__ = ["Movers"]
+__all__ = ["Asked", "Movers"]
 
 log = logging.getLogger("kvkeep.keeper")
 
 _FLUSH_BYTES = 32 << 20
 _PROBE_THREADS = 4
 _MOST_FETCHES = 256
-_SLOW_PROBE = 0.02
-"""Seconds: no request waits for what a tier holds if asking it has taken longer, in the running mean."""
 _LATENCY_GUESS = 0.001
+
+
+class Asked(NamedTuple):
+    """A lookup that did not find all."""
+
+    session: str
+    space: Namespace
+    keys: bytes
+    first: int
+    recompute: float = 0.0
+    """Seconds that the engine takes to compute one chunk (0: unknown, less: do not load)."""
+    patience: float = 0.0
+    """Seconds that the request may wait to hear what the tiers have."""
 
 
 class Lane:
@@ -100,19 +111,18 @@ class Movers:
 
     # Up
 
-    def fetch(
-        self, session: str, space: Namespace, keys: bytes, first: int, found: Found, recompute: float
-    ) -> int:
+    def fetch(self, asked: Asked, found: Found) -> int:
         """Look below for chunks that a lookup did not find; a ticket if that is worth waiting for, or 0.
 
-        `recompute`: seconds that the engine takes to compute one chunk (0: unknown, less: do not load).
+        Where asking usually takes longer than the request has patience, what is found is fetched all the
+        same, for the next one.
         """
         usable = [opened for opened in self._tiers if opened.guard.available]
-        if recompute < 0 or not usable or len(self._fetches) >= _MOST_FETCHES:
+        if asked.recompute < 0 or not usable or len(self._fetches) >= _MOST_FETCHES:
             return 0
-        fetch = self._fetches.begin(session, space, keys, first, found.epoch)
-        fetch.attended = all((opened.tier.latency or 0.0) <= _SLOW_PROBE for opened in usable)
-        self._ask(fetch, found.chunks, recompute)
+        fetch = self._fetches.begin(asked.session, asked.space, asked.keys, asked.first, found.epoch)
+        fetch.attended = sum(opened.tier.latency or 0.0 for opened in usable) < asked.patience
+        self._ask(fetch, found.chunks, asked.recompute)
         return fetch.ticket if fetch.attended and fetch.stage is not Stage.DONE else 0
 
     def stage(self, session: str, ticket: int) -> Stage:

@@ -115,14 +115,21 @@ class Connection:
         return self._call(request, msg.Namespace).namespace
 
     def lookup(
-        self, namespace: int, keys: bytes, first: int = 0, recompute: float = 0.0, ticket: int = 0
+        self,
+        namespace: int,
+        keys: bytes,
+        first: int = 0,
+        recompute: float = 0.0,
+        patience: float = 0.0,
+        ticket: int = 0,
     ) -> Found:
         """Lease the longest usable run of chunks first, first+1, …; 16 bytes per key, from chunk 0.
 
         `recompute`: seconds that the engine takes to compute a chunk (0: not known; -1: memory only).
+        `patience`: seconds that its request may wait to hear whether tiers have anything (0: no ticket).
         `ticket`: of an earlier lookup, whose fetch this one settles.
         """
-        reply = self._call(msg.Lookup(namespace, keys, first, recompute, ticket), msg.Found)
+        reply = self._call(msg.Lookup(namespace, keys, first, recompute, patience, ticket), msg.Found)
         offsets = [np.frombuffer(row, "<i8") for row in reply.offsets]
         return Found(reply.lease, reply.chunks, reply.epoch, offsets, reply.ticket)
 

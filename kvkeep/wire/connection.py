@@ -14,6 +14,7 @@ import numpy as np
 from kvkeep import __version__
 from kvkeep.errors import ConfigError, ProtocolError, RequestRefused
 from kvkeep.keeper.fetch import Stage
+from kvkeep.keeper.movers import Asked
 from kvkeep.keeper.namespaces import GroupSpec, Namespace
 from kvkeep.wire import messages as msg
 
@@ -138,7 +139,8 @@ class ServerConnection(asyncio.Protocol):
             if request.ticket:
                 movers.forget(session, request.ticket)
             elif found.chunks < len(keys) // 16 - request.first:
-                ticket = movers.fetch(session, space, keys, request.first, found, request.recompute)
+                asked = Asked(session, space, keys, request.first, request.recompute, request.patience)
+                ticket = movers.fetch(asked, found)
             movers.kick()
         return msg.Found(
             found.lease, found.chunks, found.epoch, [_int64(row) for row in found.offsets], ticket

@@ -99,6 +99,9 @@ class Lookup(_Message):
     recompute: Annotated[float, msgspec.Meta(ge=-1, le=1e9)] = 0.0
     """Seconds that the engine takes to compute one chunk, against which loading from a tier is weighed
     (0: not known, load). Less than 0: look in memory only."""
+    patience: Annotated[float, msgspec.Meta(ge=0, le=1e9)] = 0.0
+    """Seconds that the request may wait to hear whether tiers have anything: no ticket where that usually
+    takes longer."""
     ticket: Natural = 0
     """A ticket that this lookup settles: its request takes what has landed, and waits no more. 0: none."""
 

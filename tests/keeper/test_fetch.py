@@ -109,7 +109,7 @@ def test_a_miss_is_one_small_question_and_no_batch() -> None:
     fetch, held = bench.begin(0, 500)
     below = Below(bench.space, 0, 500, [set()])
     assert below.determine(fetch) == 1
-    assert below.asked == 64
+    assert below.asked == 16
     assert bench.plan(fetch, held) == []
     assert fetch.stage is Stage.DONE
 
@@ -118,8 +118,8 @@ def test_questions_grow_and_stop_at_the_first_hole() -> None:
     bench = Bench(FULL)
     fetch, _ = bench.begin(0, 2000)
     below = Below(bench.space, 0, 2000, [set(range(2000)) - {700}])
-    assert below.determine(fetch) == 3
-    assert below.asked == 64 + 256 + 1024
+    assert below.determine(fetch) == 4
+    assert below.asked == 16 + 64 + 256 + 1024
     assert fetch.usable() == 700
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from kvkeep.keeper.fetch import Stage
 from kvkeep.keeper.keeper import Keeper
-from kvkeep.keeper.movers import Movers
+from kvkeep.keeper.movers import Asked, Movers
 from kvkeep.keeper.namespaces import GroupSpec
 from kvkeep.tiers.base import Key, Tier
 from kvkeep.tiers.faults import Faults, Faulty
@@ -72,7 +72,7 @@ class Host:
         found = self.keeper.lookup("s", self.space, keys)
         ticket = 0
         if found.chunks < length:
-            ticket = self.movers.fetch("s", self.space, keys, 0, found, recompute)
+            ticket = self.movers.fetch(Asked("s", self.space, keys, 0, recompute, 5.0), found)
         if ticket:
             self.run_until(lambda: self.movers.stage("s", ticket) is Stage.DONE)
             if found.lease:
@@ -201,7 +201,7 @@ def test_a_hung_store_holds_up_nobody_and_nothing_is_lost(held: dict[Key, bytes]
     faulty.faults = Faults(hang=True)
     keys = chain_keys(0, 5)
     found = host.keeper.lookup("s", host.space, keys)
-    ticket = host.movers.fetch("s", host.space, keys, 0, found, 0.0)
+    ticket = host.movers.fetch(Asked("s", host.space, keys, 0, patience=5.0), found)
     assert host.movers.stage("s", ticket) is Stage.PROBING
     host.movers.forget("s", ticket)  # its deadline
     host.save(2, 5)
@@ -236,7 +236,7 @@ def test_no_request_waits_for_a_store_that_is_slow_to_answer(held: dict[Key, byt
     keys = chain_keys(0, 5)
     for _ in range(30):
         found = host.keeper.lookup("s", host.space, keys)
-        ticket = host.movers.fetch("s", host.space, keys, 0, found, 1e-9)
+        ticket = host.movers.fetch(Asked("s", host.space, keys, 0, 1e-9, 0.02), found)
         if not ticket:
             break
         host.run_until(lambda ticket=ticket: host.movers.stage("s", ticket) is Stage.DONE)
@@ -245,7 +245,7 @@ def test_no_request_waits_for_a_store_that_is_slow_to_answer(held: dict[Key, byt
         raise AssertionError("each request was told to wait")
     faulty.faults = Faults()
     deadline = time.monotonic() + 10
-    while not (ticket := host.movers.fetch("s", host.space, chain_keys(4, 5), 0, found, 1e-9)):
+    while not (ticket := host.movers.fetch(Asked("s", host.space, chain_keys(4, 5), 0, 1e-9, 0.02), found)):
         assert time.monotonic() < deadline, "it is fast again, and nobody notices"
         time.sleep(0.01)
         host.run_until(host.calls.empty)

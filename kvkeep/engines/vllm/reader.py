@@ -14,7 +14,9 @@ from kvkeep.engines.vllm.stats import KVKeepStats
 __all__ = ["ComputeSpeed", "Reader", "Tickets", "give_back"]
 
 _POLL_EVERY = 0.001  # an engine whose requests all wait asks hundreds of times a second, each request in turn
+_REST = 0.002
 _PROBING, _DONE = 0, 2
+_PROBE_SHARE = 0.01
 _DECAY = 0.7
 _ENOUGH_TOKENS = 256
 
@@ -31,10 +33,16 @@ class Tickets:
         self._waiting: dict[int, Tracked] = {}
         self._polled = 0.0
 
-    def begin(self, tracked: Tracked, ticket: int) -> None:
-        """The keeper has something under way for a request."""
+    def begin(self, tracked: Tracked, ticket: int, patience: float) -> None:
+        """The keeper has something under way for a request, which waits `patience` to hear of it."""
         tracked.ticket, tracked.stage, tracked.since = ticket, _PROBING, self._clock()
+        tracked.patience = patience
         self._waiting[ticket] = tracked
+
+    @property
+    def waiting(self) -> bool:
+        """Whether any request waits."""
+        return any(one.ticket == number for number, one in self._waiting.items())
 
     def over(self, tracked: Tracked, poll: Callable[[list[int]], bytes], worth: float) -> bool:
         """Whether a request need not, or may not, wait any longer.
@@ -48,7 +56,7 @@ class Tickets:
             for one, stage in zip(self._waiting.values(), poll(list(self._waiting)), strict=False):
                 one.stage = stage
         waited = now - tracked.since
-        patience = self._config.probe_wait if tracked.stage == _PROBING else self._config.load_wait
+        patience = tracked.patience if tracked.stage == _PROBING else self._config.load_wait
         if tracked.stage != _DONE and waited < min(patience, worth):
             return False
         self._waiting.pop(tracked.ticket, None)
@@ -88,6 +96,12 @@ class Reader:
         self._tickets = Tickets(config, stats)
         self.speed = ComputeSpeed()
 
+    def rest(self) -> None:
+        """An engine that computes nothing while requests wait asks as fast as it can: leave the cores to
+        those who bring the chunks."""
+        if self._tickets.waiting:
+            time.sleep(_REST)
+
     def look(
         self, keeper: Opened | None, tracked: Tracked, first: int, limit: int, chunk_tokens: int
     ) -> bool:
@@ -121,7 +135,11 @@ class Reader:
             give_back(keeper, tracked)
             return
         rule = {"never": -1.0, "always": 0.0}.get(self._config.load, recompute)
-        found = keeper.connection.lookup(keeper.namespace, keys, first, rule, ticket if settles else 0)
+        # Asking what tiers have costs requests that miss: little of what computing them takes anyway.
+        patience = max(self._config.probe_wait, _PROBE_SHARE * (limit - first) * recompute)
+        found = keeper.connection.lookup(
+            keeper.namespace, keys, first, rule, patience, ticket if settles else 0
+        )
         if ticket and not settles:
             keeper.connection.forget(ticket)
         if lease:  # after the new one: what was promised stays where it is in between
@@ -131,7 +149,7 @@ class Reader:
         tracked.asked, tracked.first = (first, limit), first
         tracked.lease, tracked.found, tracked.offsets = found.lease, found.chunks, found.offsets
         if found.ticket:
-            self._tickets.begin(tracked, found.ticket)
+            self._tickets.begin(tracked, found.ticket, patience)
         self._stats.add("lookups", 0 if settles else 1)
         self._stats.add("lookup_seconds", time.perf_counter() - began)
 

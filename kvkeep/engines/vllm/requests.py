@@ -53,6 +53,7 @@ class Tracked:
         """Not 0: tiers may have more; the engine is told to ask again."""
         self.since = 0.0
         """When that began, by the monotonic clock."""
+        self.patience = 0.0
         self.stage = 0
         """How far it is: 0 asking the tiers, 1 reading, 2 done."""
 

@@ -181,6 +181,8 @@ class SchedulerSide:
         guard(self._renew, None)
         meta = StepMeta(self._session.epoch if self._session is not None else -1, loads, saves)
         meta.scheduled_tokens = output.total_num_scheduled_tokens
+        if not meta.scheduled_tokens:
+            self._reader.rest()
         if promised and loads is None:
             meta.unplanned = [block for _, table, *_ in promised for blocks in table for block in blocks]
         if self._session is not None and not (self._told and self._all_joined()):
