@@ -16,6 +16,7 @@ _COMMANDS = {
     "serve": ("kvkeep.cli.serve", "run a keeper that engines on this host share"),
     "status": ("kvkeep.cli.status", "show what a keeper holds"),
     "clear": ("kvkeep.cli.clear", "make a keeper forget what it holds"),
+    "warm": ("kvkeep.cli.warm", "have documents prefilled ahead of use"),
     "doctor": ("kvkeep.cli.doctor", "check this machine and its engine for all that kvkeep needs"),
 }
 _BENCHES = {
