@@ -15,7 +15,17 @@ from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from kvkeep.errors import ConfigError, TierUnavailable
-from kvkeep.tiers.base import KEY_BYTES, Buffer, Capabilities, Got, Key, Put, Tier, Usage, key_name
+from kvkeep.tiers.base import (
+    KEY_BYTES,
+    Buffer,
+    Capabilities,
+    Got,
+    Key,
+    Put,
+    Tier,
+    Usage,
+    key_name,
+)
 from kvkeep.tiers.redis_nodes import FAULTS, Address, Nodes
 from kvkeep.tiers.redis_url import nodes_of, remedy
 from kvkeep.tiers.resp import MAX_VALUE_BYTES, Reader, Refusal, Request, command, exchange
@@ -217,19 +227,20 @@ class RedisTier(Tier):
     def _part(self, job: _Job[_R], address: Address, places: list[int], asking: bool) -> None:
         """One server's share over one connection. Raises TierUnavailable."""
 
+        def request(n: int) -> Request:
+            made = job.request(places[n])
+            return Request([_ASKING, *made.parts], made.weight) if asking else made
+
         def read(n: int) -> None:
             if asking:
                 link.reader.status()
             result = job.read(link.reader, places[n])
             job.out[places[n]] = _Refused(result, address) if isinstance(result, Refusal) else result
 
-        requests = [job.request(i) for i in places]
-        if asking:
-            requests = [Request([_ASKING, *request.parts], request.weight) for request in requests]
         try:
             link = self._pool.take(address)
             try:
-                exchange(link.reader, requests, read)
+                exchange(link.reader, len(places), request, read)
             except BaseException:
                 self._pool.drop(link)
                 raise

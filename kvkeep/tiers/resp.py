@@ -11,7 +11,7 @@ import select
 import socket
 import ssl
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 from redis.exceptions import ResponseError
@@ -27,6 +27,7 @@ _BUFFER_BYTES = 4096
 _SPARE_BYTES = 64 << 10  # what nobody asked for is read into this much memory
 _MAX_TEXT, _MAX_ITEMS, _MAX_DEPTH = 1 << 20, 1 << 17, 4  # of replies other than values: INFO, CLUSTER SLOTS
 _WINDOW_REQUESTS, _WINDOW_BYTES = 64, 8 << 20  # on their way at once: replies of so many fit in any socket
+_SEND_BYTES = 64 << 10  # small requests are sent together
 _CRLF = b"\r\n"
 
 Part: TypeAlias = bytes | Buffer
@@ -232,27 +233,34 @@ class Reader:
         return count
 
 
-def exchange(reader: Reader, requests: Sequence[Request], read: Callable[[int], None]) -> None:
-    """Send all requests and call `read` for the reply to each, in order.
+def exchange(
+    reader: Reader, count: int, request: Callable[[int], Request], read: Callable[[int], None]
+) -> None:
+    """Send `count` requests, each made just before it goes, and call `read` for the reply to each, in order.
 
     Requests go ahead of replies, so that neither side waits for the other, but only so many: a server
     keeps replies that nobody takes in its own memory, and evicts values for them.
     """
-    sent = weight = 0
-    for done, request in enumerate(requests):
-        parts: list[Part] = []
-        while sent < len(requests) and (
-            sent == done
-            or (sent - done < _WINDOW_REQUESTS and weight + requests[sent].weight <= _WINDOW_BYTES)
+    weights: list[int] = []
+    ahead = 0
+    parts: list[Part] = []
+    for done in range(count):
+        while len(weights) < min(count, done + _WINDOW_REQUESTS) and (
+            len(weights) == done or ahead < _WINDOW_BYTES
         ):
-            parts += requests[sent].parts
-            weight += requests[sent].weight
-            sent += 1
+            made = request(len(weights))
+            parts += made.parts
+            weights.append(made.weight)
+            ahead += made.weight
+            if sum(map(len, parts)) >= _SEND_BYTES:  # the server works on it while the next one is made
+                reader.send(parts)
+                parts = []
         if parts:
             reader.send(parts)
+            parts = []
         reader.start()
         read(done)
-        weight -= request.weight
+        ahead -= weights[done]
 
 
 def _number(line: bytes) -> int:
