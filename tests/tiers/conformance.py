@@ -253,6 +253,28 @@ class TierConformance:
 
     # Where the store is behind a wire
 
+    def test_close_ends_verbs_under_way(self, place: Place) -> None:
+        if place.proxy is None:
+            pytest.skip("not behind a wire")
+        tier = place.open(timeout="30s")
+        tier.put(keys_of(1), buffers_of([PAGE], 13))
+        place.proxy.hang()
+        ended: list[object] = []
+
+        def wait() -> None:
+            try:
+                ended.append(tier.get(keys_of(1), buffers_of([PAGE])))
+            except TierUnavailable as error:
+                ended.append(error)
+
+        thread = threading.Thread(target=wait, daemon=True)
+        thread.start()
+        time.sleep(0.2)
+        assert not ended
+        tier.close()
+        thread.join(5)
+        assert [type(end) for end in ended] == [TierUnavailable]
+
     def test_a_store_that_hangs_is_given_up_in_time(self, place: Place) -> None:
         if place.proxy is None:
             pytest.skip("not behind a wire")

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from kvkeep.errors import TierUnavailable
+from kvkeep.errors import ConfigError, TierUnavailable
 from kvkeep.tiers.base import Key, Tier, key_name
 from kvkeep.tiers.open import open_raw
 from kvkeep.tiers.url import TierURL
@@ -72,7 +72,8 @@ class Server:
 
     def client(self, **options: Any) -> Any:
         """By other means than the tier."""
-        return redis.Redis(port=self.port, protocol=2, **options)
+        once = redis.retry.Retry(redis.backoff.NoBackoff(), 0)
+        return redis.Redis(port=self.port, protocol=2, retry=once, **options)
 
     def call(self, *words: str | int) -> Any:
         with self.client() as client:
@@ -116,6 +117,18 @@ def patiently(verb: Any, seconds: float = 10.0) -> Any:
             time.sleep(0.05)
 
 
+def open_at(text: str) -> Tier:
+    """The tier without wrappers. Raises ConfigError, also for options that it does not know."""
+    url = TierURL(text)
+    tier = open_raw(url)
+    try:
+        url.finish()
+    except ConfigError:
+        tier.close()
+        raise
+    return tier
+
+
 def name_of(key: Key, prefix: str = "kvkeep") -> str:
     return f"{prefix}:{key_name(key)}"
 
@@ -131,10 +144,7 @@ class RedisPlace(Place):
 
     def open(self, **options: str) -> Tier:
         more = "&".join(f"{name}={value}" for name, value in options.items())
-        url = TierURL(self.url + ("&" if "?" in self.url else "?") * bool(more) + more)
-        tier = open_raw(url)
-        url.finish()
-        return tier
+        return open_at(self.url + ("&" if "?" in self.url else "?") * bool(more) + more)
 
     def read(self, key: Key) -> bytes | None:
         return self.client.get(name_of(key))
