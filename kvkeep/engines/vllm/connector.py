@@ -73,13 +73,14 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
             log.info("kvkeep sets kv_load_failure_policy to recompute")
             self._kv_transfer_config.kv_load_failure_policy = "recompute"
         try:
-            check_engine(vllm_config)
+            check_engine(vllm_config, kv_cache_config)
             if role is KVConnectorRole.SCHEDULER:
                 self._scheduler = SchedulerSide(vllm_config, kv_cache_config, options)
             else:
                 self._worker = WorkerSide(vllm_config, kv_cache_config, options)
         except LayoutError as error:
-            log.warning("kvkeep is off for this engine: %s", error)
+            if role is KVConnectorRole.SCHEDULER:  # the workers find the same
+                log.warning("kvkeep is off for this engine: %s", error)
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -89,7 +90,7 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
     # Worker side
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        """See base class. A layout that we do not know switches the cache off, with one warning."""
+        """See base class."""
         worker = self._worker
         if worker is not None:
             self._guard(lambda: worker.register(kv_caches), None)
@@ -153,8 +154,10 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
             return
         ranks = {rank: meta for rank, meta in metadata.items() if isinstance(meta, Handshake)}
         expected = self._vllm_config.parallel_config.world_size
-        if len(ranks) != expected:
-            log.warning("kvkeep is off for this engine: %d of %d workers can use it", len(ranks), expected)
+        unfit = sorted({meta.unfit for meta in ranks.values()} - {""})
+        if unfit or len(ranks) != expected:
+            why = "; ".join(unfit) or f"{len(ranks)} of {expected} workers can use it"
+            log.warning("kvkeep is off for this engine: %s", why)
             self._scheduler = None
             return
         self._guard(lambda: scheduler.handshake(ranks), None)

@@ -49,7 +49,7 @@ _SCALES = ("_k_scale", "_v_scale", "_k_scale_float", "_v_scale_float")
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.pt", "*.pth")
 
 
-def check_engine(config: VllmConfig) -> None:
+def check_engine(config: VllmConfig, kv_config: KVCacheConfig) -> None:
     """Raise for what this version cannot serve: ConfigError (fix it) or LayoutError (cache off)."""
     version = tuple(vllm.__version_tuple__[:2])
     if version < _OLDEST:
@@ -64,6 +64,8 @@ def check_engine(config: VllmConfig) -> None:
     speculative = config.speculative_config
     if speculative is not None and (speculative.use_eagle() or speculative.uses_draft_model()):
         raise LayoutError("speculative decoding with a draft model's own KV is not supported yet; use ngram")
+    for group in kv_config.kv_cache_groups:
+        group_window(group.kv_cache_spec)
 
 
 def group_window(spec: KVCacheSpec) -> int | None:

@@ -28,6 +28,8 @@ class Handshake(KVConnectorHandshakeMetadata):
     """Canonical description of each group's bytes; part of the namespace."""
     block_bytes: list[int]
     """Per group, what one block of this rank takes."""
+    unfit: str = ""
+    """Why this worker's KV cannot be kept; empty where it can."""
 
 
 @dataclass

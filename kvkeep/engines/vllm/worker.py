@@ -17,7 +17,7 @@ from kvkeep.engines.vllm.describe import describe_scales, describe_tensors
 from kvkeep.engines.vllm.link import connect
 from kvkeep.engines.vllm.metadata import Copies, Handshake, Rank, Session, StepMeta, WorkerMeta
 from kvkeep.engines.vllm.stats import KVKeepStats
-from kvkeep.errors import KeeperUnavailable, KVKeepError
+from kvkeep.errors import KeeperUnavailable, KVKeepError, LayoutError
 from kvkeep.layout import group_layout
 from kvkeep.transfer import Transfer, make_transfer
 from kvkeep.transfer.base import describe_layers, prepare_mapping
@@ -68,7 +68,17 @@ class WorkerSide:
     # Start
 
     def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        """The engine's KV tensors, by layer. Describes them, and joins the first session."""
+        """The engine's KV tensors, by layer. Describes them, and joins the first session.
+
+        A layout that we do not know is told in the handshake: the scheduler side warns, once for all.
+        """
+        try:
+            self._handshake = self._begin(kv_caches)
+        except LayoutError as error:
+            self._handshake = Handshake(False, [], [], str(error))
+            self.leave()
+
+    def _begin(self, kv_caches: dict[str, torch.Tensor]) -> Handshake:
         groups = self._kv_config.kv_cache_groups
         self._layers = [[(name, kv_caches[name]) for name in group.layer_names] for group in groups]
         self._rank = (get_pp_group().rank_in_group, get_tp_group().rank_in_group)
@@ -83,9 +93,7 @@ class WorkerSide:
             self._joined = self._join(0)
         except KeeperUnavailable as error:
             log.warning("kvkeep: %s; the engine runs without it and goes on looking", error)
-        self._handshake = Handshake(
-            self._joined is not None, text, [layout.block_bytes for layout in layouts]
-        )
+        return Handshake(self._joined is not None, text, [layout.block_bytes for layout in layouts])
 
     def handshake(self) -> Handshake | None:
         """What `register` found."""
@@ -141,6 +149,7 @@ class WorkerSide:
         old = self._joined.transfer
         slow = ReferenceTransfer(self._layers, self._kv_config.num_blocks, old.arena.numpy())  # type: ignore[arg-type]
         self._copy(slow, meta.loads, saving=False)
+        self.stop()  # the lease ends with the session, and a new one begins
 
     def save(self, meta: StepMeta) -> None:
         """Paged KV → arena, for the chunks that this step completed."""
@@ -165,10 +174,15 @@ class WorkerSide:
         self.fail_blocks([int(block) for rows in meta.loads.blocks.values() for row in rows for block in row])
 
     def fail_blocks(self, blocks: list[int]) -> None:
-        """Report blocks whose load failed."""
+        """Report blocks whose load failed.
+
+        This rank leaves the session: the leases end with it, and so do the reservations for what this
+        step computes from those blocks, which must not be saved.
+        """
         if blocks:
             self._failed_blocks.update(blocks)
             self.stats.add("load_failures", 1)
+            self.stop()
 
     def take_failed_blocks(self) -> set[int]:
         """Blocks whose load failed since the last call."""
@@ -188,7 +202,7 @@ class WorkerSide:
         self.stop()
 
     def stop(self) -> None:
-        """The engine shuts down."""
+        """Close the connection, if there is one: to end, or to begin a new session."""
         if self._joined is not None:
             self._joined.connection.close()
 
