@@ -1,19 +1,26 @@
 """What a hit and a miss cost on a real model: ratios within one run, set-ups in turn.
 
-    python benchmarks/ttft.py [--model smollm2] [--json FILE]
+    python benchmarks/ttft.py [--model smollm2] [--dtype float32] [--only throughput] [--json FILE]
 
 One engine alone and one with kvkeep are alive at once; only one computes at a time. A hit is
 compared with the same engine's own prefix-cache hit on the same prompt; a miss with the engine
-alone, on prompts that never repeat, alternating.
+alone, on prompts that never repeat, alternating: one request's time to first token, and the tokens
+per second of several requests at once. There each round is alone, kvkeep, alone: what the two runs of
+the engine alone differ by is the noise.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
 import sys
 import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +41,16 @@ def prompt_ids(model: Path) -> list[int]:
     tokenizer = AutoTokenizer.from_pretrained(model)
     ids: list[int] = tokenizer.encode(document(tokenizer))
     return ids
+
+
+def fresh_ids(seed: str, length: int) -> list[int]:
+    """Token ids of a prompt that nobody has asked before."""
+    return random.Random(seed).choices(range(100, 4100), k=length)
+
+
+def quartiles(values: Sequence[float]) -> list[float]:
+    """Lower quartile, median and upper quartile."""
+    return [round(value, 4) for value in statistics.quantiles(values, n=4, method="inclusive")]
 
 
 def hits(engine: VllmServer, ids: list[int], rounds: int) -> dict[str, Any]:
@@ -65,9 +82,7 @@ def misses(engines: dict[str, VllmServer], rounds: int, length: int) -> dict[str
     for number in range(rounds):
         order = list(engines) if number % 2 else list(engines)[::-1]
         for name in order:
-            start = 100 + 37 * number
-            fresh = [start + (i * (number + 3) * 31) % 4000 for i in range(length)]
-            seconds[name].append(engines[name].complete(fresh, 1).ttft_s)
+            seconds[name].append(engines[name].complete(fresh_ids(f"miss {number}", length), 1).ttft_s)
     pairs = [on / off for on, off in zip(seconds["kvkeep"], seconds["alone"], strict=True)]
     return {
         "miss_prompt_tokens": length,
@@ -78,31 +93,68 @@ def misses(engines: dict[str, VllmServer], rounds: int, length: int) -> dict[str
     }
 
 
-def measure(model: str, rounds: int, miss_rounds: int) -> dict[str, Any]:
-    """Everything; a private keeper per engine life."""
-    folder = ROOT / "demo" / "models" / model
-    ids = prompt_ids(folder)
-    args = ["--dtype", fastest_dtype(), "--max-model-len", "8192"]
+def throughput(
+    engines: dict[str, VllmServer], rounds: int, requests: int = 4, length: int = 1500, tokens: int = 16
+) -> dict[str, Any]:
+    """Tokens per second, prompt and answer, of several requests at once that miss."""
+    speeds: list[list[float]] = []
+    with ThreadPoolExecutor(requests) as pool:
+        for number in range(rounds + 1):
+            row = []
+            for turn, name in enumerate(("alone", "kvkeep", "alone")):
+                prompts = [fresh_ids(f"{number} {turn} {i}", length) for i in range(requests)]
+                ask = partial(engines[name].complete, max_tokens=tokens, ignore_eos=True)
+                began = time.perf_counter()
+                answers = list(pool.map(ask, prompts))
+                took = time.perf_counter() - began
+                row.append(sum(answer.prompt_tokens + answer.output_tokens for answer in answers) / took)
+            speeds.append(row)
+            console.print(f"  round {number}: " + ", ".join(f"{speed:.0f}" for speed in row) + " tokens/s")
+    del speeds[0]  # it warms up
+    first, kept, last = zip(*speeds, strict=True)
+    means = [(one + two) / 2 for one, two in zip(first, last, strict=True)]
+    return {
+        "throughput_requests": [requests, length, tokens],
+        "throughput_rounds": rounds,
+        "throughput_alone": round(statistics.median([*first, *last]), 1),
+        "throughput_kvkeep": round(statistics.median(kept), 1),
+        "throughput_ratio": quartiles([on / off for on, off in zip(kept, means, strict=True)]),
+        "throughput_alone_ratio": quartiles([two / one for one, two in zip(first, last, strict=True)]),
+    }
+
+
+def cold_and_hits(engine: VllmServer, ids: list[int], rounds: int) -> dict[str, Any]:
+    """One cold request, and hits on the same prompt."""
+    console.print(f"cold: {len(ids)} tokens")
+    cold = engine.complete(ids, 1).ttft_s
+    console.print(f"  {cold:.2f} s")
+    result = {"prompt_tokens": len(ids), "cold_ttft_s": cold, **hits(engine, ids, rounds)}
+    return {**result, "cold_over_warm": cold / result["warm_ttft_s"]}
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Everything that is asked for; a private keeper for the engine that has one."""
+    folder = ROOT / "demo" / "models" / args.model
+    flags = ["--dtype", args.dtype, "--max-model-len", "8192"]
+    environ = {"VLLM_CPU_KVCACHE_SPACE": "1"}
+    result: dict[str, Any] = {"model": args.model, "dtype": args.dtype}
     with tempfile.TemporaryDirectory() as out:
-        on = VllmServer(folder, [*args, *connector_args(memory="2GiB")], log=Path(out) / "on.log")
-        off = VllmServer(folder, args, log=Path(out) / "off.log", environ={"VLLM_CPU_KVCACHE_SPACE": "1"})
+        with_it = [*flags, *connector_args(memory="2GiB")]
+        on = VllmServer(folder, with_it, log=Path(out) / "on.log", environ=environ)
+        off = VllmServer(folder, flags, log=Path(out) / "off.log", environ=environ)
         console.print("starting vLLM with and without kvkeep")
         with on, off:
-            for engine in (on, off):
-                engine.complete(list(range(100, 800)), 2)
-            console.print(f"cold: {len(ids)} tokens")
-            cold = on.complete(ids, 1).ttft_s
-            console.print(f"  {cold:.2f} s")
-            result = {
-                "model": model,
-                "dtype": fastest_dtype(),
-                "prompt_tokens": len(ids),
-                "cold_ttft_s": cold,
-            }
-            result |= hits(on, ids, rounds)
-            result["cold_over_warm"] = cold / result["warm_ttft_s"]
-            console.print("misses")
-            result |= misses({"alone": off, "kvkeep": on}, miss_rounds, 512)
+            engines = {"alone": off, "kvkeep": on}
+            for engine in engines.values():
+                engine.complete(fresh_ids("warm up", 700), 2)
+            if "hits" in args.only:
+                result |= cold_and_hits(on, prompt_ids(folder), args.rounds)
+            if "misses" in args.only:
+                console.print("misses")
+                result |= misses(engines, args.miss_rounds, 512)
+            if "throughput" in args.only:
+                console.print("misses at once: alone, kvkeep, alone")
+                result |= throughput(engines, args.throughput_rounds)
     return result
 
 
@@ -111,12 +163,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parts = ("hits", "misses", "throughput")
     parser.add_argument("--model", default="smollm2", choices=("smollm2", "gemma3"))
+    parser.add_argument("--dtype", default=fastest_dtype(), help="default: the one this CPU computes")
+    parser.add_argument("--only", nargs="+", choices=parts, default=parts, help="default: all")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--miss-rounds", type=int, default=16)
+    parser.add_argument("--throughput-rounds", type=int, default=10)
     parser.add_argument("--json", type=Path, help="also write the result here")
     args = parser.parse_args()
-    result = measure(args.model, args.rounds, args.miss_rounds)
+    result = measure(args)
     text = json.dumps(result, indent=1)
     print(text)
     if args.json:
