@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -34,8 +35,9 @@ class Shape:
     count: int
     depth: int
     """Chunks under way at a time."""
-    memory: int = -1
-    """Descriptor of the memory that the tier reads into; what is in it is not kept."""
+    memory: tuple[int, ...] = ()
+    """Descriptors of what the tier reads into, `depth` pieces of memory, each of some chunks and a few pages;
+    what is in it is not kept."""
 
 
 class Raw(ABC):
@@ -71,18 +73,17 @@ class Fio(Raw):
         jobs = min(shape.depth, shape.count)
         self._shape = replace(shape, count=-(-shape.count // jobs) * jobs)
         self._directory = tempfile.mkdtemp(prefix=".bench-", dir=directory)
-        engine = {"ioengine": "psync", "numjobs": jobs, "direct": int(direct), "bs": shape.chunk_bytes}
-        self.name = "fio " + " ".join(f"{name}={value}" for name, value in engine.items())
-        options = engine | {
-            "name": "raw",
+        engine = {"ioengine": "psync", "direct": int(direct), "bs": shape.chunk_bytes}
+        self.name = " ".join(["fio", *_options(engine), f"{jobs} jobs"])
+        common = engine | {
             "directory": self._directory,
             "size": self._shape.count // jobs * shape.chunk_bytes,
-            "mem": f"mmapshared:/proc/{os.getpid()}/fd/{shape.memory}",
             "fallocate": "none",
             "group_reporting": 1,
-            "output-format": "json",
         }
-        self._command = ["fio", *(f"--{name}={value}" for name, value in options.items())]
+        self._command = ["fio", "--output-format=json", "--name=global", *_options(common, "--")]
+        own = f"mmapshared:/proc/{os.getpid()}/fd"
+        self._jobs = [f"--name=raw{job} --mem={own}/{shape.memory[job]}".split() for job in range(jobs)]
 
     def put(self) -> float:
         return self._run("write")
@@ -99,7 +100,11 @@ class Fio(Raw):
 
     def _run(self, verb: str) -> float:
         done = subprocess.run(
-            [*self._command, f"--rw={verb}"], capture_output=True, text=True, timeout=600, check=False
+            [*self._command, f"--rw={verb}", *itertools.chain(*self._jobs)],
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
         )
         try:
             figures: dict[str, Any] = json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0][verb]
@@ -145,6 +150,10 @@ class Threads(Raw):
             began = time.perf_counter()
             list(pool.map(work, range(min(self._shape.depth, self._shape.count))))
             return time.perf_counter() - began
+
+
+def _options(named: dict[str, Any], prefix: str = "") -> list[str]:
+    return [f"{prefix}{name}={value}" for name, value in named.items()]
 
 
 def _raw_fs(url: TierURL, tier: Tier, shape: Shape) -> Raw:

@@ -1,14 +1,15 @@
 """`kvkeep bench tier`: a tier, sealed as the keeper uses it, as a share of the speed of its raw medium.
 
-Random data in touched memory; each round puts one batch under new keys, gets it into other memory, compares
-every byte and deletes it, and does as much with the raw medium, now one first and now the other: whatever
-else the machine does falls on both.
+Random data in touched memory; each round puts one batch under new keys, gets it into other memory and
+compares every byte, and does as much with the raw medium, now one first and now the other: whatever else
+the machine does falls on both. What was put is deleted at the end.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import mmap
 import os
 import sys
 import time
@@ -27,10 +28,10 @@ from kvkeep.bench.raw import RAW, Raw, Shape
 from kvkeep.config import parse_bytes
 from kvkeep.errors import ConfigError, KVKeepError
 from kvkeep.tiers.base import KEY_BYTES, Buffer, Got, Key, Put, Tier
-from kvkeep.tiers.open import Opened, open_tier
+from kvkeep.tiers.open import open_tier
 from kvkeep.tiers.seal import SEAL_BYTES
 from kvkeep.tiers.url import TierURL
-from kvkeep.tiers.wrap import Wrapper
+from kvkeep.tiers.wrap import innermost
 
 __all__ = ["add_arguments", "run"]
 
@@ -56,23 +57,33 @@ class Bed:
     """Memory and keys of the rounds."""
 
     def __init__(self, shape: Shape) -> None:
-        nbytes = shape.chunk_bytes * shape.count
-        self.shape, self.nbytes = shape, nbytes
-        self.fd = os.memfd_create("kvkeep-bench")
-        self.sent = memoryview(arena(nbytes, huge=True))
-        self.back = memoryview(arena(nbytes, self.fd, huge=True))
-        for at in range(0, nbytes, 1 << 24):
-            part = self.sent[at : at + (1 << 24)]
-            part[:] = os.urandom(len(part))
+        self.shape, self.nbytes = shape, shape.chunk_bytes * shape.count
+        self.sent = self._chunks([arena(self.nbytes, huge=True)])
+        for chunk in self.sent:
+            chunk[:] = os.urandom(len(chunk))
+        self.fds = tuple(os.memfd_create("kvkeep-bench") for _ in range(shape.depth))
+        each = -(-shape.count // shape.depth) * shape.chunk_bytes + 4 * mmap.PAGESIZE
+        self.back = self._chunks([arena(each, fd, huge=True) for fd in self.fds])
+
+    def _chunks(self, pieces: list[mmap.mmap]) -> list[Buffer]:
+        """Chunks that lie in the pieces in turn."""
+        size, views = self.shape.chunk_bytes, [memoryview(piece) for piece in pieces]
+        places = [divmod(number, len(views)) for number in range(self.shape.count)]
+        return [views[piece][at * size : (at + 1) * size] for at, piece in places]
 
     def keys(self) -> list[Key]:
         """New ones."""
         return [b"\0bench\0\0" + os.urandom(KEY_BYTES - 8) for _ in range(self.shape.count)]
 
-    def cut(self, memory: memoryview) -> list[Buffer]:
-        """The chunks of one of the memories."""
-        size = self.shape.chunk_bytes
-        return [memory[at : at + size] for at in range(0, self.nbytes, size)]
+    def spoil(self) -> None:
+        """Change each page that is read into, so that what does not come back is noticed."""
+        for chunk in self.back:
+            np.frombuffer(chunk[: len(chunk) // 8 * 8], np.uint64)[::512] ^= 1
+
+    def close(self) -> None:
+        """Let go of the memory's descriptors."""
+        for fd in self.fds:
+            os.close(fd)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -87,9 +98,9 @@ def run(args: argparse.Namespace) -> int:
     try:
         make = RAW.get(url.scheme.removeprefix("faulty+"))
         bed = Bed(shape)
-        raw = make(url, _innermost(opened), replace(shape, memory=bed.fd)) if make else None
+        raw = make(url, innermost(opened.tier), replace(shape, memory=bed.fds)) if make else None
         figures = _measure(opened.tier, raw, bed, args.rounds)
-        os.close(bed.fd)
+        bed.close()
     finally:
         opened.tier.close()
         if raw is not None:
@@ -104,37 +115,39 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _measure(tier: Tier, raw: Raw | None, bed: Bed, rounds: int) -> dict[str, object]:
-    ours, theirs, cpu = Samples([], []), Samples([], []), Samples([], [])
-    for number in track(
-        range(rounds + 1), "measuring", console=Console(stderr=True), disable=not sys.stderr.isatty()
-    ):
-        turns: list[Callable[[], None]] = [lambda: _turn(tier, bed, ours, cpu)]
-        if raw is not None:
-            turns.append(lambda: _raw_turn(raw, theirs))
-        for turn in turns[:: 1 if number % 2 else -1]:
-            turn()
+    ours, theirs, cpu, keys = Samples([], []), Samples([], []), Samples([], []), list[Key]()
+    turns: list[Callable[[], None]] = [lambda: keys.extend(_turn(tier, bed, ours, cpu))]
+    if raw is not None:
+        turns.append(lambda: _raw_turn(raw, theirs))
+    silent = not sys.stderr.isatty()
+    try:
+        for number in track(range(rounds + 1), "measuring", console=Console(stderr=True), disable=silent):
+            for turn in turns[:: 1 if number % 2 else -1]:
+                turn()
+    finally:
+        tier.delete(keys)
     for samples in (ours, theirs, cpu):  # the first one pays for lazy set-up
         for seconds in samples:
             del seconds[:1]
     return _figures(bed.nbytes, ours, theirs if raw else None, cpu)
 
 
-def _turn(tier: Tier, bed: Bed, seconds: Samples, cpu: Samples) -> None:
+def _turn(tier: Tier, bed: Bed, seconds: Samples, cpu: Samples) -> list[Key]:
     keys = bed.keys()
-    np.frombuffer(bed.back[: bed.nbytes // 8 * 8], np.uint64)[::512] ^= 1  # or nothing need come back
+    bed.spoil()
     began, worked = time.perf_counter(), time.process_time()
-    stored = tier.put(keys, bed.cut(bed.sent))
+    stored = tier.put(keys, bed.sent)
     seconds.put.append(time.perf_counter() - began)
     cpu.put.append(time.process_time() - worked)
     if stored.count(Put.STORED) != len(keys):
         raise KVKeepError(f"only {stored.count(Put.STORED)} of {len(keys)} were stored: give it more room")
     began, worked = time.perf_counter(), time.process_time()
-    got = tier.get(keys, bed.cut(bed.back))
+    got = tier.get(keys, bed.back)
     seconds.get.append(time.perf_counter() - began)
     cpu.get.append(time.process_time() - worked)
     if got.count(Got.HIT) != len(keys) or bed.back != bed.sent:
         raise KVKeepError(f"only {got.count(Got.HIT)} of {len(keys)} came back, or other bytes")
-    tier.delete(keys)
+    return keys
 
 
 def _raw_turn(raw: Raw, seconds: Samples) -> None:
@@ -158,13 +171,6 @@ def _figures(nbytes: int, ours: Samples, theirs: Samples | None, cpu: Samples) -
             f"cpu_s_per_GB_{name}": median(getattr(cpu, name)) / nbytes * 1e9,
         }
     return figures | {"verified": True}
-
-
-def _innermost(opened: Opened) -> Tier:
-    tier: Tier = opened.tier
-    while isinstance(tier, Wrapper):
-        tier = tier.inner
-    return tier
 
 
 def _as_table(result: dict[str, Any]) -> Table:
