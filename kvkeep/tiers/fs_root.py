@@ -142,7 +142,7 @@ def values(root: str, fan_out: int, prune: bool = False) -> Iterator[tuple[os.Di
         path, count = f"{root}/{namespace}/{fan_out:02x}", 0
         with contextlib.suppress(FileNotFoundError), os.scandir(path) as entries:
             for count, entry in enumerate(entries, 1):  # noqa: B007
-                if len(entry.name) == _CHUNK:
+                if len(entry.name) == _CHUNK and entry.is_file(follow_symlinks=False):
                     yield entry, namespace
         if prune and not count:
             with contextlib.suppress(OSError):  # somebody else did it, or it is the last one's turn to stay

@@ -255,7 +255,8 @@ class Space:
 
     def give_way(self, nbytes: int) -> None:
         """Evict so much, though the books have room: the medium has none."""
-        while nbytes > 0 and (victims := self._choose(nbytes)):
+        deadline = time.monotonic() + _LOCK_WAIT
+        while nbytes > 0 and time.monotonic() < deadline and (victims := self._choose(nbytes)):
             nbytes -= self._remove(victims)
 
     def _choose(self, nbytes: int) -> list[_Victim]:
@@ -296,7 +297,7 @@ class Space:
         for start in range(0, len(victims), _REMOVED_AT_ONCE):
             with self._books() as books:
                 for victim in victims[start : start + _REMOVED_AT_ONCE]:
-                    with contextlib.suppress(FileNotFoundError, IsADirectoryError):
+                    with contextlib.suppress(FileNotFoundError):
                         seen = os.stat(victim.path)
                         if victim.used_at not in (None, seen.st_mtime_ns):
                             continue
