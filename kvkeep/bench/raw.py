@@ -12,11 +12,10 @@ import shutil
 import subprocess
 import tempfile
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from kvkeep.bench.memory import arena
 from kvkeep.errors import KVKeepError
@@ -40,29 +39,26 @@ class Shape:
     what is in it is not kept."""
 
 
-class Raw(ABC):
-    """A raw medium; both verbs move a round's bytes and return the seconds that it took."""
+class Raw(Protocol):
+    """A raw medium; the first two verbs move a round's bytes and return the seconds that it took."""
 
     name: str
     """The program and its settings, for who reads the figures."""
 
-    @abstractmethod
     def put(self) -> float:
         """Write to where nothing is."""
 
-    @abstractmethod
     def get(self) -> float:
         """Read what was written, from the medium and not from a cache above it."""
 
-    def forget(self) -> None:  # noqa: B027 (not all media keep something)
+    def forget(self) -> None:
         """Remove what was written; not timed."""
 
     def close(self) -> None:
         """Leave nothing behind."""
-        self.forget()
 
 
-class Fio(Raw):
+class Fio:
     """fio on a directory: one process per chunk under way, each with a file of its own.
 
     Its buffers lie in the tier's memory: how a buffer's pages lie decides how fast a device reads into it
@@ -114,7 +110,7 @@ class Fio(Raw):
             raise KVKeepError(f"fio failed: {done.stderr.strip() or done.stdout.strip()}") from error
 
 
-class Threads(Raw):
+class Threads:
     """pwrite and pread of whole chunks by threads, for where there is no fio."""
 
     def __init__(self, directory: str, shape: Shape, direct: bool) -> None:

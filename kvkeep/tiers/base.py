@@ -142,7 +142,7 @@ class Listing(ABC):
     """
 
     @abstractmethod
-    def held(self) -> Iterator[tuple[Key, int]]:
+    def keys(self) -> Iterator[tuple[Key, int]]:
         """Each key with the length of its value, in any order. What comes or goes meanwhile may be missed."""
 
     @abstractmethod
@@ -152,7 +152,7 @@ class Listing(ABC):
     def recount(self, correct: bool) -> Usage:
         """What the values really take, counted one by one; `correct`: the tier's own books say so from now
         on. For a tier that keeps no books: what is there."""
-        lengths = [length for _, length in self.held()]
+        lengths = [length for _, length in self.keys()]
         return Usage(used_bytes=sum(lengths), values=len(lengths))
 
     def leftovers(self) -> int:

@@ -179,7 +179,7 @@ class FsTier(Tier, Listing):
 
     # For fsck
 
-    def held(self) -> Iterator[tuple[Key, int]]:
+    def keys(self) -> Iterator[tuple[Key, int]]:
         with self._verb():
             for entry, namespace in self._space.all():
                 with contextlib.suppress(FileNotFoundError, ValueError):

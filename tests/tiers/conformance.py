@@ -237,12 +237,12 @@ class TierConformance:
     def test_all_that_is_held_is_listed(self, tier: Tier) -> None:
         if not isinstance(tier, Listing):
             pytest.skip("cannot be listed")
-        assert list(tier.held()) == []
+        assert list(tier.keys()) == []
         sizes = [PAGE, 3 * PAGE, 2 * PAGE, PAGE, 8 * PAGE]
         keys, sent = keys_of(5), buffers_of(sizes, 14)
         tier.put(keys, sent)
         tier.delete(keys[:1])
-        assert sorted(tier.held()) == sorted(zip(keys[1:], sizes[1:], strict=True))
+        assert sorted(tier.keys()) == sorted(zip(keys[1:], sizes[1:], strict=True))
         back = buffers_of(sizes)
         assert tier.peek(keys, back) == [Got.MISS, *[Got.HIT] * 4]
         assert back[1:] == sent[1:]
@@ -252,6 +252,28 @@ class TierConformance:
         assert tier.leftovers() == 0
 
     # Where the store is behind a wire
+
+    def test_close_ends_verbs_under_way(self, place: Place) -> None:
+        if place.proxy is None:
+            pytest.skip("not behind a wire")
+        tier = place.open(timeout="30s")
+        tier.put(keys_of(1), buffers_of([PAGE], 13))
+        place.proxy.hang()
+        ended: list[object] = []
+
+        def wait() -> None:
+            try:
+                ended.append(tier.get(keys_of(1), buffers_of([PAGE])))
+            except TierUnavailable as error:
+                ended.append(error)
+
+        thread = threading.Thread(target=wait, daemon=True)
+        thread.start()
+        time.sleep(0.2)
+        assert not ended
+        tier.close()
+        thread.join(5)
+        assert [type(end) for end in ended] == [TierUnavailable]
 
     def test_a_store_that_hangs_is_given_up_in_time(self, place: Place) -> None:
         if place.proxy is None:
