@@ -13,7 +13,6 @@ import ctypes
 import itertools
 import json
 import mmap
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from kvkeep.bench.memory import arena
 from kvkeep.config import parse_bytes
 from kvkeep.errors import ConfigError, KVKeepError
 from kvkeep.transfer import Transfer, make_transfer
@@ -98,7 +98,7 @@ class Bed:
         self.layers = [
             (f"layer.{number}", torch.empty(shape, dtype=torch.bfloat16)) for number in range(geometry.layers)
         ]
-        self.arena = _arena(self.nbytes)
+        self.arena = arena(self.nbytes)
         self.slots = torch.frombuffer(self.arena, dtype=torch.uint8)
         self.flat = torch.ones(self.nbytes + 2 * mmap.PAGESIZE, dtype=torch.uint8)
         self.blocks = np.random.default_rng(0).permutation(self.num_blocks)[: self.count].astype(np.int64)
@@ -206,23 +206,6 @@ def _seconds(action: Callable[[], object]) -> float:
     began = time.perf_counter()
     action()
     return time.perf_counter() - began
-
-
-def _arena(nbytes: int) -> mmap.mmap:
-    """Warm memory of the kind that a keeper hands out: a memfd, mapped."""
-    fd = os.memfd_create("kvkeep-bench", os.MFD_CLOEXEC)
-    try:
-        os.ftruncate(fd, nbytes)
-        os.posix_fallocate(fd, 0, nbytes)
-        arena = mmap.mmap(fd, nbytes)
-    except OSError as error:
-        raise ConfigError(
-            f"no arena of {nbytes / 2**20:.0f} MiB: {error.strerror}; give --size less"
-        ) from error
-    finally:
-        os.close(fd)
-    torch.frombuffer(arena, dtype=torch.uint8).zero_()
-    return arena
 
 
 def _as_json(cases: list[Case], threads: int) -> dict[str, object]:

@@ -16,12 +16,14 @@ _COMMANDS = {
     "serve": ("kvkeep.cli.serve", "run a keeper that engines on this host share"),
     "status": ("kvkeep.cli.status", "show what a keeper holds"),
     "clear": ("kvkeep.cli.clear", "make a keeper forget what it holds"),
+    "fsck": ("kvkeep.cli.fsck", "verify, and with --repair mend, all that a tier holds"),
     "warm": ("kvkeep.cli.warm", "have documents prefilled ahead of use"),
     "doctor": ("kvkeep.cli.doctor", "check this machine and its engine for all that kvkeep needs"),
 }
 _BENCHES = {
     "copy": ("kvkeep.bench.copy", "paged KV ⇄ arena against a plain memcpy"),
     "lookup": ("kvkeep.bench.lookup", "hashing and lookup of long prompts through the socket"),
+    "tier": ("kvkeep.bench.tier", "a tier below memory against its raw medium"),
     "policy": ("kvkeep.bench.policy", "eviction policies on a request trace"),
 }
 

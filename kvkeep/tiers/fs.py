@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import itertools
 import logging
 import os
 import threading
@@ -80,7 +79,6 @@ class FsTier(Tier, Listing):
         self._root, self._space, self._members, self._fsync = root, space, members, fsync
         self._seal: Seal | None = None
         self._check: Check | None = None
-        self._numbers = itertools.count()
         self._threads = Threads(depth, "kvkeep-fs")
         self._state = threading.Condition()
         self._closed, self._under_way = False, 0
@@ -129,30 +127,31 @@ class FsTier(Tier, Listing):
         results = [Put.REFUSED] * len(keys)
         if not keys or self._members is None:
             return results
-        sizes, now = [footprint(len(buffer)) for buffer in buffers], time.time_ns()
-
-        def store(place: int) -> None:
-            if self._store(keys[place], buffers[place], now - 1000 * place):
-                results[place] = Put.STORED
-                if self._fsync:
-                    sync_directory(os.path.dirname(value_path(self._root, keys[place])))
-
+        now, members = time.time_ns(), self._members
         with self._verb(), self._space.writing() as may_write:
             if not may_write:
                 return results
-            granted = self._space.reserve(sizes)
-            left = granted
+            promise = self._space.reserve([len(buffer) for buffer in buffers], members.new_name)
+
+            def store(place: int) -> None:
+                spare = promise.spares.pop(place, None)
+                if self._store(keys[place], buffers[place], now - 1000 * place, spare):
+                    results[place] = Put.STORED
+                    if self._fsync:
+                        sync_directory(os.path.dirname(value_path(self._root, keys[place])))
+
+            left = promise.places
             try:
-                for _ in range(2):
+                self._threads.each(left, store)
+                left = [place for place in left if results[place] is Put.REFUSED]
+                if left:  # the file system is full of something else: live in the room that it leaves us
+                    self._space.give_way(sum(footprint(len(buffers[place])) for place in left))
                     self._threads.each(left, store)
-                    left = [place for place in granted if results[place] is Put.REFUSED]
-                    if not left:
-                        break
-                    # The file system is full of something else: live in the room that it leaves us.
-                    self._space.give_way(sum(sizes[place] for place in left))
             finally:
-                unused = [sizes[place] for place in granted if results[place] is Put.REFUSED]
-                self._space.settle(sum(sizes[place] for place in granted), sum(unused), len(unused))
+                if not promise.drop_spares():
+                    self._space.exact = False
+                unused = [len(buffers[place]) for place in promise.places if results[place] is Put.REFUSED]
+                self._space.settle(sum(map(footprint, unused)), len(unused))
         return results
 
     def delete(self, keys: Sequence[Key]) -> None:
@@ -222,32 +221,38 @@ class FsTier(Tier, Listing):
         return results
 
     def _read(self, key: Key, into: Buffer, used_at: int | None) -> Got:
+        path = value_path(self._root, key)
         try:
-            fd = os.open(value_path(self._root, key), os.O_RDONLY | os.O_CLOEXEC)
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             return Got.MISS
         try:
-            if os.fstat(fd).st_size != len(into) or transfer(os.preadv, fd, into, self.direct) != len(into):
+            seen = os.fstat(fd)
+            if seen.st_size != len(into):
                 return Got.DAMAGED
-            if self._check is not None and not self._check(key, into):
-                return Got.DAMAGED
-            if used_at is not None:
-                with contextlib.suppress(OSError):  # what was read is a hit all the same
+            if used_at is not None:  # before it is read: so it is no victim while we read it
+                with contextlib.suppress(OSError):
                     os.utime(fd, ns=(used_at, used_at))
-            return Got.HIT
+            whole = transfer(os.preadv, fd, into, self.direct) == len(into)
+            if whole and self._check is not None and self._check(key, into):
+                return Got.HIT
+            # Evicted and overwritten while we read it: not there any more, rather than damaged.
+            if not _is_there(path, seen):
+                return Got.MISS
+            return Got.HIT if whole and self._check is None else Got.DAMAGED
         finally:
             os.close(fd)
 
     # Writing
 
-    def _store(self, key: Key, value: Buffer, used_at: int) -> bool:
+    def _store(self, key: Key, value: Buffer, used_at: int, spare: str | None) -> bool:
         """Store one value for which there is room in the books; False: the medium has none."""
         if self._seal is not None:
             self._seal(key, value)
         path = value_path(self._root, key)
-        with self._temporary() as temporary:
+        with self._temporary(spare) as temporary:
             try:
-                write_file(temporary, value, self.direct, used_at, self._fsync)
+                write_file(temporary, value, self.direct, used_at, self._fsync, new=spare is None)
                 self._publish(temporary, path)
             except OSError as error:
                 if error.errno not in _FULL:
@@ -274,10 +279,10 @@ class FsTier(Tier, Listing):
         raise OSError(errno.EBUSY, f"{path} comes and goes")
 
     @contextlib.contextmanager
-    def _temporary(self) -> Iterator[str]:
-        """A name of our own for a file; what has it at the end goes."""
+    def _temporary(self, spare: str | None) -> Iterator[str]:
+        """A name of our own for a file, that of the spare if there is one; what has it at the end goes."""
         assert self._members is not None
-        path = f"{self._members.directory}/{next(self._numbers)}"
+        path = spare or self._members.new_name()
         try:
             yield path
         finally:
@@ -303,3 +308,11 @@ class FsTier(Tier, Listing):
             with self._state:
                 self._under_way -= 1
                 self._state.notify_all()
+
+
+def _is_there(path: str, seen: os.stat_result) -> bool:
+    """Whether the file that was opened as `path` still has that name."""
+    try:
+        return os.path.samestat(os.stat(path), seen)
+    except FileNotFoundError:
+        return False

@@ -44,9 +44,13 @@ def transfer(call: Callable[..., int], fd: int, view: Buffer, direct: bool) -> i
     return at
 
 
-def write_file(path: str, value: Buffer, direct: bool, used_at: int, sync: bool) -> None:
-    """Write a new file whose mtime is `used_at` ns. Raises OSError, also where only a part was taken."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+def write_file(path: str, value: Buffer, direct: bool, used_at: int, sync: bool, new: bool) -> None:
+    """Write a file whose mtime is `used_at` ns: a `new` one, or over one of the same length.
+
+    Raises OSError, also where only a part was taken.
+    """
+    flags = os.O_WRONLY | os.O_CLOEXEC | (os.O_CREAT | os.O_EXCL if new else 0)
+    fd = os.open(path, flags, 0o600)
     try:
         if transfer(os.pwritev, fd, value, direct) != len(value):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import itertools
 import json
 import logging
 import os
@@ -141,7 +142,7 @@ def values(root: str, fan_out: int, prune: bool = False) -> Iterator[tuple[os.Di
         path, count = f"{root}/{namespace}/{fan_out:02x}", 0
         with contextlib.suppress(FileNotFoundError), os.scandir(path) as entries:
             for count, entry in enumerate(entries, 1):  # noqa: B007
-                if len(entry.name) == _CHUNK:
+                if len(entry.name) == _CHUNK and entry.is_file(follow_symlinks=False):
                     yield entry, namespace
         if prune and not count:
             with contextlib.suppress(OSError):  # somebody else did it, or it is the last one's turn to stay
@@ -193,6 +194,7 @@ class Membership:
         Raises OSError, TierUnavailable."""
         self._root = root
         self.directory = os.path.join(root, "tmp", uuid.uuid4().hex)
+        self._numbers = itertools.count()
         with locked(os.path.join(root, "members"), _OPEN_WAIT):
             dead, alive = _others(root)
             begin(len(dead))
@@ -207,6 +209,10 @@ class Membership:
             self._fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             if not flock(self._fd, fcntl.LOCK_EX, 1):
                 raise TierUnavailable(f"{lock} is locked: does this file system keep locks?")
+
+    def new_name(self) -> str:
+        """A path in our directory that was not used yet."""
+        return f"{self.directory}/{next(self._numbers)}"
 
     def leave(self, clean: bool) -> None:
         """Give up our place; unless `clean`, what stays behind makes the next one count again."""

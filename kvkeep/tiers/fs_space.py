@@ -19,10 +19,10 @@ import random
 import struct
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, NamedTuple
 
 from kvkeep.errors import TierUnavailable
@@ -38,8 +38,6 @@ _LOCK_WAIT = 10.0
 _COUNT_WAIT = 60.0
 _SAMPLE, _OLDEST = 256, 8  # of at least so many values, one of so many goes
 _REMOVED_AT_ONCE = 16  # under one hold of the lock
-_ROUNDS = 8
-_MOST_AHEAD = 1 << 30
 _CRASHES_TO_COUNT = 16  # though others are at work: until then the books are too high by a batch for each
 _UNKNOWN = 2**64 - 1
 
@@ -80,8 +78,39 @@ class _Books:
 class _Victim(NamedTuple):
     used_at: int | None
     """In nanoseconds; who was used since is no victim any more. None: whenever that was."""
-    size: int
+    length: int
     path: str
+
+
+@dataclass
+class Promise:
+    """Room for some values of a batch; it is in the books already."""
+
+    places: list[int]
+    """Their places in the batch."""
+    spares: dict[int, str] = field(default_factory=dict)
+    """Evicted values as long as theirs, under names that are ours: to overwrite one in place takes less than
+    half the time of removing it and writing a new file. Whoever takes one out of here owns it."""
+
+    def drop_spares(self) -> bool:
+        """Remove those that nobody took; whether all could be."""
+        failed = 0
+        for path in self.spares.values():
+            try:
+                os.unlink(path)
+            except OSError:
+                failed += 1
+        return not failed
+
+
+def _fitting(costs: Mapping[int, int], room: int) -> list[int]:
+    """The places of those that go into `room`, the first ones first."""
+    places = list[int]()
+    for place, cost in costs.items():
+        if cost <= room:
+            places.append(place)
+            room -= cost
+    return places
 
 
 class Space:
@@ -98,7 +127,6 @@ class Space:
         self._chores = ThreadPoolExecutor(1, thread_name_prefix="kvkeep-fs-chores")
         self._stop = threading.Event()
         self._last_asked = -_COUNT_WAIT
-        self._freeing = False
         self.counting = False
         """Whether a count is due or under way; writes are refused until it is done."""
         self.exact = True
@@ -152,36 +180,60 @@ class Space:
         finally:
             os.close(fd)
 
-    def reserve(self, sizes: Sequence[int]) -> list[int]:
-        """Promise room for values of these footprints, evicting what is needed; the places of those that
-        may come. Where not all fit, it is the first ones. `settle` must follow."""
-        wanted, need = self._fitting(sizes, self.capacity)
-        dry = False
-        for _ in range(_ROUNDS):
+    def reserve(self, lengths: Sequence[int], new_name: Callable[[], str]) -> Promise:
+        """Promise room for values of these lengths, evicting what is needed; where not all fit, for the
+        first ones. What is evicted and as long as one of them is kept for it, under a `new_name`.
+
+        `settle` must follow.
+        """
+        costs = dict(enumerate(map(footprint, lengths)))
+        promise, wanted = Promise(_fitting(costs, self.capacity)), defaultdict[int, deque[int]](deque)
+        for place in promise.places:
+            wanted[lengths[place]].append(place)
+
+        def keep(path: str, length: int) -> bool:
+            if not wanted[length]:
+                return False
+            name = new_name()
+            os.rename(path, name)
+            promise.spares[wanted[length].popleft()] = name
+            return True
+
+        try:
+            self._fill(promise, costs, keep)
+        except (OSError, TierUnavailable):
+            promise.drop_spares()
+            raise
+        return promise
+
+    def _fill(self, promise: Promise, costs: dict[int, int], keep: Callable[[str, int], bool]) -> None:
+        deadline, found = time.monotonic() + _LOCK_WAIT, True
+        while True:
+            costs |= dict.fromkeys(promise.spares, 0)  # those bring their room with them
+            need = sum(costs[place] for place in promise.places)
             with self._books() as books:
                 if books.crashes == _UNKNOWN:
                     self._ask_for_count()
-                    return []
-                if books.used + need <= self.capacity:
-                    books.add(need, len(wanted))
-                    return wanted
-                if dry:  # it is said to be full, and there is nothing: were values removed by hand?
+                    promise.places = []
+                    return
+                missing = books.used + need - self.capacity
+                if missing > 0 and not found:  # said to be full, and nothing there: removed by hand?
                     books.crashes += 1
                     self._ask_for_count()
-                    break
-            dry = not self.evict(max(0, self.capacity - need - self._ahead(need)))
-        with self._books() as books:
-            wanted, need = self._fitting(sizes, max(0, self.capacity - books.used))
-            books.add(need, len(wanted))
-            return wanted
+                if missing <= 0 or not found or time.monotonic() > deadline:
+                    fitting = {place: costs[place] for place in promise.places}
+                    promise.places = _fitting(fitting, max(0, self.capacity - books.used))
+                    books.add(sum(costs[place] for place in promise.places), len(promise.places))
+                    return
+            victims = self._choose(missing)
+            found = bool(victims)
+            self._remove(victims, keep)
 
-    def settle(self, reserved: int, unused: int, count: int) -> None:
-        """Give back what was reserved for `count` values and not used, `unused` of the `reserved` bytes."""
-        with self._books() as books:
-            books.add(-unused, -count)
-            used, limit = books.used, self.capacity - self._ahead(reserved)
-        if used > limit:
-            self.evict_soon(limit)
+    def settle(self, unused: int, count: int) -> None:
+        """Give back what was promised to `count` values that were not stored, `unused` bytes together."""
+        if count:
+            with self._books() as books:
+                books.add(-unused, -count)
 
     def replace(self, temporary: str, path: str) -> bool:
         """Put `temporary` in the place of the value at `path`; False: there is none any more."""
@@ -201,42 +253,22 @@ class Space:
         """Remove values, and give back what they took. Absent ones are fine."""
         self._remove([_Victim(None, 0, path) for path in paths])
 
-    def evict(self, limit: int) -> bool:
-        """Remove what was not used for long, until no more than `limit` bytes are taken.
-
-        False: there is nothing left to remove.
-        """
-        with self._evicting:
-            used = self.usage().used_bytes or 0  # whoever had the lock may have done it for us
-            while used > limit and not self._stop.is_set():
-                if not self._victims:
-                    self._sample()
-                group, due = list[_Victim](), used - limit
-                while self._victims and due > 0:
-                    group.append(self._victims.popleft())
-                    due -= group[-1].size
-                if not group:
-                    return False
-                used = self._remove(group)
-        return True
-
     def give_way(self, nbytes: int) -> None:
         """Evict so much, though the books have room: the medium has none."""
-        self.evict(max(0, (self.usage().used_bytes or 0) - nbytes))
+        deadline = time.monotonic() + _LOCK_WAIT
+        while nbytes > 0 and time.monotonic() < deadline and (victims := self._choose(nbytes)):
+            nbytes -= self._remove(victims)
 
-    def evict_soon(self, limit: int) -> None:
-        """Evict in the background."""
-        if not self._freeing:
-            self._freeing = True
-            self._chore(lambda: self._free(limit))
-
-    def _free(self, limit: int) -> None:
-        try:
-            self.evict(limit)
-        except (OSError, TierUnavailable) as error:
-            log.warning("%s: eviction failed: %s", self._root, error)
-        finally:
-            self._freeing = False
+    def _choose(self, nbytes: int) -> list[_Victim]:
+        """Victims of so many bytes, or some of them; none where there is no value at all."""
+        chosen = list[_Victim]()
+        with self._evicting:
+            if not self._victims:
+                self._sample()
+            while self._victims and nbytes > 0:
+                chosen.append(self._victims.popleft())
+                nbytes -= footprint(chosen[-1].length)
+        return chosen
 
     def _sample(self) -> None:
         """Choose the oldest of the next values around the circle as victims; none where there are none.
@@ -249,26 +281,33 @@ class Space:
             for entry, _namespace in values(self._root, self._fan_out, prune=True):
                 with contextlib.suppress(FileNotFoundError):
                     seen = entry.stat(follow_symlinks=False)
-                    found.append(_Victim(seen.st_mtime_ns, footprint(seen.st_size), entry.path))
+                    found.append(_Victim(seen.st_mtime_ns, seen.st_size, entry.path))
             self._fan_out = (self._fan_out + 1) % 256
             if len(found) >= _SAMPLE:
                 break
         found.sort()
         self._victims.extend(found[: -(-len(found) // _OLDEST)])
 
-    def _remove(self, victims: Sequence[_Victim]) -> int:
-        """Remove those that are still as they were seen; how many bytes are taken after that."""
-        used = 0
+    def _remove(self, victims: Sequence[_Victim], keep: Callable[[str, int], bool] | None = None) -> int:
+        """Remove those that are still as they were seen; how many bytes that gave back.
+
+        What `keep` takes away, by path and length, stays in the books: it is its room from now on.
+        """
+        freed = 0
         for start in range(0, len(victims), _REMOVED_AT_ONCE):
             with self._books() as books:
                 for victim in victims[start : start + _REMOVED_AT_ONCE]:
-                    with contextlib.suppress(FileNotFoundError, IsADirectoryError):
+                    with contextlib.suppress(FileNotFoundError):
                         seen = os.stat(victim.path)
-                        if victim.used_at in (None, seen.st_mtime_ns):
+                        if victim.used_at not in (None, seen.st_mtime_ns):
+                            continue
+                        size = 0
+                        if keep is None or not keep(victim.path, seen.st_size):
                             os.unlink(victim.path)
-                            books.add(-footprint(seen.st_size), -1)
-                used = books.used
-        return used
+                            size = footprint(seen.st_size)
+                        books.add(-size, -1)
+                        freed += size
+        return freed
 
     # Counting again
 
@@ -327,20 +366,6 @@ class Space:
             yield from values(self._root, fan_out)
 
     # Below
-
-    def _ahead(self, need: int) -> int:
-        """How much to free beyond what is needed now, so that the next batch need not wait for it."""
-        return min(self.capacity // 8, max(need, min(self.capacity // 64, _MOST_AHEAD)))
-
-    @staticmethod
-    def _fitting(sizes: Sequence[int], room: int) -> tuple[list[int], int]:
-        """The places of those that go into `room`, the first ones first, and the sum of their sizes."""
-        places, need = list[int](), 0
-        for place, size in enumerate(sizes):
-            if need + size <= room:
-                places.append(place)
-                need += size
-        return places, need
 
     def _chore(self, work: Callable[[], None]) -> None:
         with contextlib.suppress(RuntimeError):  # closed meanwhile

@@ -66,9 +66,14 @@ def open_raw(url: TierURL) -> Tier:
     return _kind(url.scheme)(url)
 
 
-def open_tier(text: str) -> Opened:
-    """The tier of a URL: metered, sealed, guarded. Raises ConfigError with what to do."""
+def open_tier(text: str, **suggested: str) -> Opened:
+    """The tier of a URL: metered, sealed, guarded. Raises ConfigError with what to do.
+
+    `suggested` are options to use where the URL gives none and the tier knows them.
+    """
     url = TierURL(text)
+    for name, value in suggested.items():
+        url.suggest(name, value)
     write = WriteWhen(url.take_choice("write", tuple(when.value for when in WriteWhen), "through"))
     raw = open_raw(url)
     try:

@@ -55,6 +55,12 @@ class TierURL:
         other._options, other._taken = self._options, self._taken
         return other
 
+    def suggest(self, name: str, value: str) -> None:
+        """Set an option that the URL does not give; a tier that does not know it goes without."""
+        if name not in self._options:
+            self._options[name] = value
+            self._taken.add(name)
+
     def take(self, name: str, parse: Callable[[str], _T], default: _T) -> _T:
         """Option `name`, parsed; ConfigError where it does not parse."""
         self._taken.add(name)

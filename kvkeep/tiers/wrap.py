@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from kvkeep.tiers.base import Buffer, Capabilities, Check, Got, Key, Put, Seal, Tier, Usage
 
-__all__ = ["Wrapper"]
+__all__ = ["Wrapper", "innermost"]
 
 
 class Wrapper(Tier):
@@ -42,3 +42,10 @@ class Wrapper(Tier):
 
     def close(self) -> None:
         self.inner.close()
+
+
+def innermost(tier: Tier) -> Tier:
+    """The tier inside all wrappers."""
+    while isinstance(tier, Wrapper):
+        tier = tier.inner
+    return tier

@@ -46,9 +46,9 @@ class FsPlace(Place):
 
 
 def counted(tier: Tier, seconds: float = 20.0) -> tuple[int, int]:
-    """Bytes and values by the tier's books, once it is not counting or evicting any more."""
+    """Bytes and values by the tier's books, once it is not counting any more."""
     deadline = time.monotonic() + seconds
-    while tier.counting or tier._space._freeing:  # type: ignore[attr-defined]
+    while tier.counting:  # type: ignore[attr-defined]
         assert time.monotonic() < deadline
         time.sleep(0.005)
     usage = tier.usage()

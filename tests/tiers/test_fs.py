@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import random
 import subprocess
 import sys
 import threading
@@ -15,10 +16,11 @@ from pathlib import Path
 import pytest
 
 from kvkeep.errors import ConfigError, TierUnavailable
-from kvkeep.tiers import fs_io, fs_space
+from kvkeep.tiers import fs, fs_io, fs_space
 from kvkeep.tiers.base import Got, Put, Tier
 from kvkeep.tiers.fs_root import values
 from kvkeep.tiers.open import open_raw, open_tier
+from kvkeep.tiers.seal import Sealed
 from kvkeep.tiers.url import TierURL
 from tests.tiers.conformance import TierConformance
 from tests.tiers.fs_place import FsPlace, counted
@@ -146,6 +148,76 @@ def test_empty_directories_are_removed_in_passing(place: FsPlace) -> None:
             assert not list(values(str(place.root), fan_out, prune=True))
         assert not (place.root / keys[0][:8].hex()).exists()
         assert tier.put(keys, buffers_of([PAGE] * 20)) == [Put.STORED] * 20
+
+
+@pytest.mark.parametrize("sealed", [True, False])
+def test_what_is_evicted_under_a_reader_is_a_miss_and_never_other_bytes(place: FsPlace, sealed: bool) -> None:
+    """Evicted files are overwritten in place, also while somebody has them open."""
+    bound, size, batch = 48, 32 * PAGE, 8
+    rounds: list[tuple[list[bytes], list[memoryview]]] = []
+    seen: list[Got] = []
+    problems: list[str] = []
+    with closing(place.open(capacity=str(bound * size))) as raw, closing(place.open(depth="2")) as other:
+        through = Sealed(other) if sealed else other
+        put = Sealed(raw) if sealed else raw
+
+        def read(seed: int) -> None:
+            source, back = random.Random(seed), buffers_of([size] * batch)
+            while len(rounds) < 60:
+                if not rounds:
+                    continue
+                keys, sent = rounds[-source.randrange(1, min(len(rounds), 8) + 1)]
+                results = through.get(keys, back)
+                seen.extend(results)
+                for result, got, was in zip(results, back, sent, strict=True):
+                    if result is Got.HIT and got != was:
+                        problems.append("other bytes")
+
+        readers = [threading.Thread(target=read, args=(seed,)) for seed in range(3)]
+        for reader in readers:
+            reader.start()
+        for seed in range(60):
+            keys, sent = keys_of(batch, seed), buffers_of([size] * batch, seed)
+            assert put.put(keys, sent) == [Put.STORED] * batch
+            rounds.append((keys, sent))
+        for reader in readers:
+            reader.join()
+    assert not problems
+    assert Got.DAMAGED not in seen
+    assert seen.count(Got.HIT) > 100
+    assert Got.MISS in seen
+
+
+@pytest.mark.parametrize("sealed", [True, False])
+def test_a_file_that_loses_its_name_while_it_is_read_is_a_miss(
+    place: FsPlace, monkeypatch: pytest.MonkeyPatch, sealed: bool
+) -> None:
+    (key,), (value,), (back,) = keys_of(1), buffers_of([2 * PAGE], 1), buffers_of([2 * PAGE])
+    with closing(place.open()) as raw:
+        tier, real = Sealed(raw) if sealed else raw, fs.transfer
+        tier.put([key], [value])
+
+        def evicted_in_between(call, fd, view, direct):
+            spare = place.root / "spare"
+            place.path(key).rename(spare)
+            spare.write_bytes(b"?" * 2 * PAGE)
+            return real(call, fd, view, direct)
+
+        monkeypatch.setattr(fs, "transfer", evicted_in_between)
+        assert tier.get([key], [back]) == [Got.MISS]
+
+
+def test_evicted_files_are_overwritten_by_values_as_long(place: FsPlace) -> None:
+    with closing(place.open(capacity=str(64 * PAGE))) as tier:
+        tier.put(keys_of(32), buffers_of([2 * PAGE] * 32))
+        before = {path.stat().st_ino for path in place.files()}
+        keys, sent, back = keys_of(8, 1), buffers_of([2 * PAGE] * 8, 1), buffers_of([2 * PAGE] * 8)
+        assert tier.put(keys, sent) == [Put.STORED] * 8
+        assert {path.stat().st_ino for path in place.files()} == before
+        assert tier.get(keys, back) == [Got.HIT] * 8
+        assert back == sent
+        assert tier.put(keys_of(4, 2), buffers_of([3 * PAGE] * 4)) == [Put.STORED] * 4
+        assert counted(tier) == (place.used_bytes(), len(place.files()))
 
 
 def test_a_batch_larger_than_the_bound_keeps_its_beginning(place: FsPlace) -> None:

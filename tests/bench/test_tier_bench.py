@@ -1,0 +1,63 @@
+"""The tier bench with few values: what it prints, with and without fio, and that wrong bytes are noticed."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from kvkeep.bench import raw
+from kvkeep.cli import main
+from kvkeep.tiers import fs as fs_module
+
+FEW = ["--chunk-bytes", "64KiB", "--count", "9", "--rounds", "2", "--depth", "4"]
+
+
+@pytest.mark.parametrize("program", ["fio", "pread"])
+def test_json(
+    tmp_path: Path, program: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if program == "pread":
+        monkeypatch.setattr(raw.shutil, "which", lambda _name: None)
+    elif not shutil.which("fio"):
+        pytest.skip("no fio here")
+    assert main(["bench", "tier", f"fs://{tmp_path}/kv", "--json", *FEW]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["raw"].startswith(program)
+    assert (printed["chunk_bytes"], printed["count"], printed["verified"]) == (65536, 9, True)
+    for name in ("put", "get"):
+        assert printed[f"{name}_ratio"] == pytest.approx(
+            printed[f"{name}_GBps"] / printed[f"raw_{name}_GBps"]
+        )
+        assert printed[f"cpu_s_per_GB_{name}"] > 0
+    held = [path for path in (tmp_path / "kv").rglob("*") if path.is_file()]
+    assert sorted(path.name for path in held) == ["kvkeep.json", "members", "usage", "writers"]
+
+
+def test_a_kind_without_a_raw_medium_and_the_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(raw.RAW, "fs")
+    assert main(["bench", "tier", f"fs://{tmp_path}/kv", "--json", *FEW]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["raw_put_GBps"] is printed["get_ratio"] is printed["raw"] is None
+    assert main(["bench", "tier", f"fs://{tmp_path}/kv", *FEW]) == 0
+    assert "put" in capsys.readouterr().out
+
+
+def test_wrong_bytes_and_refusals_are_errors(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["bench", "tier", f"fs://{tmp_path}/small?capacity=256KiB", *FEW]) == 2
+    assert "were stored: give it more room" in capsys.readouterr().err
+    assert main(["bench", "tier", f"faulty+fs://{tmp_path}/kv?fault_flips=1", *FEW]) == 2
+    assert "came back" in capsys.readouterr().err
+    monkeypatch.setattr(fs_module, "transfer", lambda _call, _fd, view, _direct: len(view))
+    assert main(["bench", "tier", f"fs://{tmp_path}/kv", *FEW]) == 2
+    assert "came back" in capsys.readouterr().err
+
+
+def test_options_out_of_range(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for option in ("--count", "--rounds", "--depth", "--chunk-bytes"):
+        assert main(["bench", "tier", f"fs://{tmp_path}/kv", option, "0"]) == 2
+        assert "1 or more" in capsys.readouterr().err
