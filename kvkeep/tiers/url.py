@@ -25,7 +25,7 @@ class TierURL:
         self._given = url
         try:
             parts = urlsplit(url)
-            self.port = parts.port
+            self.hosts = [_host_port(text) for text in parts.netloc.rpartition("@")[2].split(",")]
             pairs = parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query))
         except ValueError as error:
             raise ConfigError(f"cannot read the tier URL {url!r}: {error}") from error
@@ -33,7 +33,7 @@ class TierURL:
             raise ConfigError(f"{url!r} is not a tier URL: write it as fs:///data/kv or redis://host:6379")
         self._parts: SplitResult = parts
         self.scheme = parts.scheme.lower()
-        self.host = parts.hostname or ""
+        self.host, self.port = self.hosts[0]  # `hosts`: of the list where the URL has one, as for sentinels
         self.netloc = parts.netloc
         self.path = unquote(parts.path)
         self.user = unquote(parts.username) if parts.username is not None else None
@@ -97,6 +97,11 @@ class TierURL:
             near = difflib.get_close_matches(name, self._taken, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(self._taken))}"
             raise ConfigError(f"{self}: unknown option {name!r}: {hint}")
+
+
+def _host_port(text: str) -> tuple[str, int | None]:
+    parts = urlsplit(f"//{text}")
+    return parts.hostname or "", parts.port
 
 
 def parse_seconds(text: str) -> float:

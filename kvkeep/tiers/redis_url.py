@@ -1,0 +1,128 @@
+"""What a redis:// URL says about servers, and what to do where they cannot be used."""
+
+from __future__ import annotations
+
+import ssl
+from pathlib import Path
+from typing import Any
+
+from kvkeep.errors import ConfigError
+from kvkeep.tiers.redis_nodes import Address, Cluster, Nodes, Pool, Sentinel, Single
+from kvkeep.tiers.url import TierURL
+
+__all__ = ["nodes_of", "remedy"]
+
+_PORT, _SENTINEL_PORT = 6379, 26379
+_REMEDIES = (  # by what the error says; the first that fits
+    ("NOAUTH", "give a password: redis://:PASSWORD@host, redis://USER:PASSWORD@host or password_file"),
+    ("WRONGPASS", "user or password is wrong"),
+    ("invalid password", "user or password is wrong"),
+    ("without any password configured", "the server has no password: leave it out"),
+    ("NOPERM", "allow the user +get +set +exists +del on ~PREFIX:*, and +cluster|slots for a cluster"),
+    (
+        "no sentinel knows",
+        "check the option sentinel and the sentinels; sentinel_auth=yes if they want it too",
+    ),
+    ("MOVED", "this is a cluster: add ?cluster=yes"),
+    ("cluster support disabled", "this is no cluster: leave out cluster=yes"),
+    ("CLUSTERDOWN", "the cluster is not whole: see CLUSTER INFO"),
+    ("holds slot", "the cluster is not whole: see CLUSTER INFO"),
+    ("LOADING", "it is reading its file: start again when it is done"),
+    ("DB index", "the number behind the / is a database that it does not have"),
+    ("CERTIFICATE_VERIFY_FAILED", "name the file of its CA as tls_ca, or the host as its certificate does"),
+    ("WRONG_VERSION_NUMBER", "it does not speak TLS there: redis:// instead of rediss://, or another port"),
+    ("RECORD_LAYER_FAILURE", "it does not speak TLS there: redis:// instead of rediss://, or another port"),
+    ("CERTIFICATE_REQUIRED", "it wants a client's certificate: tls_cert and tls_key"),
+    (
+        "Timeout connecting",
+        "is it running, and can it be reached from here? If rediss://, does it speak TLS there?",
+    ),
+    ("closed the connection", "does it speak TLS? Then rediss://"),
+)
+
+
+def nodes_of(url: TierURL) -> Nodes:
+    """The servers that `url` names; nothing is asked yet. Raises ConfigError."""
+    timeout = url.take_seconds("timeout", 2.0)
+    if timeout <= 0:
+        raise ConfigError(f"{url}: timeout must be more than 0 seconds")
+    unix, tls = url.scheme == "redis+unix", url.scheme == "rediss"
+    transport = _tls(url) if tls else {}
+    account = _account(url)
+    database = {"db": _database(url, unix)}
+    pool = Pool(timeout, {**transport, **account, **database}, tls)
+    if unix:
+        return Single(pool, Address(url.path, 0))
+    sentinel, cluster = url.take("sentinel", str, ""), url.take_flag("cluster", False)
+    port = _SENTINEL_PORT if sentinel else _PORT
+    addresses = [Address(host or "localhost", given or port) for host, given in url.hosts]
+    if sentinel:
+        login = account if url.take_flag("sentinel_auth", False) else {}
+        return Sentinel(pool, addresses, sentinel, Pool(timeout, {**transport, **login}, tls))
+    if cluster:
+        if database["db"]:
+            raise ConfigError(f"{url}: a cluster has database 0 only")
+        return Cluster(pool, addresses)
+    if len(addresses) > 1:
+        raise ConfigError(f"{url}: several servers: add ?cluster=yes, or ?sentinel=NAME for sentinels")
+    return Single(pool, addresses[0])
+
+
+def remedy(error: Exception) -> str:
+    """What to do about an error at start."""
+    for text, what in _REMEDIES:
+        if text in str(error):
+            return what
+    return "is it running, and can it be reached from here?"
+
+
+def _account(url: TierURL) -> dict[str, Any]:
+    name, password = url.take("password_file", str, ""), url.password
+    if name:
+        if password:
+            raise ConfigError(f"{url}: a password and a password_file: leave one out")
+        password = _file(url, "password_file", name).read_text().strip()
+    if url.user and not password:
+        raise ConfigError(
+            f"{url}: user {url.user!r} without a password: write USER:PASSWORD@, or password_file"
+        )
+    return {"username": url.user or None, "password": password or None}
+
+
+def _database(url: TierURL, unix: bool) -> int:
+    text = url.take("db", str, "0") if unix else url.path.strip("/") or "0"
+    if not (text.isdigit() and len(text) < 6):
+        raise ConfigError(f"{url}: {text!r} is not the number of a database")
+    return int(text)
+
+
+def _tls(url: TierURL) -> dict[str, Any]:
+    verify = url.take_flag("tls_verify", True)
+    files = {name: url.take(name, str, "") for name in ("tls_ca", "tls_cert", "tls_key")}
+    for name, text in files.items():
+        if text:
+            _file(url, name, text)
+    if bool(files["tls_cert"]) != bool(files["tls_key"]):
+        raise ConfigError(f"{url}: tls_cert and tls_key go together")
+    try:
+        context = ssl.create_default_context(cafile=files["tls_ca"] or None)
+        if files["tls_cert"]:
+            context.load_cert_chain(files["tls_cert"], files["tls_key"])
+    except ssl.SSLError as error:
+        raise ConfigError(f"{url}: not PEM files of a CA, a certificate and its key: {error}") from error
+    return {
+        "ssl_ca_certs": files["tls_ca"] or None,
+        "ssl_certfile": files["tls_cert"] or None,
+        "ssl_keyfile": files["tls_key"] or None,
+        "ssl_cert_reqs": "required" if verify else "none",
+        "ssl_check_hostname": verify,
+    }
+
+
+def _file(url: TierURL, option: str, name: str) -> Path:
+    path = Path(name)
+    try:
+        path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{url}: cannot read {option}={name}: {error.strerror}") from error
+    return path
