@@ -155,9 +155,9 @@ def test_a_node_that_hangs_is_given_up_in_time_and_writes_nothing_late(place: Mo
             assert time.monotonic() - began < 5
         place.node.go_on()
         deadline = time.monotonic() + 20
-        while tier._calls._out and time.monotonic() < deadline:
+        while tier._calls.out and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert tier._calls._out == 0
+        assert tier._calls.out == 0
         assert not any(any(buffer[:: 64 << 10]) for buffer in back)
         assert tier.get(keys, back) == [Got.HIT] * 4
         assert back == sent
@@ -182,9 +182,47 @@ def test_a_master_that_hangs_is_given_up_in_time(place: MoonPlace) -> None:
         finally:
             place.master.go_on()
         deadline = time.monotonic() + 20
-        while tier._calls._out and time.monotonic() < deadline:
+        while tier._calls.out and time.monotonic() < deadline:
             time.sleep(0.05)
         assert tier.put(keys, sent) == [Put.STORED] * 2  # the late delete may have removed them
+        assert tier.get(keys, back) == [Got.HIT] * 2
+        assert back == sent
+
+
+def test_close_ends_verbs_under_way(place: MoonPlace) -> None:
+    keys, sent = keys_of(2), buffers_of([MIB] * 2, 7)
+    tier, ended = place.open(timeout="30s"), list[str]()
+    tier.put(keys, sent)
+
+    def waiting() -> None:
+        try:
+            tier.get(keys, buffers_of([MIB] * 2))
+        except TierUnavailable as error:
+            ended.append(str(error))
+
+    thread = threading.Thread(target=waiting)
+    place.node.stop()
+    try:
+        thread.start()
+        time.sleep(0.2)
+        assert not ended
+        began = time.monotonic()
+        tier.close()
+        thread.join(5)
+        assert ended == ["mooncake: the tier is closed"]
+        assert time.monotonic() - began < 5
+    finally:
+        place.node.go_on()
+
+
+def test_a_transfer_that_may_still_go_on_keeps_its_memory(place: MoonPlace, monkeypatch) -> None:
+    keys, sent, back = keys_of(2), buffers_of([MIB] * 2, 7), buffers_of([MIB] * 2)
+    with closing(place.open()) as tier:
+        tier.put(keys, sent)
+        with monkeypatch.context() as patch:
+            patch.setattr("kvkeep.tiers.mooncake._UNFINISHED_SECONDS", 0.0)
+            assert tier.get(keys, back) == [Got.HIT] * 2
+        assert tier._landings._lost == 1
         assert tier.get(keys, back) == [Got.HIT] * 2
         assert back == sent
 
