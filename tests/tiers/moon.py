@@ -6,21 +6,18 @@ import importlib.util
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from tests.tiers.place import free_port
 
-_NODE = """
-import sys
-from mooncake.store import MooncakeDistributedStore
-store = MooncakeDistributedStore()
-assert store.setup("127.0.0.1", "P2PHANDSHAKE", int(sys.argv[2]), 0, "tcp", "", sys.argv[1]) == 0
-print("ready", flush=True)
-sys.stdin.read()
-"""
+
+def binary(name: str) -> str:
+    """A program of the package's own (those in bin/ fork)."""
+    found = importlib.util.find_spec("mooncake")
+    assert found is not None
+    return str(Path(next(iter(found.submodule_search_locations or []))) / name)
 
 
 class Master:
@@ -36,12 +33,12 @@ class Master:
         return f"127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        found = importlib.util.find_spec("mooncake")
-        assert found is not None
-        binary = Path(next(iter(found.submodule_search_locations or []))) / "mooncake_master"
-        words = [str(binary), f"--rpc_port={self.port}", "--rpc_address=127.0.0.1"]
+        words = [binary("mooncake_master"), f"--rpc_port={self.port}", "--rpc_address=127.0.0.1"]
         words += ["--metrics_host=127.0.0.1", f"--metrics_port={free_port()}"]
         words += ["--default_kv_lease_ttl=2s"]  # not 10, so that tests need not wait for it
+        self._run(words)
+
+    def _run(self, words: list[str]) -> None:
         with self._log.open("a") as log:
             self._process = subprocess.Popen(words, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
         deadline = time.monotonic() + 30
@@ -51,7 +48,8 @@ class Master:
                 return
             except OSError:
                 time.sleep(0.05)
-        raise RuntimeError(f"mooncake_master does not start: see {self._log}")
+        self.kill()
+        raise RuntimeError(f"{words[0]} does not start: see {self._log}")
 
     def stop(self) -> None:
         """SIGSTOP: it hangs."""
@@ -73,24 +71,12 @@ class Node(Master):
     """A process whose memory the store uses."""
 
     def __init__(self, master: str, nbytes: int, log: Path) -> None:
-        with log.open("a") as errors:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", _NODE, master, str(nbytes)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-            )
-        assert self._process.stdout is not None
-        if self._process.stdout.readline() != b"ready\n":
-            self.kill()
-            raise RuntimeError(f"a node does not start: see {log}")
+        self._words = [binary("mooncake_client"), f"--master_server_address={master}", "--host=127.0.0.1"]
+        self._words += ["--metadata_server=P2PHANDSHAKE", f"--global_segment_size={nbytes >> 20}MB"]
+        super().__init__(log)
 
-    def kill(self) -> None:
-        super().kill()
-        assert self._process is not None
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                pipe.close()
+    def start(self) -> None:
+        self._run([*self._words, f"--port={self.port}"])
 
 
 def client(master: str) -> Any:
