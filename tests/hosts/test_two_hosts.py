@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(600)]
 ARGS = ["--dtype", "float32", "--max-model-len", "4096", "--block-size", "32"]
 ENVIRON = {"VLLM_CPU_KVCACHE_SPACE": "1"}
 HIT = 576
-TIERS = ["fs", "redis", "s3"]
+TIERS = ["redis", "s3"]
 
 
 def prompt(seed: int, length: int = 700) -> list[int]:
