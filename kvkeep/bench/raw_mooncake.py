@@ -15,7 +15,7 @@ from kvkeep.errors import TierUnavailable
 from kvkeep.tiers.mooncake_client import connect, mooncake_options
 from kvkeep.tiers.url import TierURL
 
-__all__ = ["RawMooncake", "raw_mooncake"]
+__all__ = ["RawMooncake"]
 
 
 class RawMooncake:
@@ -23,6 +23,8 @@ class RawMooncake:
 
     Raises ConfigError where there is no store, TierUnavailable where it does not take or give all.
     """
+
+    name = "mooncake batch_put_from and batch_get_into, registered memory"
 
     def __init__(self, url: TierURL, chunk_bytes: int, count: int) -> None:
         self._store = connect(url, mooncake_options(url))
@@ -72,13 +74,3 @@ class RawMooncake:
     def _done(self, codes: list[int], expected: list[int]) -> None:
         if codes != expected:
             raise TierUnavailable(f"the store answers {sorted(set(codes))}, not {expected[0]}")
-
-
-def raw_mooncake(url: str, chunk_bytes: int, count: int) -> tuple[float, float]:
-    """GB/s (1e9 bytes) of putting and of getting `count` values, on the store of a mooncake:// URL."""
-    raw = RawMooncake(TierURL(url), chunk_bytes, count)
-    try:
-        put, get = raw.put(), raw.get()
-    finally:
-        raw.close()
-    return chunk_bytes * count / put / 1e9, chunk_bytes * count / get / 1e9

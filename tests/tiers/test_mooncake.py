@@ -19,6 +19,7 @@ try:
 except ImportError as error:
     pytest.skip(f"{error}: apt-get install libibverbs1 libnuma1 libcurl4", allow_module_level=True)
 
+from kvkeep.bench.raw_mooncake import RawMooncake
 from kvkeep.errors import ConfigError, TierUnavailable
 from kvkeep.tiers.base import Got, Key, Put, Tier, key_name
 from kvkeep.tiers.open import open_raw
@@ -111,6 +112,15 @@ def test_attached_memory_is_sent_from_where_it_lies(place: MoonPlace, monkeypatc
         back = buffers_of([2 * MIB] * 40)
         assert tier.get(keys_of(40), back) == [Got.HIT] * 40
         assert back == sent
+
+
+def test_the_raw_baseline_moves_what_the_tier_moves(place: MoonPlace) -> None:
+    raw = RawMooncake(TierURL(f"mooncake://{place.master.address}?hostname=127.0.0.1"), MIB, 8)
+    for _ in range(2):
+        assert raw.put() > 0
+        assert raw.get() > 0
+        raw.forget()
+    raw.close()
 
 
 def test_values_longer_than_a_landing_are_refused(place: MoonPlace) -> None:
