@@ -2,7 +2,7 @@
 
 Objects are named `prefix/<namespace>/<chunk>`. A put is sent from the caller's buffer (values of one
 part; larger ones pass through the library's part buffers once). A get is gathered by the library and
-copied once more, into the caller's buffer: it never writes there, so nothing can arrive late.
+copied once more, into the caller's buffer, by our threads, which may do so only until the verb ends.
 The store has no bound that we could keep: whoever owns the bucket sets lifecycle rules.
 """
 
@@ -12,10 +12,11 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from concurrent.futures import Future, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -24,12 +25,26 @@ from obstore.exceptions import BaseError, PermissionDeniedError, Unauthenticated
 from obstore.store import S3Store
 
 from kvkeep.errors import ConfigError, TierUnavailable
-from kvkeep.tiers.base import KEY_BYTES, Buffer, Capabilities, Got, Key, Put, Tier, key_name
+from kvkeep.tiers.base import (
+    KEY_BYTES,
+    Buffer,
+    Capabilities,
+    Check,
+    Got,
+    Key,
+    Listing,
+    Put,
+    Seal,
+    Tier,
+    key_name,
+)
+from kvkeep.tiers.calls import Calls, Gate
 from kvkeep.tiers.url import TierURL
 
 __all__ = ["S3Options", "S3Tier", "open_s3"]
 
 _R = TypeVar("_R")
+_NAME = re.compile("([0-9a-f]{16})/([0-9a-f]{32})")
 _LEAST_PART = 5 << 20  # S3 refuses smaller parts, except the last
 _PARTS_AT_ONCE = 4  # of one value; each holds a part's memory in the library
 _GIVE_CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or profile="
@@ -59,15 +74,21 @@ class _Piece(NamedTuple):
     end: int
 
 
-class S3Tier(Tier):
+class S3Tier(Tier, Listing):
     """One bucket. Owns its threads; the library owns the connections."""
 
     capabilities = Capabilities(shared=True, persistent=True, concurrency=4)
 
     def __init__(self, store: S3Store, options: S3Options) -> None:
         self._store, self._options = store, options
-        self._closed = False
-        self._pool = ThreadPoolExecutor(options.concurrency, thread_name_prefix="kvkeep-s3")
+        self._calls = Calls("s3", options.concurrency, queues=True)
+        self._seal: Seal = _no_seal
+        self._check: Check = _no_check
+
+    def overlap(self, seal: Seal, check: Check) -> bool:
+        """Each value is sealed and checked on the thread of its request."""
+        self._seal, self._check = seal, check
+        return True
 
     def probe(self) -> None:
         """Ask for an object that nobody has. Raises ConfigError where that is not simply absent."""
@@ -91,45 +112,70 @@ class S3Tier(Tier):
             ) from error
 
     def contains(self, keys: Sequence[Key]) -> list[bool]:
-        return self._each(self._head, keys)
+        with self._all(self._head, keys) as futures:
+            return self._ended(futures)
 
     def get(self, keys: Sequence[Key], buffers: Sequence[Buffer]) -> list[Got]:
         """As the interface says. Parts of two versions of one value are a MISS."""
-        part = self._options.part
+        part, gate = self._options.part, Gate()
         pieces = [_Piece(place, 0, min(part, len(buffer))) for place, buffer in enumerate(buffers)]
 
         def read(piece: _Piece) -> tuple[Got, str | None]:
-            return self._read(keys[piece.place], buffers[piece.place], piece)
+            return self._read(keys[piece.place], buffers[piece.place], piece, gate)
 
-        firsts = self._each(read, pieces)
-        rest = [
-            _Piece(place, start, min(start + part, len(buffer)))
-            for place, (buffer, (got, _)) in enumerate(zip(buffers, firsts, strict=True))
-            if got is Got.HIT
-            for start in range(part, len(buffer), part)
-        ]
+        try:
+            with self._all(read, pieces) as futures:
+                firsts = self._ended(futures)
+            rest = [
+                _Piece(place, start, min(start + part, len(buffer)))
+                for place, (buffer, (got, _)) in enumerate(zip(buffers, firsts, strict=True))
+                if got is Got.HIT
+                for start in range(part, len(buffer), part)
+            ]
+            with self._all(read, rest) as futures:
+                others = self._ended(futures)
+        finally:
+            gate.shut()
         results = [got for got, _ in firsts]
-        for piece, other in zip(rest, self._each(read, rest), strict=True):
+        for piece, other in zip(rest, others, strict=True):
             if other != firsts[piece.place]:
                 results[piece.place] = Got.MISS
+        for place in {piece.place for piece in rest}:
+            if results[place] is Got.HIT and not self._check(keys[place], buffers[place]):
+                results[place] = Got.DAMAGED
         return results
 
     def put(self, keys: Sequence[Key], buffers: Sequence[Buffer]) -> list[Put]:
-        self._each(lambda pair: self._write(*pair), list(zip(keys, buffers, strict=True)))
+        """As the interface says. Requests under way are waited for whatever happens, since they read the
+        buffers: for `timeout` at most."""
+        with self._all(lambda pair: self._write(*pair), list(zip(keys, buffers, strict=True))) as futures:
+            try:
+                self._ended(futures)
+            finally:
+                wait([future for future in futures if not future.cancel()])
         return [Put.STORED] * len(keys)
 
     def delete(self, keys: Sequence[Key]) -> None:
-        self._check()
-        if keys:
-            self._asked(lambda: obstore.delete(self._store, [self._path(key) for key in keys]))
+        paths = [self._path(key) for key in keys]
+        if paths:
+            self._calls.run(lambda: self._asked(lambda: obstore.delete(self._store, paths)))
+
+    def keys(self) -> Iterator[tuple[Key, int]]:
+        """All objects under the prefix that have a name of ours."""
+        prefix = self._options.prefix
+        pages = iter(obstore.list(self._store, prefix or None, chunk_size=1000))
+        while page := self._calls.run(lambda: self._asked(lambda: next(pages, None))):
+            for found in page:
+                named = _NAME.fullmatch(found["path"].removeprefix(prefix).lstrip("/"))
+                if named is not None:
+                    yield bytes.fromhex(named[1] + named[2]), found["size"]
+
+    def peek(self, keys: Sequence[Key], buffers: Sequence[Buffer]) -> list[Got]:
+        """A get: the store does not mind."""
+        return self.get(keys, buffers)
 
     def close(self) -> None:
-        self._closed = True
-        self._pool.shutdown(wait=False, cancel_futures=True)
-
-    def _check(self) -> None:
-        if self._closed:
-            raise TierUnavailable("s3: the tier is closed")
+        self._calls.close(0)
 
     def _path(self, key: Key) -> str:
         return f"{self._options.prefix}/{key_name(key)}".lstrip("/")
@@ -137,9 +183,10 @@ class S3Tier(Tier):
     def _head(self, key: Key) -> bool:
         return self._asked(lambda: obstore.head(self._store, self._path(key))) is not None
 
-    def _read(self, key: Key, buffer: Buffer, piece: _Piece) -> tuple[Got, str | None]:
+    def _read(self, key: Key, buffer: Buffer, piece: _Piece, gate: Gate) -> tuple[Got, str | None]:
         """Bring one piece; also the version that it is of."""
-        options: Any = {"range": (piece.start, piece.end)} if len(buffer) > self._options.part else None
+        whole = len(buffer) <= self._options.part
+        options: Any = None if whole else {"range": (piece.start, piece.end)}
         found = self._asked(lambda: obstore.get(self._store, self._path(key), options=options))
         if found is None:
             return Got.MISS, None
@@ -148,12 +195,17 @@ class S3Tier(Tier):
         value = self._asked(found.bytes)
         if value is None or len(value) != piece.end - piece.start:
             return Got.MISS, None
-        into = np.frombuffer(buffer, np.uint8)[piece.start : piece.end]
-        into[:] = np.frombuffer(memoryview(value), np.uint8)  # without the GIL, which a memoryview would keep
+        if whole and not self._check(key, memoryview(value)):
+            return Got.DAMAGED, None
+        with gate.passing() as may:
+            if may:
+                into = np.frombuffer(buffer, np.uint8)[piece.start : piece.end]
+                into[:] = np.frombuffer(memoryview(value), np.uint8)  # without the GIL
         return Got.HIT, found.meta["e_tag"]
 
     def _write(self, key: Key, buffer: Buffer) -> None:
         part = self._options.part
+        self._seal(key, buffer)
         with _lent(buffer, self._options.timeout) as view:
             try:
                 obstore.put(
@@ -176,22 +228,28 @@ class S3Tier(Tier):
         except _ERRORS as error:
             raise TierUnavailable(f"s3: {_why(error)}") from error
 
-    def _each(self, work: Callable[[Any], _R], items: Sequence[Any]) -> list[_R]:
-        """The results of `work` on all items, side by side. After a failure the rest is not begun, and what
-        is under way is waited for, since it uses the caller's buffers."""
-        self._check()
+    @contextmanager
+    def _all(self, work: Callable[[Any], _R], items: Sequence[Any]) -> Iterator[list[Future[_R]]]:
+        """`work` on all items, side by side; in the end, what has not begun is not begun any more."""
         futures: list[Future[_R]] = []
         try:
-            futures += [self._pool.submit(work, item) for item in items]
-            return [future.result() for future in futures]
-        except (CancelledError, RuntimeError) as error:  # RuntimeError: closed in between
-            raise TierUnavailable("s3: the tier was closed") from error
+            futures += [self._calls.begin(partial(work, item)) for item in items]
+            yield futures
         finally:
             for future in futures:
                 future.cancel()
-            for future in futures:
-                with suppress(CancelledError):
-                    future.exception()
+
+    def _ended(self, futures: Sequence[Future[_R]]) -> list[_R]:
+        """Their results. Raises TierUnavailable for the first that failed; each is bounded by the library."""
+        return [self._calls.end(future) for future in futures]
+
+
+def _no_seal(key: Key, value: Buffer) -> None:
+    pass
+
+
+def _no_check(key: Key, value: Buffer) -> bool:
+    return True
 
 
 @contextmanager

@@ -132,6 +132,7 @@ class Proxy:
     def _pump(self, source: socket.socket, sink: socket.socket, back: bool) -> None:
         with suppress(OSError):
             while data := source.recv(1 << 20):
+                source.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)  # no 40 ms of our own making
                 self._flow.wait()
                 if back and self._cut_after is not None:
                     data, self._cut_after = data[: self._cut_after], self._cut_after - len(data)

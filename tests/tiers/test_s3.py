@@ -100,8 +100,8 @@ def test_signed_bodies_and_single_deletes(place: S3Place) -> None:
 
 def test_parts_of_two_versions_are_a_miss(place: S3Place) -> None:
     class Racing(S3Tier):
-        def _read(self, key, buffer, piece):
-            found = super()._read(key, buffer, piece)
+        def _read(self, key, buffer, piece, gate):
+            found = super()._read(key, buffer, piece, gate)
             if piece.start == 0:
                 self._write(key, other)
             return found
@@ -118,9 +118,9 @@ def test_parts_of_two_versions_are_a_miss(place: S3Place) -> None:
 
 def test_a_store_that_hangs_within_a_value_is_given_up_in_time(place: S3Place) -> None:
     class Halfway(S3Tier):
-        def _read(self, key, buffer, piece):
+        def _read(self, key, buffer, piece, gate):
             self.begun = True
-            return super()._read(key, buffer, piece)
+            return super()._read(key, buffer, piece, gate)
 
         def _asked(self, request):
             if getattr(request, "__name__", "") == "bytes":  # the answer's head is here, its body is not
@@ -168,6 +168,36 @@ def test_a_put_that_was_given_up_has_let_go_of_the_buffer(place: S3Place) -> Non
         with memoryview(memory) as buffer, pytest.raises(TierUnavailable):
             tier.put(keys_of(1), [buffer])
         memory.close()  # raises BufferError while anybody holds a view
+
+
+def test_close_ends_a_put_under_way_and_it_lets_go_of_the_buffer(place: S3Place) -> None:
+    tier, ended = place.open(timeout="2s"), list[object]()
+    memory = mmap.mmap(-1, 8 << 20)
+    place.proxy.hang()
+
+    def write() -> None:
+        with memoryview(memory) as buffer:
+            try:
+                ended.append(tier.put(keys_of(1), [buffer]))
+            except TierUnavailable as error:
+                ended.append(str(error))
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    time.sleep(0.3)
+    tier.close()
+    thread.join(10)
+    assert ended == ["s3: the tier is closed"]
+    memory.close()
+
+
+def test_what_is_not_ours_is_not_listed(place: S3Place) -> None:
+    with closing(place.open()) as tier:
+        (key,), (value,) = keys_of(1), buffers_of([PAGE], 7)
+        tier.put([key], [value])
+        for name in ("readme", f"x/{key_name(key)}", f"{key_name(key)}.bak", f"{key.hex()}"):
+            place._server.request("PUT", f"{place._prefix}/{name}", b"not ours")
+        assert list(tier.keys()) == [(key, PAGE)]
 
 
 def test_credentials_of_a_reader_read(place: S3Place) -> None:
