@@ -49,18 +49,18 @@ def nodes_of(url: TierURL) -> Nodes:
     unix, tls = url.scheme == "redis+unix", url.scheme == "rediss"
     transport = _tls(url) if tls else {}
     account = _account(url)
-    database = {"db": _database(url, unix)}
-    pool = Pool(timeout, {**transport, **account, **database}, tls)
+    options = {**transport, **account, "db": _database(url, unix)}
     if unix:
-        return Single(pool, Address(url.path, 0))
+        return Single(Pool(timeout, options, tls), Address(url.path, 0))
     sentinel, cluster = url.take("sentinel", str, ""), url.take_flag("cluster", False)
+    pool = Pool(timeout, options, tls, doubts=bool(sentinel) or cluster)
     port = _SENTINEL_PORT if sentinel else _PORT
     addresses = [Address(host or "localhost", given or port) for host, given in url.hosts]
     if sentinel:
         login = account if url.take_flag("sentinel_auth", False) else {}
         return Sentinel(pool, addresses, sentinel, Pool(timeout, {**transport, **login}, tls))
     if cluster:
-        if database["db"]:
+        if options["db"]:
             raise ConfigError(f"{url}: a cluster has database 0 only")
         return Cluster(pool, addresses)
     if len(addresses) > 1:
