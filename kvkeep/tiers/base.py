@@ -10,11 +10,24 @@ from __future__ import annotations
 
 import enum
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-__all__ = ["KEY_BYTES", "Buffer", "Capabilities", "Got", "Key", "Put", "Tier", "Usage", "key_name"]
+__all__ = [
+    "KEY_BYTES",
+    "Buffer",
+    "Capabilities",
+    "Check",
+    "Got",
+    "Key",
+    "Listing",
+    "Put",
+    "Seal",
+    "Tier",
+    "Usage",
+    "key_name",
+]
 
 Key: TypeAlias = bytes
 """24 bytes: the first 8 of the namespace's fingerprint, then the 16 of the chunk key."""
@@ -23,6 +36,12 @@ KEY_BYTES = 24
 Buffer: TypeAlias = memoryview
 """Contiguous bytes (format "B") of the caller's. In the arena they start at a page, and their length is a
 multiple of a page; a tier may take advantage of that, and must not rely on it."""
+
+
+Seal: TypeAlias = Callable[[Key, Buffer], None]
+"""Writes the seal of a value into its last bytes."""
+Check: TypeAlias = Callable[[Key, Buffer], bool]
+"""Whether a value is, bit for bit, what was sealed under its key."""
 
 
 class Got(enum.Enum):
@@ -80,6 +99,12 @@ class Tier(ABC):
     def attach(self, memory: Buffer) -> None:  # noqa: B027 (most media need nothing)
         """Told once, before the first verb, of the memory that all buffers will lie in (for RDMA)."""
 
+    def overlap(self, seal: Seal, check: Check) -> bool:
+        """Offered once, before the first verb: a tier that moves values in threads of its own may call
+        `seal` on each buffer just before it reads it, and `check` on each just after it filled it (a value
+        that fails is DAMAGED), and so hide their cost behind I/O. Returns whether it will do so."""
+        return False
+
     @abstractmethod
     def contains(self, keys: Sequence[Key]) -> list[bool]:
         """Whether each key is held. A hint: it may be gone by the time of the `get`."""
@@ -107,6 +132,33 @@ class Tier(ABC):
     @abstractmethod
     def close(self) -> None:
         """Let go of connections and files. Verbs under way end, later ones raise TierUnavailable."""
+
+
+class Listing(ABC):
+    """What a tier may offer besides: going through all that it holds, for `kvkeep fsck`.
+
+    A tier class that can do it inherits this too; without it, fsck says that the medium cannot be listed.
+    Errors are those of the verbs.
+    """
+
+    @abstractmethod
+    def keys(self) -> Iterator[tuple[Key, int]]:
+        """Each key with the length of its value, in any order. What comes or goes meanwhile may be missed."""
+
+    @abstractmethod
+    def peek(self, keys: Sequence[Key], buffers: Sequence[Buffer]) -> list[Got]:
+        """As `get`, but no use of the values: what is evicted next stays as it is."""
+
+    def recount(self, correct: bool) -> Usage:
+        """What the values really take, counted one by one; `correct`: the tier's own books say so from now
+        on. For a tier that keeps no books: what is there."""
+        lengths = [length for _, length in self.keys()]
+        return Usage(used_bytes=sum(lengths), values=len(lengths))
+
+    def leftovers(self) -> int:
+        """Temporaries that dead writers left. A tier opened with `readonly` only counts them, else it has
+        removed them when it was opened."""
+        return 0
 
 
 def key_name(key: Key) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvkeep.errors import TierUnavailable
-from kvkeep.tiers.base import Buffer, Got, Key, Put, Tier
+from kvkeep.tiers.base import Buffer, Check, Got, Key, Put, Seal, Tier
 from kvkeep.tiers.url import TierURL
 from kvkeep.tiers.wrap import Wrapper
 
@@ -58,6 +58,9 @@ class Faulty(Wrapper):
     def release(self) -> None:
         """End all hangs, those under way and later ones."""
         self._released.set()
+
+    def overlap(self, seal: Seal, check: Check) -> bool:
+        return False  # bits are flipped here, so the check must come later
 
     def contains(self, keys: Sequence[Key]) -> list[bool]:
         self._suffer(0)

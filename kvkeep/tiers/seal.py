@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import xxhash
 
 from kvkeep.errors import TierUnavailable
-from kvkeep.tiers.base import Buffer, Got, Key, Put
+from kvkeep.tiers.base import Buffer, Check, Got, Key, Put, Seal, Tier
 from kvkeep.tiers.wrap import Wrapper
 
 __all__ = ["SEAL_BYTES", "Sealed", "check_seal", "seal", "sealed_key"]
@@ -58,12 +58,20 @@ def sealed_key(value: Buffer) -> Key | None:
 
 
 class Sealed(Wrapper):
-    """Seals what goes down, and lets nothing up that is not as it was sealed."""
+    """Seals what goes down, and lets nothing up that is not as it was sealed; a tier that can do both in
+    its own threads does them there (`Tier.overlap`)."""
+
+    def __init__(self, inner: Tier) -> None:
+        super().__init__(inner)
+        self._overlapped = inner.overlap(seal, check_seal)
+
+    def overlap(self, seal: Seal, check: Check) -> bool:
+        return False  # what lies in here carries our seal already
 
     def get(self, keys: Sequence[Key], buffers: Sequence[Buffer]) -> list[Got]:
         results = self.inner.get(keys, buffers)
         for place, (key, buffer, result) in enumerate(zip(keys, buffers, results, strict=True)):
-            if result is Got.HIT and not check_seal(key, buffer):
+            if result is Got.HIT and not self._overlapped and not check_seal(key, buffer):
                 results[place] = Got.DAMAGED
         damaged = [key for key, result in zip(keys, results, strict=True) if result is Got.DAMAGED]
         if damaged:
@@ -73,6 +81,7 @@ class Sealed(Wrapper):
 
     def put(self, keys: Sequence[Key], buffers: Sequence[Buffer]) -> list[Put]:
         """As the tier's; the last SEAL_BYTES of each buffer are overwritten."""
-        for key, buffer in zip(keys, buffers, strict=True):
-            seal(key, buffer)
+        if not self._overlapped:
+            for key, buffer in zip(keys, buffers, strict=True):
+                seal(key, buffer)
         return self.inner.put(keys, buffers)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvkeep.tiers.base import Buffer, Capabilities, Got, Key, Put, Tier, Usage
+from kvkeep.tiers.base import Buffer, Capabilities, Check, Got, Key, Put, Seal, Tier, Usage
 
 __all__ = ["Wrapper"]
 
@@ -21,6 +21,9 @@ class Wrapper(Tier):
 
     def attach(self, memory: Buffer) -> None:
         self.inner.attach(memory)
+
+    def overlap(self, seal: Seal, check: Check) -> bool:
+        return self.inner.overlap(seal, check)
 
     def contains(self, keys: Sequence[Key]) -> list[bool]:
         return self.inner.contains(keys)

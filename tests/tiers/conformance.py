@@ -9,7 +9,7 @@ from typing import ClassVar
 import pytest
 
 from kvkeep.errors import TierUnavailable
-from kvkeep.tiers.base import Got, Put, Tier
+from kvkeep.tiers.base import Buffer, Got, Key, Listing, Put, Tier
 from kvkeep.tiers.seal import Sealed
 from tests.tiers.place import PAGE, Place, buffers_of, closing, keys_of
 
@@ -206,6 +206,50 @@ class TierConformance:
             tier.contains(keys_of(1))
         with pytest.raises(TierUnavailable):
             tier.get(keys_of(1), buffers_of([PAGE]))
+
+    # What a tier may offer besides
+
+    def test_seals_are_made_and_checked_on_the_way(self, tier: Tier) -> None:
+        sealed: list[Key] = []
+        checked: list[Key] = []
+        bad: list[Key] = []
+
+        def seal(key: Key, value: Buffer) -> None:
+            value[-len(key) :] = key
+            sealed.append(key)
+
+        def check(key: Key, value: Buffer) -> bool:
+            checked.append(key)
+            return value[-len(key) :] == key and key not in bad
+
+        if not tier.overlap(seal, check):
+            pytest.skip("left to the wrapper")
+        keys, sent = keys_of(9), buffers_of([4 * PAGE] * 9, 13)
+        bad += keys[3:5]
+        assert tier.put(keys[1:], sent[1:]) == [Put.STORED] * 8
+        assert sorted(sealed) == sorted(keys[1:])
+        back = buffers_of([4 * PAGE] * 9)
+        damaged = [Got.DAMAGED] * 2
+        assert tier.get(keys, back) == [Got.MISS, Got.HIT, Got.HIT, *damaged, *[Got.HIT] * 4]
+        assert sorted(checked) == sorted(keys[1:])
+        assert back[1:3] + back[5:] == sent[1:3] + sent[5:]
+
+    def test_all_that_is_held_is_listed(self, tier: Tier) -> None:
+        if not isinstance(tier, Listing):
+            pytest.skip("cannot be listed")
+        assert list(tier.keys()) == []
+        sizes = [PAGE, 3 * PAGE, 2 * PAGE, PAGE, 8 * PAGE]
+        keys, sent = keys_of(5), buffers_of(sizes, 14)
+        tier.put(keys, sent)
+        tier.delete(keys[:1])
+        assert sorted(tier.keys()) == sorted(zip(keys[1:], sizes[1:], strict=True))
+        back = buffers_of(sizes)
+        assert tier.peek(keys, back) == [Got.MISS, *[Got.HIT] * 4]
+        assert back[1:] == sent[1:]
+        for correct in (False, True):
+            real = tier.recount(correct)
+            assert (real.used_bytes, real.values) == (14 * PAGE, 4)
+        assert tier.leftovers() == 0
 
     # Where the store is behind a wire
 

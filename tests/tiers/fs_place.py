@@ -1,0 +1,55 @@
+"""A directory under test, looked at from behind."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from urllib.parse import urlencode
+
+from kvkeep.tiers.base import Key, Tier
+from kvkeep.tiers.fs_root import value_path
+from kvkeep.tiers.open import open_raw
+from kvkeep.tiers.url import TierURL
+from tests.tiers.place import PAGE, Place
+
+
+class FsPlace(Place):
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def open(self, **options: str) -> Tier:
+        return open_raw(TierURL(f"fs://{self.root}?{urlencode(options)}".rstrip("?")))
+
+    def path(self, key: Key) -> Path:
+        return Path(value_path(str(self.root), key))
+
+    def read(self, key: Key) -> bytes | None:
+        return self.path(key).read_bytes() if self.path(key).exists() else None
+
+    def write(self, key: Key, value: bytes) -> None:
+        self.path(key).write_bytes(value)
+
+    def used_bytes(self) -> int:
+        used = 0
+        for path in self.files():
+            try:
+                used += -(-path.stat().st_size // PAGE) * PAGE
+            except FileNotFoundError:  # evicted under our hands
+                continue
+        return used
+
+    def files(self) -> list[Path]:
+        """Values and temporaries; as they are at one time only where nobody is at work."""
+        found = [Path(at) / name for at, _, names in os.walk(self.root) for name in names]
+        return [path for path in found if path.parent != self.root and path.name != "lock"]
+
+
+def counted(tier: Tier, seconds: float = 20.0) -> tuple[int, int]:
+    """Bytes and values by the tier's books, once it is not counting or evicting any more."""
+    deadline = time.monotonic() + seconds
+    while tier.counting or tier._space._freeing:  # type: ignore[attr-defined]
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    usage = tier.usage()
+    return usage.used_bytes or 0, usage.values or 0

@@ -1,0 +1,518 @@
+"""The file-system tier in one process: the suite, eviction, books, faults of the medium, opening."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kvkeep.errors import ConfigError, TierUnavailable
+from kvkeep.tiers import fs_io, fs_space
+from kvkeep.tiers.base import Got, Put, Tier
+from kvkeep.tiers.fs_root import values
+from kvkeep.tiers.open import open_raw, open_tier
+from kvkeep.tiers.url import TierURL
+from tests.tiers.conformance import TierConformance
+from tests.tiers.fs_place import FsPlace, counted
+from tests.tiers.place import PAGE, Place, buffers_of, closing, keys_of
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> FsPlace:
+    return FsPlace(tmp_path / "kv")
+
+
+@pytest.fixture
+def mounted(tmp_path: Path) -> Iterator[Path]:
+    """A small file system of its own, where that is allowed."""
+    path = tmp_path / "mounted"
+    path.mkdir()
+    try:
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=8m,mode=0700", "kvkeep-test", path],
+            check=True,
+            capture_output=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("may not mount a file system here")
+    yield path
+    subprocess.run(["umount", "--lazy", path], check=True)
+
+
+class TestFs(TierConformance):
+    """Aligned buffers past the page cache, others through it."""
+
+
+class TestBuffered(TierConformance):
+    @pytest.fixture
+    def place(self, tmp_path: Path) -> Place:
+        class Buffered(FsPlace):
+            def open(self, **options: str) -> Tier:
+                return super().open(direct="no", fsync="yes", depth="3", **options)
+
+        return Buffered(tmp_path / "kv")
+
+
+# Eviction
+
+
+def test_recent_hits_survive(place: FsPlace) -> None:
+    with closing(place.open(capacity=str(64 * PAGE))) as tier:
+        old = [keys_of(8, seed) for seed in range(8)]
+        for keys in old:
+            tier.put(keys, buffers_of([PAGE] * 8))
+        assert tier.get(old[0], buffers_of([PAGE] * 8)) == [Got.HIT] * 8
+        for seed in range(100, 104):
+            tier.put(keys_of(8, seed), buffers_of([PAGE] * 8))
+        assert tier.contains(old[0]) == [True] * 8
+        assert tier.contains(old[1] + old[2]) == [False] * 16
+        assert tier.contains(old[7]) == [True] * 8
+
+
+def test_tails_of_chains_go_first(place: FsPlace) -> None:
+    with closing(place.open(capacity=str(64 * PAGE))) as tier:
+        chain = keys_of(40)
+        tier.put(chain[:20], buffers_of([PAGE] * 20))
+        tier.put(chain[20:], buffers_of([PAGE] * 20))
+        tier.get(chain, buffers_of([PAGE] * 40))  # one use of all: their order is that of this batch
+        for seed in range(1, 9):
+            tier.put(keys_of(4, seed), buffers_of([PAGE] * 4))
+            held = tier.contains(chain)
+            assert held == sorted(held, reverse=True)
+        assert 10 <= sum(held) <= 36
+
+
+def test_a_peek_is_no_use(place: FsPlace) -> None:
+    with closing(place.open(capacity=str(64 * PAGE))) as tier:
+        first, second = keys_of(32, 1), keys_of(32, 2)
+        tier.put(first, buffers_of([PAGE] * 32))
+        tier.put(second, buffers_of([PAGE] * 32))
+        assert tier.peek(first, buffers_of([PAGE] * 32)) == [Got.HIT] * 32
+        tier.put(keys_of(8, 3), buffers_of([PAGE] * 8))
+        assert sum(tier.contains(first)) <= 24
+        assert tier.contains(second) == [True] * 32
+
+
+def test_a_hot_set_survives_five_times_the_bound_and_the_search_is_short(
+    place: FsPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked, real = [0], fs_space.values
+
+    def counting(root: str, fan_out: int, prune: bool = False):
+        for found in real(root, fan_out, prune):
+            looked[0] += 1
+            yield found
+
+    monkeypatch.setattr(fs_space, "values", counting)
+    with closing(place.open(capacity=str(600 * PAGE))) as tier:
+        hot = keys_of(60)
+        tier.put(hot, buffers_of([PAGE] * 60))
+        looked[0], evicted = 0, 0
+        for seed in range(50):
+            assert tier.put(keys_of(60, seed + 1), buffers_of([PAGE] * 60)) == [Put.STORED] * 60
+            assert tier.get(hot, buffers_of([PAGE] * 60)) == [Got.HIT] * 60
+            evicted += 60
+        assert looked[0] < 12 * evicted
+        assert place.used_bytes() <= 600 * PAGE
+
+
+def test_a_namespace_that_nobody_uses_is_evicted(place: FsPlace) -> None:
+    with closing(place.open(capacity=str(64 * PAGE))) as tier:
+        stale = [b"oldmodel" + key[8:] for key in keys_of(32)]
+        tier.put(stale, buffers_of([PAGE] * 32))
+        for seed in range(1, 9):
+            tier.put(keys_of(8, seed), buffers_of([PAGE] * 8))
+        assert not any(tier.contains(stale))
+
+
+def test_empty_directories_are_removed_in_passing(place: FsPlace) -> None:
+    with closing(place.open(capacity="1MiB")) as tier:
+        keys = keys_of(20)
+        tier.put(keys, buffers_of([PAGE] * 20))
+        tier.delete(keys[1:])
+        for fan_out in range(256):
+            assert len(list(values(str(place.root), fan_out, prune=True))) == (keys[0][8] == fan_out)
+        assert [path.name for path in (place.root / keys[0][:8].hex()).iterdir()] == [f"{keys[0][8]:02x}"]
+        tier.delete(keys)
+        for fan_out in range(256):
+            assert not list(values(str(place.root), fan_out, prune=True))
+        assert not (place.root / keys[0][:8].hex()).exists()
+        assert tier.put(keys, buffers_of([PAGE] * 20)) == [Put.STORED] * 20
+
+
+def test_a_batch_larger_than_the_bound_keeps_its_beginning(place: FsPlace) -> None:
+    with closing(place.open(capacity=str(10 * PAGE))) as tier:
+        keys = keys_of(30)
+        put = tier.put(keys, buffers_of([PAGE] * 30))
+        assert put == [Put.STORED] * 10 + [Put.REFUSED] * 20
+        sizes = [PAGE, 11 * PAGE, 2 * PAGE]
+        assert tier.put(keys_of(3, 1), buffers_of(sizes)) == [Put.STORED, Put.REFUSED, Put.STORED]
+
+
+# The books
+
+
+def test_usage_follows_puts_replacements_and_deletes(place: FsPlace) -> None:
+    with closing(place.open(capacity="1MiB")) as tier:
+        keys = keys_of(4)
+        tier.put(keys, buffers_of([PAGE, 2 * PAGE, 100, 5000]))
+        assert counted(tier) == (6 * PAGE, 4)
+        tier.put(keys[:2], buffers_of([3 * PAGE, PAGE]))
+        assert counted(tier) == (7 * PAGE, 4)
+        assert place.used_bytes() == 7 * PAGE
+        tier.delete([*keys[1:3], *keys_of(3, 1)])
+        assert counted(tier) == (5 * PAGE, 2)
+        assert tier.usage().capacity_bytes == 1 << 20
+    with closing(place.open()) as again:
+        assert not again.counting
+        assert counted(again) == (5 * PAGE, 2)
+        assert again.usage().capacity_bytes == 1 << 20  # that of the first opening
+
+
+def test_replacements_and_removals_by_many_threads_leave_the_books_right(place: FsPlace) -> None:
+    with closing(place.open(capacity=str(100 * PAGE))) as tier, closing(place.open()) as other:
+        keys = keys_of(12)
+
+        def work(through: Tier, seed: int) -> None:
+            for turn in range(30):
+                through.put(
+                    keys, buffers_of([PAGE * (1 + (seed + turn + number) % 4) for number in range(12)])
+                )
+                through.delete(keys[(seed + turn) % 4 :: 4])
+
+        threads = [threading.Thread(target=work, args=((tier, other)[seed % 2], seed)) for seed in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert counted(tier) == (place.used_bytes(), len(place.files()))
+
+
+def test_values_removed_by_hand_are_noticed_when_room_is_short(place: FsPlace) -> None:
+    with closing(place.open(capacity=str(16 * PAGE))) as tier:
+        tier.put(keys_of(16), buffers_of([PAGE] * 16))
+        counted(tier)
+        for path in place.files():
+            path.unlink()
+        more = keys_of(16, 1)
+        tier.put(more, buffers_of([PAGE] * 16))  # the books are full, and there is nothing to evict
+        assert counted(tier) == (place.used_bytes(), len(place.files()))
+        assert tier.put(more, buffers_of([PAGE] * 16)) == [Put.STORED] * 16
+
+
+def test_books_that_are_lost_are_made_again_and_reads_do_not_wait(
+    place: FsPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys, sent = keys_of(20), buffers_of([PAGE] * 20, 1)
+    with closing(place.open(capacity="1MiB")) as tier:
+        tier.put(keys, sent)
+    (place.root / "usage").unlink()
+    go, scan = threading.Event(), fs_space.Space.scan
+
+    def slow(space):
+        assert go.wait(20)
+        return scan(space)
+
+    monkeypatch.setattr(fs_space.Space, "scan", slow)
+    with closing(place.open()) as tier, closing(place.open()) as other:
+        assert tier.counting
+        for through in (tier, other):
+            back = buffers_of([PAGE] * 20)
+            assert through.get(keys, back) == [Got.HIT] * 20
+            assert back == sent
+            assert all(through.contains(keys))
+            assert through.put(keys_of(2, 1), buffers_of([PAGE] * 2)) == [Put.REFUSED] * 2
+        assert tier.usage().values is None
+        tier.delete(keys[:1])
+        go.set()
+        assert counted(tier) == (19 * PAGE, 19)
+        assert counted(other) == (19 * PAGE, 19)
+        assert other.put(keys_of(2, 1), buffers_of([PAGE] * 2)) == [Put.STORED] * 2
+        assert counted(other) == (21 * PAGE, 21)
+
+
+def test_a_count_under_way_does_not_hold_up_close(place: FsPlace, monkeypatch: pytest.MonkeyPatch) -> None:
+    with closing(place.open(capacity="8MiB")) as tier:
+        tier.put(keys_of(500), buffers_of([PAGE] * 500))
+    (place.root / "usage").unlink()
+    real = fs_space.values
+
+    def slow(root, fan_out, prune=False):
+        threading.Event().wait(0.02)
+        return real(root, fan_out, prune)
+
+    monkeypatch.setattr(fs_space, "values", slow)
+    place.open().close()
+    monkeypatch.undo()
+    with closing(place.open()) as tier:
+        assert counted(tier) == (500 * PAGE, 500)
+
+
+# Faults of the medium
+
+
+def test_where_o_direct_is_refused_it_is_done_without(
+    place: FsPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(fd, command, flags):
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "no O_DIRECT here")
+
+    monkeypatch.setattr(fs_io.fcntl, "fcntl", refuse)
+    keys, sent, back = keys_of(3), buffers_of([4 * PAGE] * 3, 1), buffers_of([4 * PAGE] * 3)
+    with closing(place.open()) as tier:
+        assert not tier.direct
+        assert tier.put(keys, sent) == [Put.STORED] * 3
+        assert tier.get(keys, back) == [Got.HIT] * 3
+        assert back == sent
+    with pytest.raises(ConfigError, match="without O_DIRECT: leave out direct=yes"):
+        place.open(direct="yes")
+
+
+def test_a_transfer_refused_or_cut_short_under_o_direct_goes_on_without(
+    place: FsPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys, sent, back = keys_of(3), buffers_of([4 * PAGE] * 3, 1), buffers_of([4 * PAGE] * 3)
+    moves = [0, 0]
+
+    def fussy(real):
+        def move(fd, views, at):
+            moves[0] += 1
+            if at or moves[0] % 2:
+                if os.get_inheritable(fd) or fs_io.fcntl.fcntl(fd, fs_io.fcntl.F_GETFL) & os.O_DIRECT:
+                    raise OSError(errno.EINVAL, "not aligned to what I need")
+                return real(fd, views, at)
+            moves[1] += 1
+            fs_io.fcntl.fcntl(fd, fs_io.fcntl.F_SETFL, 0)
+            return real(fd, [views[0][:5000]], at)
+
+        return move
+
+    with closing(place.open(depth="1")) as tier:
+        assert tier.direct
+        monkeypatch.setattr(os, "pwritev", fussy(os.pwritev))
+        monkeypatch.setattr(os, "preadv", fussy(os.preadv))
+        assert tier.put(keys, sent) == [Put.STORED] * 3
+        assert tier.get(keys, back) == [Got.HIT] * 3
+        assert back == sent
+        assert moves[1]
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EROFS, errno.EACCES, errno.ESTALE])
+def test_a_fault_of_the_medium_is_an_outage_and_leaves_nothing(
+    place: FsPlace, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    keys, sent, back = keys_of(8), buffers_of([PAGE] * 8, 1), buffers_of([PAGE] * 8)
+
+    def fail(*_args):
+        raise OSError(code, os.strerror(code))
+
+    with closing(place.open(capacity="1MiB", depth="2")) as tier:
+        tier.put(keys[:4], sent[:4])
+        for name in ("pwritev", "link"):
+            with monkeypatch.context() as patch:
+                patch.setattr(os, name, fail)
+                with pytest.raises(TierUnavailable, match=os.strerror(code)):
+                    tier.put(keys[4:], sent[4:])
+            assert len(place.files()) == 4
+            assert counted(tier) == (4 * PAGE, 4)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "preadv", fail)
+            with pytest.raises(TierUnavailable, match=os.strerror(code)):
+                tier.get(keys, back)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "unlink", fail)
+            with pytest.raises(TierUnavailable, match=os.strerror(code)):
+                tier.delete(keys)
+        assert tier.get(keys[:4], back[:4]) == [Got.HIT] * 4
+        assert tier.put(keys, sent) == [Put.STORED] * 8
+
+
+def test_one_file_that_cannot_be_read_is_damaged_and_the_others_are_hits(
+    place: FsPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys, sent, back = keys_of(8), buffers_of([PAGE] * 8, 1), buffers_of([PAGE] * 8)
+    with closing(place.open(depth="2")) as tier:
+        tier.put(keys, sent)
+        bad, real = place.path(keys[3]).stat().st_ino, os.preadv
+
+        def read(fd, views, at):
+            if os.fstat(fd).st_ino == bad:
+                raise OSError(errno.EIO, "bad sector")
+            return real(fd, views, at)
+
+        monkeypatch.setattr(os, "preadv", read)
+        assert tier.get(keys, back) == [Got.DAMAGED if number == 3 else Got.HIT for number in range(8)]
+
+
+def test_a_directory_that_vanishes_is_an_outage(place: FsPlace) -> None:
+    with closing(place.open()) as tier:
+        place.root.rename(place.root.with_name("elsewhere"))
+        with pytest.raises(TierUnavailable):
+            tier.contains(keys_of(1))
+        with pytest.raises(TierUnavailable):
+            tier.put(keys_of(1), buffers_of([PAGE]))
+        place.root.with_name("elsewhere").rename(place.root)
+        assert tier.put(keys_of(1), buffers_of([PAGE])) == [Put.STORED]
+
+
+def test_a_full_file_system_refuses_and_is_lived_in(mounted: Path) -> None:
+    place = FsPlace(mounted / "kv")
+    with closing(place.open(capacity="6MiB")) as tier:
+        first = keys_of(32)
+        assert tier.put(first, buffers_of([16 * PAGE] * 32, 1)) == [Put.STORED] * 32
+        ballast = mounted / "ballast"
+        with contextlib.suppress(OSError), ballast.open("wb") as file:  # all that is left, but a little
+            for _ in range(8 << 20 >> 16):
+                file.write(bytes(1 << 16))
+                file.flush()
+        for seed in range(1, 12):  # what was not used for long gives way, though the books have room
+            assert tier.put(keys_of(8, seed), buffers_of([16 * PAGE] * 8, seed)) == [Put.STORED] * 8
+            assert counted(tier) == (place.used_bytes(), len(place.files()))
+        put = tier.put(keys_of(60, 20), buffers_of([16 * PAGE] * 60, 20))
+        assert Put.REFUSED in put
+        assert counted(tier) == (place.used_bytes(), len(place.files()))
+        ballast.unlink()
+        assert tier.put(keys_of(32, 1), buffers_of([16 * PAGE] * 32, 2)) == [Put.STORED] * 32
+    assert not list(place.root.glob("tmp/*"))
+
+
+def test_a_file_system_that_is_read_only(mounted: Path) -> None:
+    place, keys, sent = FsPlace(mounted / "kv"), keys_of(4), buffers_of([PAGE] * 4, 1)
+    with closing(place.open(capacity="6MiB")) as tier:
+        tier.put(keys, sent)
+    subprocess.run(["mount", "-o", "remount,ro", mounted], check=True)
+    with pytest.raises(ConfigError, match="mounted read-only: mount it writable, or set readonly=yes"):
+        place.open()
+    back = buffers_of([PAGE] * 4)
+    with closing(place.open(readonly="yes")) as reader:
+        assert reader.get(keys, back) == [Got.HIT] * 4
+        assert back == sent
+
+
+def test_flipped_bits_on_the_way_are_damage_also_where_the_tier_checks_itself(place: FsPlace) -> None:
+    keys, sent = keys_of(4), buffers_of([4 * PAGE] * 4, 1)
+    opened = open_tier(f"faulty+fs://{place.root}?fault_flips=1")
+    with closing(opened.tier) as tier:
+        assert tier.put(keys, sent) == [Put.STORED] * 4
+        assert tier.get(keys, buffers_of([4 * PAGE] * 4)) == [Got.DAMAGED] * 4
+        assert tier.contains(keys) == [False] * 4
+
+
+# Opening
+
+
+def test_readonly_touches_nothing(place: FsPlace) -> None:
+    with pytest.raises(ConfigError, match="not there"):
+        place.open(readonly="yes")
+    keys, sent, back = keys_of(2), buffers_of([PAGE] * 2, 1), buffers_of([PAGE] * 2)
+    with closing(place.open()) as tier:
+        tier.put(keys, sent)
+
+    def look() -> dict[str, int]:
+        return {str(path): path.stat().st_mtime_ns for path in place.root.rglob("*")}
+
+    before = look()
+    with closing(place.open(readonly="yes")) as tier:
+        assert tier.get(keys, back) == [Got.HIT] * 2
+        assert back == sent
+        assert tier.put(keys, sent) == [Put.REFUSED] * 2
+        with pytest.raises(TierUnavailable, match="readonly"):
+            tier.delete(keys)
+        assert tier.usage().values == 2
+    assert look() == before
+
+
+def test_a_foreign_directory_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_bytes(b"cat")
+    with pytest.raises(ConfigError, match="not empty and not a kvkeep directory: give an empty or a new one"):
+        FsPlace(tmp_path / "photos").open()
+    assert [path.name for path in (tmp_path / "photos").iterdir()] == ["cat.jpg"]
+
+
+def test_the_root_of_a_fresh_disk_will_do(tmp_path: Path) -> None:
+    (tmp_path / "lost+found").mkdir()
+    with closing(FsPlace(tmp_path).open()) as tier:
+        assert tier.put(keys_of(1), buffers_of([PAGE])) == [Put.STORED]
+
+
+@pytest.mark.parametrize(
+    ("meta", "message"),
+    [
+        ({"kind": "kvkeep fs tier", "format": 2, "capacity_bytes": 1 << 20}, "written in format 2"),
+        ({"kind": "something", "format": 1, "capacity_bytes": 1 << 20}, "format 1 of 'something'"),
+        ({"format": 1}, "is not one of kvkeep's"),
+        ([], "is not one of kvkeep's"),
+        ("{", "is not one of kvkeep's"),
+    ],
+)
+def test_another_format_is_left_alone(tmp_path: Path, meta: object, message: str) -> None:
+    text = meta if isinstance(meta, str) else json.dumps(meta)
+    (tmp_path / "kvkeep.json").write_text(text)
+    (tmp_path / "value").write_bytes(b"x")
+    with pytest.raises(ConfigError, match=message):
+        FsPlace(tmp_path).open()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kvkeep.json", "value"]
+    assert (tmp_path / "kvkeep.json").read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("fs://data/kv", "three slashes"),
+        ("fs:///", "three slashes"),
+        ("fs:///{}/missing/kv", "not there: create the directory"),
+        ("fs:///{}/file", "is not a directory"),
+        ("fs:///{}/file/kv", "is not a directory"),
+        ("fs:///{}/kv?capacity=0", "set the option capacity"),
+        ("fs:///{}/kv?capacity=9999TiB", "set the option capacity"),
+        ("fs:///{}/kv?mount=yes", "not on a mounted file system"),
+        ("fs:///{}/kv?direct=perhaps", "direct must be one of auto, yes, no"),
+        ("fs:///{}/kv?depth=0", "depth must be 1 or more"),
+        ("fs:///{}/kv?capcity=1GiB", "did you mean 'capacity'"),
+    ],
+)
+def test_what_cannot_be_opened_says_what_to_do(tmp_path: Path, url: str, message: str) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    if "mount" in url and any(map(os.path.ismount, list(tmp_path.parents)[:-1])):
+        pytest.skip("the temporary directory is on a mount of its own")
+    with pytest.raises(ConfigError, match=message):
+        open_tier(url.format(str(tmp_path).lstrip("/")))
+
+
+def test_without_a_capacity_it_is_half_of_what_is_free(place: FsPlace, mounted: Path) -> None:
+    with closing(open_raw(TierURL(f"fs://{mounted}/kv?mount=yes"))) as tier:
+        assert tier.usage().capacity_bytes == pytest.approx(4 << 20, rel=0.05)
+
+
+def test_where_no_permission_is_given(tmp_path: Path) -> None:
+    if os.getuid():
+        tmp_path.chmod(0o500)
+        with pytest.raises(ConfigError, match="no permission"):
+            FsPlace(tmp_path / "kv").open()
+        return
+    script = (
+        "import os, sys, kvkeep.tiers.fs\n"
+        "from kvkeep.tiers.open import open_tier; from kvkeep.errors import ConfigError\n"
+        "os.setuid(65534)\n"
+        "try: open_tier('fs://' + sys.argv[1])\n"
+        "except ConfigError as error: print(error)"
+    )
+    tmp_path.chmod(0o755)
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "kv")],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert "no permission" in done.stdout, done.stderr
