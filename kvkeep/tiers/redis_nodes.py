@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 from redis.backoff import NoBackoff
 from redis.connection import Connection, SSLConnection, UnixDomainSocketConnection
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 from redis.retry import Retry
 
 from kvkeep.errors import TierUnavailable
@@ -75,6 +75,11 @@ class Link:
         """The reply to one command. Raises one of FAULTS, ResponseError among them."""
         self._connection.send_command(*words)
         return self._connection.read_response()
+
+    def touch(self, yes: bool) -> None:
+        """Whether reading is a use of what is read, from now on; before Redis 7.2 it always is."""
+        with contextlib.suppress(ResponseError):
+            self.call("CLIENT", "NO-TOUCH", "OFF" if yes else "ON")
 
     def shut(self) -> None:
         """End what another thread does on it: it gets an OSError."""

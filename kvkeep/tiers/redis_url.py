@@ -37,7 +37,7 @@ _REMEDIES = (  # by what the error says; the first that fits
         "Timeout connecting",
         "is it running, and can it be reached from here? If rediss://, does it speak TLS there?",
     ),
-    ("closed the connection", "does it speak TLS? Then rediss://"),
+    ("closed the connection", "does it speak TLS? Then rediss://; if not, its log says why"),
 )
 
 
