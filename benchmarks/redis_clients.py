@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kvkeep.bench.raw_redis import raw_redis
+from kvkeep.config import child_environment
 from kvkeep.tiers.base import KEY_BYTES, Got, Put, Tier
 from kvkeep.tiers.open import open_raw
 from kvkeep.tiers.seal import Sealed
@@ -53,7 +54,7 @@ def valkey(malloc: str, *options: str) -> Iterator[tuple[int, tuple[str, str]]]:
         probe.close()
         command = [str(get_binary_path()), "--port", str(port), "--bind", "127.0.0.1", "--save", ""]
         command += ["--unixsocket", f"{directory}/s", "--dir", directory, "--logfile", "log", *options]
-        process = subprocess.Popen(command, env={**os.environ, **MALLOC[malloc]})
+        process = subprocess.Popen(command, env=child_environment(MALLOC[malloc]))
         try:
             while process.poll() is None and not os.path.exists(f"{directory}/s"):
                 time.sleep(0.02)

@@ -1,4 +1,4 @@
-"""kvkeep keeps the KV cache of LLM inference and gives it back, so that no context is prefilled twice."""
+"""kvkeep keeps the KV cache of LLM inference: a context that it holds is not prefilled again."""
 
 __version__ = "0.1.0"
 

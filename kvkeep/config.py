@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 import re
 import tempfile
@@ -33,6 +34,7 @@ _UNITS |= {
     "tib": 2**40,
 }
 _MAX_SOCKET_PATH = 107
+LOAD_RULES = ("auto", "always", "never")
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,10 @@ class KeeperConfig:
     """Back the arena by explicit huge pages; they must have been reserved."""
     linger: float = 0.0
     """Seconds without any client after which the keeper ends; 0: never (embedded keepers end)."""
+    tiers: tuple[str, ...] = ()
+    """URLs of the places below memory, the fastest first."""
+    drain: float = 30.0
+    """Seconds that the end of the keeper waits, at most, for chunks to be written to the tiers."""
 
     def __post_init__(self) -> None:
         machine = _machine_bytes()
@@ -64,8 +70,10 @@ class KeeperConfig:
             raise ConfigError(
                 f"socket path longer than {_MAX_SOCKET_PATH} bytes: {self.socket}; choose a shorter one"
             )
-        if self.linger < 0:
+        if not 0 <= self.linger < math.inf:
             raise ConfigError("linger must be 0 or more seconds")
+        if not 0 <= self.drain < math.inf:
+            raise ConfigError("drain must be 0 or more seconds")
 
 
 @dataclass(frozen=True)
@@ -78,6 +86,15 @@ class EngineConfig:
     """Bound of the private keeper's arena, in bytes."""
     policy: str = "lru"
     """Eviction policy of the private keeper."""
+    tiers: tuple[str, ...] = ()
+    """URLs of the places below the private keeper's memory, the fastest first."""
+    load: str = "auto"
+    """When to load from a tier: auto (where that is faster than computing, as measured), always, never."""
+    load_wait: float = 5.0
+    """Seconds that a request waits, at most, for chunks that a tier holds; then it takes what has come."""
+    probe_wait: float = 0.05
+    """Seconds that a request waits, at most, to hear whether any tier holds its chunks; or 1 % of what
+    computing them would take, where that is more."""
     chunk_tokens: int | None = None
     """Tokens per chunk; None: the fewest blocks that reach about 1 MiB."""
     model_id: str | None = None
@@ -92,8 +109,14 @@ class EngineConfig:
     """Seconds between summary lines in the engine's log; 0: none."""
 
     def __post_init__(self) -> None:
-        if self.timeout <= 0:
+        if not 0 < self.timeout < math.inf:
             raise ConfigError("timeout must be more than 0 seconds")
+        if not self.log_interval >= 0:
+            raise ConfigError("log_interval must be 0 or more seconds")
+        if self.load not in LOAD_RULES:
+            raise ConfigError(f"load must be one of {', '.join(LOAD_RULES)}, not {self.load!r}")
+        if not (0 <= self.load_wait < math.inf and 0 <= self.probe_wait < math.inf):
+            raise ConfigError("load_wait and probe_wait must be 0 or more seconds")
         if not 1 <= self.copy_threads <= 64:
             raise ConfigError("copy_threads must be 1 to 64")
         if self.chunk_tokens is not None and self.chunk_tokens < 1:
@@ -128,6 +151,8 @@ def _parse(name: str, kind: str, value: Any) -> Any:
     try:
         if name == "memory":
             return parse_bytes(value)
+        if kind.startswith("tuple"):
+            return tuple(value.split() if isinstance(value, str) else map(str, value))
         if kind.startswith("bool"):
             return _parse_bool(value)
         if kind.startswith("int"):

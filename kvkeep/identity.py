@@ -172,19 +172,20 @@ def file_digest(paths: Sequence[Path]) -> str:
         size = path.stat().st_size
         hasher.update(_sized(b"p", path.name.encode()) + struct.pack("<Q", size))
         with path.open("rb", buffering=0) as file:
-            starts = _tensor_starts(file) if path.suffix == ".safetensors" else []
+            starts = _tensor_starts(file, size) if path.suffix == ".safetensors" else []
             for offset in sorted({*range(0, size, _STRIPE), *starts}):
                 file.seek(offset)
                 hasher.update(file.read(_SAMPLE))
     return str(hasher.hexdigest())
 
 
-def _tensor_starts(file: BinaryIO | FileIO) -> list[int]:
+def _tensor_starts(file: BinaryIO | FileIO, size: int) -> list[int]:
     """Where each tensor of a safetensors file begins (u64 length, JSON header, data); [] if it is not one."""
     try:
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length)) if length <= _HEADER_LIMIT else {}
         entries = [entry for name, entry in header.items() if name != "__metadata__"]
-        return [8 + length + int(entry["data_offsets"][0]) for entry in entries]
-    except (struct.error, ValueError, TypeError, KeyError, AttributeError):
+        starts = [8 + length + int(entry["data_offsets"][0]) for entry in entries]
+    except (struct.error, ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError):
         return []
+    return starts if all(8 + length <= start <= size for start in starts) else []

@@ -92,11 +92,18 @@ def test_a_problem_is_told_with_place_and_remedy_and_fails_the_run(tree: Tree) -
         ("tests/a.py", "import pickle\n"),
         ("demo/a.py", "import pickle\n"),
         ("scripts/a.py", "import pickle\n"),
+        ("benchmarks/a/b.py", "import pickle\n"),
+        ("benchmarks/a/b.py", "import vllm\n"),
     ],
 )
 def test_every_rule_reaches_the_exit_code(tree: Tree, path: str, text: str) -> None:
     tree.write(path, text)
     assert tree.run().returncode == 1
+
+
+def test_environments_are_not_ours(tree: Tree) -> None:
+    tree.write("benchmarks/peer/.venv/lib/a.py", "import pickle\n")
+    assert tree.run().returncode == 0
 
 
 # ---- budgets: the last size that passes, the first that does not
@@ -262,7 +269,7 @@ def test_a_broad_except_is_allowed_once_in_each_engine_adapter(tree: Tree, handl
     found = [(where, what) for where, what, _ in check.broad_excepts(tree.sources())]
     assert found == [
         ("kvkeep/engines/vllm/b.py:3", "broad except: a second one in kvkeep.engines.vllm"),
-        ("kvkeep/wire/c.py:3", "broad except: not an adapter"),
+        ("kvkeep/wire/c.py:3", "broad except: not at an edge"),
     ]
 
 

@@ -112,6 +112,35 @@ def test_weights_are_known_by_content(tmp_path: Path) -> None:
     assert file_digest([file]) != before
 
 
+HOSTILE = [
+    b'{"a": {"data_offsets": [-99999, 1]}}',
+    b'{"a": {"data_offsets": [-%d, 1]}}' % 10**30,
+    b'{"a": {"data_offsets": [%d, 1]}}' % 10**30,
+    b'{"a": {"data_offsets": [1e999, 1]}}',
+    b'{"a": {"data_offsets": [NaN, 1]}}',
+    b'{"a": {"data_offsets": []}}',
+    b'{"a": {"data_offsets": {}}}',
+    b'{"a": {}}',
+    b'{"a": []}',
+    b'{"a": null}',
+    b"[1]",
+    b"\xff",
+    b"[" * 200_000,
+    b'{"a":' * 200_000,
+]
+
+
+@pytest.mark.parametrize("header", HOSTILE, ids=lambda header: repr(header[:40]))
+def test_weights_with_a_hostile_header_are_sampled_as_any_file(header: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(struct.pack("<Q", len(header)) + header + bytes(3 << 20))
+    before = file_digest([file])
+    with file.open("r+b") as out:
+        out.seek((2 << 20) + 100)
+        out.write(b"x")
+    assert file_digest([file]) != before
+
+
 def test_pinned_values() -> None:
     """A change here makes every stored chunk unreachable: raise identity.FORMAT, and say so."""
     space = fingerprint({"model": "m", "groups": [[16, 128]], "tp": 1})

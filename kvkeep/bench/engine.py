@@ -27,6 +27,7 @@ from kvkeep.errors import KVKeepError
 __all__ = ["Answer", "EngineFailed", "VllmServer", "connector_args", "fastest_dtype"]
 
 _START_DEADLINE = 240.0
+_STOP_DEADLINE, _KILL_DEADLINE = 20.0, 5.0
 _CPU_ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
@@ -114,21 +115,29 @@ class VllmServer:
 
     @property
     def pids(self) -> list[int]:
-        """Process ids of the server and its descendants."""
+        """Process ids of the server and its descendants, without Python's resource tracker."""
         assert self._process is not None
-        return [self._process.pid, *_descendants(self._process.pid)]
+        found = [self._process.pid, *_descendants(self._process.pid)]
+        return [pid for pid in found if not _is_tracker(pid)]
 
     def stop(self) -> None:
-        """End the engine and all its processes."""
+        """End the engine and all its processes: asked first, killed after a while.
+
+        Python's resource tracker is left to end by itself: when the others are gone it removes what
+        they have left in /dev/shm.
+        """
         self._client.close()
         process, self._process = self._process, None
         if process is None:
             return
         process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(20)
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)  # its own session: nobody else is in it
+        if not _ended(process.pid, _STOP_DEADLINE):
+            for pid in _members(process.pid):
+                if not _is_tracker(pid):
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+            if not _ended(process.pid, _KILL_DEADLINE):
+                os.killpg(process.pid, signal.SIGKILL)
         process.wait(20)
 
     def complete(self, prompt: str | list[int], max_tokens: int = 16, **params: Any) -> Answer:
@@ -212,3 +221,31 @@ def _descendants(pid: int) -> list[int]:
             for child in map(int, task.read_text().split()):
                 found += [child, *_descendants(child)]
     return found
+
+
+def _members(group: int) -> list[int]:
+    """Processes of a process group that still run. An engine's group is its own: nobody else is in it."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            state, _, its_group = (folder / "stat").read_text().rpartition(")")[2].split()[:3]
+            if int(its_group) == group and state != "Z":
+                found.append(int(folder.name))
+    return found
+
+
+def _ended(group: int, seconds: float) -> bool:
+    """Wait until nobody of a process group runs any more; False if that takes longer."""
+    deadline = time.monotonic() + seconds
+    while _members(group):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def _is_tracker(pid: int) -> bool:
+    try:
+        return b"multiprocessing.resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False

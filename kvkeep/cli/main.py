@@ -16,6 +16,7 @@ _COMMANDS = {
     "serve": ("kvkeep.cli.serve", "run a keeper that engines on this host share"),
     "status": ("kvkeep.cli.status", "show what a keeper holds"),
     "clear": ("kvkeep.cli.clear", "make a keeper forget what it holds"),
+    "warm": ("kvkeep.cli.warm", "have documents prefilled ahead of use"),
     "doctor": ("kvkeep.cli.doctor", "check this machine and its engine for all that kvkeep needs"),
 }
 _BENCHES = {
@@ -27,7 +28,9 @@ _BENCHES = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. Errors of ours end in a message, not a traceback."""
-    parser = argparse.ArgumentParser(prog="kvkeep", description="A KV cache for LLM inference: prefill once.")
+    parser = argparse.ArgumentParser(
+        prog="kvkeep", description="Keeps the KV cache of LLM inference, and gives it back."
+    )
     parser.add_argument("--version", action="version", version=f"kvkeep {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     arguments = list(sys.argv[1:] if argv is None else argv)

@@ -25,11 +25,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prefault", help="allocate memory ahead of use: yes or no (default: yes)")
     parser.add_argument("--huge-pages", help="use reserved huge pages: yes or no (default: no)")
     parser.add_argument("--linger", help="end after so many seconds without a client (default: 0, never)")
+    parser.add_argument(
+        "--tier",
+        dest="tiers",
+        action="append",
+        metavar="URL",
+        help="a place below memory, e.g. fs:///data/kv?capacity=500GiB; several: the fastest first",
+    )
+    parser.add_argument(
+        "--drain", help="seconds that the end waits for chunks to be written to the tiers (default: 30)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Serve; returns 0 after SIGTERM or SIGINT, or when the last client of an embedded keeper left."""
-    names = ("socket", "memory", "policy", "prefault", "huge_pages", "linger")
+    names = ("socket", "memory", "policy", "prefault", "huge_pages", "linger", "tiers", "drain")
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
     settings = config.load(config.KeeperConfig, {"socket": config.default_socket(), **given})
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")

@@ -72,6 +72,26 @@ def _print(figures: dict[str, Any]) -> None:
             str(space["lookups"]),
         )
     console.print(table)
+    if figures["tiers"]:
+        console.print(_tiers(figures["tiers"]))
+
+
+def _tiers(tiers: list[dict[str, Any]]) -> Table:
+    table = Table("tier", "state", "hits", "read", "written", "waiting", "lost", "damaged", "errors")
+    for tier in tiers:
+        rate = tier["read_GBps"]
+        table.add_row(
+            tier["url"],
+            "on" if tier["available"] else f"off: {tier['last_error']}",
+            f"{tier['hits']} of {tier['hits'] + tier['misses'] + tier['damaged']}",
+            _size(tier["got_bytes"]) + (f" at {rate:.2f} GB/s" if rate else ""),
+            _size(tier["put_bytes"]),
+            str(tier["waiting_chunks"]),
+            str(tier["lost_chunks"]),
+            str(tier["damaged"]),
+            str(tier["errors"]),
+        )
+    return table
 
 
 def _ratio(counters: dict[str, int]) -> str:

@@ -41,6 +41,10 @@ class Chunks:
         self.kind = np.zeros(0, np.int32)
         self.namespace = np.zeros(0, np.int32)
         self.evictable = np.zeros(0, np.bool_)
+        self.stored = np.zeros(0, np.uint16)
+        """A bit for each tier that holds the chunk, as far as this keeper knows."""
+        self.queued = np.zeros(0, np.uint16)
+        """A bit for each tier that it waits to be written to."""
         self._free: list[int] = []
 
     def __len__(self) -> int:
@@ -57,6 +61,8 @@ class Chunks:
             self.kind,
             self.namespace,
             self.evictable,
+            self.stored,
+            self.queued,
         )
         return self.table.nbytes + sum(column.nbytes for column in columns) + 8 * len(self._free)
 
@@ -73,6 +79,7 @@ class Chunks:
         self.epoch[records] = epoch
         self.kind[records] = kind
         self.namespace[records] = namespace
+        self.stored[records] = self.queued[records] = 0
         return records
 
     def commit(self, records: Records) -> None:
@@ -112,7 +119,17 @@ class Chunks:
 
     def _grow(self) -> None:
         old, new = len(self.state), max(self._GROW, 2 * len(self.state))
-        for name in ("state", "leases", "offset", "epoch", "kind", "namespace", "evictable"):
+        for name in (
+            "state",
+            "leases",
+            "offset",
+            "epoch",
+            "kind",
+            "namespace",
+            "evictable",
+            "stored",
+            "queued",
+        ):
             column: npt.NDArray[np.generic] = getattr(self, name)
             grown = np.zeros(new, column.dtype)
             grown[:old] = column

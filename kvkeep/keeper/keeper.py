@@ -7,10 +7,11 @@ leaves the books balanced (`check_integrity`) or raises before it changed anythi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from itertools import pairwise
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from kvkeep.errors import ConfigError, RequestRefused
 from kvkeep.identity import group_keys
@@ -18,48 +19,14 @@ from kvkeep.keeper.arena import Arena, SlotClass
 from kvkeep.keeper.chunks import Chunks, ChunkState
 from kvkeep.keeper.index import Keys, Records
 from kvkeep.keeper.leases import Claim, ClaimKind, Claims
+from kvkeep.keeper.namespaces import Counters, GroupSpec, Namespace
 from kvkeep.keeper.policy import POLICIES, Policy, make_policy
 from kvkeep.keeper.usable import usable_chunks
 
-__all__ = ["Counters", "Found", "GroupSpec", "Keeper", "Namespace", "Reserved"]
+if TYPE_CHECKING:
+    from kvkeep.keeper.flush import FlushQueue
 
-
-class GroupSpec(NamedTuple):
-    """One KV-cache group of a namespace."""
-
-    slot_bytes: int
-    """Bytes of one chunk, all parts together."""
-    window_chunks: int | None
-    """Chunks that a sliding window looks back on; None for full attention."""
-
-
-@dataclass
-class Counters:
-    """What happened so far; chunks count per prompt position, not per group."""
-
-    lookups: int = 0
-    asked_chunks: int = 0
-    hit_chunks: int = 0
-    stored_chunks: int = 0
-    stored_bytes: int = 0
-    refused_chunks: int = 0
-    evicted_chunks: int = 0
-    aborted_chunks: int = 0
-
-
-@dataclass(frozen=True)
-class Namespace:
-    """A namespace that some engine has opened."""
-
-    number: int
-    fingerprint: bytes
-    label: str
-    groups: tuple[GroupSpec, ...]
-    parts: int
-    """Ranks that write a part of each chunk."""
-    readers: int
-    """Ranks that read each chunk (more than `parts` where ranks hold the same KV)."""
-    counters: Counters
+__all__ = ["Found", "Keeper", "Reserved"]
 
 
 class Found(NamedTuple):
@@ -85,14 +52,21 @@ class Reserved(NamedTuple):
 
 
 class Keeper:
-    """Owns the books of one arena of `nbytes`; `policy` names the eviction policy."""
+    """Owns the books of one arena of `nbytes`; `policy` names the eviction policy.
 
-    def __init__(self, nbytes: int, policy: str) -> None:
+    `trailer`: bytes at the end of every slot that are not the engines' (the seal of values below).
+    """
+
+    def __init__(self, nbytes: int, policy: str, trailer: int = 0) -> None:
         self.arena = Arena(nbytes)
+        self.trailer = trailer
         self.chunks = Chunks()
         self.claims = Claims()
         self.namespaces: list[Namespace] = []
         self.counters = Counters()
+        self.queues: list[FlushQueue] = []
+        """One per tier; told of what is committed and what is used."""
+        self._by_fingerprint: dict[bytes, Namespace] = {}
         if policy not in POLICIES:
             raise ConfigError(f"unknown policy {policy!r}: choose one of {', '.join(POLICIES)}")
         self._policy_name = policy
@@ -111,20 +85,25 @@ class Keeper:
         for claim in self.claims.detach(session):
             self._end(claim, completed=False)
 
+    def knows(self, fingerprint: bytes) -> bool:
+        """Whether a namespace has been opened here."""
+        return fingerprint in self._by_fingerprint
+
     def open_namespace(
         self, fingerprint: bytes, label: str, groups: Sequence[GroupSpec], parts: int, readers: int
     ) -> Namespace:
         """Open a namespace, or find it again. Raises RequestRefused if it differs from before,
         ConfigError if its chunks do not fit the arena."""
-        for known in self.namespaces:
-            if known.fingerprint == fingerprint:
-                if (known.groups, known.parts, known.readers) != (tuple(groups), parts, readers):
-                    raise RequestRefused("this namespace is open with another geometry")
-                return known
+        known = self._by_fingerprint.get(fingerprint)
+        if known is not None:
+            if (known.groups, known.parts, known.readers) != (tuple(groups), parts, readers):
+                raise RequestRefused("this namespace is open with another geometry")
+            return known
         for group in groups:
-            self.arena.size_class(group.slot_bytes)
+            self.arena.size_class(group.slot_bytes + self.trailer)
         space = Namespace(len(self.namespaces), fingerprint, label, tuple(groups), parts, readers, Counters())
         self.namespaces.append(space)
+        self._by_fingerprint[fingerprint] = space
         return space
 
     # Reading
@@ -149,11 +128,11 @@ class Keeper:
             counters.lookups += 1
             counters.asked_chunks += len(records[0])
             counters.hit_chunks += usable
-        used = [chain[: first + usable] for chain in chains]
-        used = [chain[chain >= 0] for chain in used]
+        positions = [np.flatnonzero(chain[: first + usable] >= 0) for chain in chains]
+        used = [chain[places] for chain, places in zip(chains, positions, strict=True)]
         _check_distinct(np.concatenate(used))
-        for chain in used:
-            self._touch(chain, 0)
+        for chain, places in zip(used, positions, strict=True):
+            self._touch(chain, places, self._clock)
         if not usable:
             return Found(0, 0, self._clock, [])
         starts = [0 if window is None else max(0, usable - window) for window in windows]
@@ -190,8 +169,7 @@ class Keeper:
         group g has chunk i to give; `epoch`: from the request's lookup (0: now). Chunks for which nothing
         older than the request can be evicted are refused, never waited for.
         """
-        if len({keys[at : at + 16] for at in range(0, len(keys), 16)}) != len(keys) // 16:
-            raise RequestRefused("a reservation names a chunk twice")
+        _check_distinct(np.frombuffer(keys, "<u8")[::2])  # half a key tells chunks apart as surely
         if not epoch:
             self._clock += 1
         epoch = min(epoch or self._clock, self._clock)
@@ -199,9 +177,14 @@ class Keeper:
         for group, flags in enumerate(wanted):
             placed = np.full(len(keys) // 16, -1, np.int64)
             named = group_keys(keys, space.fingerprint, group)
-            new = np.flatnonzero((self.chunks.table.find(named) < 0) & np.asarray(flags, np.bool_))
+            found = self.chunks.table.find(named)
+            # A chunk that somebody else wrote is this request's too: a parent must not be older than
+            # the children that are placed behind it.
+            known = np.flatnonzero(found >= 0)
+            self._touch(found[known], first + known, epoch)
+            new = np.flatnonzero((found < 0) & np.asarray(flags, np.bool_))
             if len(new):
-                records = self._place(space, group, named[new], first + int(new[0]), epoch)
+                records = self.place(space, group, named[new], first + new, epoch)
                 placed[new] = np.where(records >= 0, self.chunks.offset[records], -1)
                 written.append(records[records >= 0])
             offsets.append(placed)
@@ -222,6 +205,39 @@ class Keeper:
         if claim is not None:
             self._end(claim, completed=False)
 
+    def place(self, space: Namespace, group: int, keys: Keys, positions: Records, epoch: int) -> Records:
+        """RESERVED records with a slot each for keys that are absent and distinct; -1 for those that were
+        refused. `positions`: of each in its chain, ascending. The caller opens a claim on them."""
+        number = self._kind(space.groups[group].slot_bytes + self.trailer)
+        kind, policy = self._kinds[number], self._policies[number]
+        records = self.chunks.add(keys, space.number, number, epoch)
+        names = (keys[:, 0] >> np.uint64(4)).tolist()
+        for run in _runs(positions):
+            policy.insert(records[run], names[run], epoch, int(positions[run.start]))
+        refused = self._make_room(number, records)
+        placed = records
+        if len(refused):
+            self._count("refused_chunks", refused)
+            policy.remove(refused, evicted=False)
+            self.chunks.forget(refused)
+            self.chunks.free(refused)
+            placed = np.where(np.isin(records, refused), -1, records)
+        self.chunks.offset[placed[placed >= 0]] = self.arena.allocate(kind, int((placed >= 0).sum()))
+        return placed
+
+    def settle(self, claim: int, session: str, good: npt.NDArray[np.bool_]) -> None:
+        """End a reservation of which only the `good` records were filled; the others are dropped."""
+        ended = self.claims.report(ClaimKind.RESERVATION, session, claim, None)
+        assert ended is not None
+        self._commit(ended.records[good], "fetched_chunks")
+        self._drop(ended.records[~good], evicted=False)
+
+    def slot_bytes(self, records: Records) -> Records:
+        """Length of each record's slot, in bytes."""
+        sizes = np.array([kind.slot_bytes for kind in self._kinds] or [0], np.int64)
+        lengths: Records = sizes[self.chunks.kind[records]]
+        return lengths
+
     # Housekeeping
 
     def clear(self, space: Namespace | None) -> int:
@@ -235,19 +251,13 @@ class Keeper:
         self._drop(records, evicted=False)
         return len(records)
 
-    def used_bytes(self, space: Namespace | None = None) -> int:
-        """Bytes of slots that are taken (by one namespace)."""
-        records = np.flatnonzero(self.chunks.state != ChunkState.FREE)
-        if space is not None:
-            records = records[self.chunks.namespace[records] == space.number]
-        sizes = np.array([kind.slot_bytes for kind in self._kinds] or [0], np.int64)
-        return int(sizes[self.chunks.kind[records]].sum())
-
-    def held_chunks(self, space: Namespace) -> int:
-        """Readable chunks of one namespace, all groups together."""
-        return int(
-            ((self.chunks.namespace == space.number) & (self.chunks.state == ChunkState.COMMITTED)).sum()
-        )
+    def usage(self) -> tuple[Records, Records]:
+        """Per namespace: readable chunks, all groups together, and bytes of slots that are taken."""
+        taken = np.flatnonzero(self.chunks.state != ChunkState.FREE)
+        spaces, count = self.chunks.namespace[taken], len(self.namespaces)
+        readable = self.chunks.state[taken] == ChunkState.COMMITTED
+        nbytes = np.bincount(spaces, self.slot_bytes(taken), count).astype(np.int64)
+        return np.bincount(spaces[readable], minlength=count), nbytes
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless slots, bytes, leases and policies agree."""
@@ -282,29 +292,16 @@ class Keeper:
             self._policies.append(make_policy(self._policy_name, self.arena.nbytes // kind.slot_bytes))
         return self._kinds.index(kind)
 
-    def _touch(self, records: Records, first: int) -> None:
+    def _touch(self, records: Records, positions: Records, epoch: int) -> None:
+        """Note one request's use of chunks of one group, at `positions` of its chain."""
         if not len(records):
             return
-        self.chunks.epoch[records] = self._clock
-        for number in np.unique(self.chunks.kind[records]).tolist():
-            self._policies[number].touch(records[self.chunks.kind[records] == number], self._clock, first)
-
-    def _place(self, space: Namespace, group: int, keys: Keys, first: int, epoch: int) -> Records:
-        """Records with a slot each for new keys; -1 for those that were refused."""
-        number = self._kind(space.groups[group].slot_bytes)
-        kind, policy = self._kinds[number], self._policies[number]
-        records = self.chunks.add(keys, space.number, number, epoch)
-        policy.insert(records, (keys[:, 0] >> np.uint64(4)).tolist(), epoch, first)
-        refused = self._make_room(number, records)
-        placed = records
-        if len(refused):
-            policy.remove(refused, evicted=False)
-            self.chunks.forget(refused)
-            self.chunks.free(refused)
-            placed = np.where(np.isin(records, refused), -1, records)
-            self.counters.refused_chunks += len(refused)
-        self.chunks.offset[placed[placed >= 0]] = self.arena.allocate(kind, int((placed >= 0).sum()))
-        return placed
+        self.chunks.epoch[records] = np.maximum(self.chunks.epoch[records], epoch)
+        policy = self._policies[int(self.chunks.kind[records[0]])]
+        for run in _runs(positions):
+            policy.touch(records[run], epoch, int(positions[run.start]))
+        for queue in self.queues:
+            queue.used(records)
 
     def _make_room(self, number: int, newcomers: Records) -> Records:
         """Evict until the newcomers fit; returns those that would be the first to go themselves."""
@@ -349,13 +346,24 @@ class Keeper:
         if claim.kind is ClaimKind.LEASE:
             self._free(self.chunks.unlease(claim.records))
         elif completed:
-            self.chunks.commit(claim.records)
-            self.counters.stored_chunks += len(claim.records)
-            sizes = np.array([kind.slot_bytes for kind in self._kinds], np.int64)
-            self.counters.stored_bytes += int(sizes[self.chunks.kind[claim.records]].sum())
+            self._commit(claim.records, "stored_chunks")
         else:
-            self.counters.aborted_chunks += len(claim.records)
+            self._count("aborted_chunks", claim.records)
             self._drop(claim.records, evicted=False)
+
+    def _commit(self, records: Records, counted_as: str) -> None:
+        self.chunks.commit(records)
+        self._count(counted_as, records)
+        self.counters.stored_bytes += int(self.slot_bytes(records).sum())
+        for queue in self.queues:
+            queue.committed(records)
+
+    def _count(self, name: str, records: Records) -> None:
+        setattr(self.counters, name, getattr(self.counters, name) + len(records))
+        numbers, counts = np.unique(self.chunks.namespace[records], return_counts=True)
+        for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
+            counters = self.namespaces[number].counters
+            setattr(counters, name, getattr(counters, name) + count)
 
     def _drop(self, records: Records, evicted: bool) -> None:
         """Forget chunks; free the slots of those that nobody reads."""
@@ -363,7 +371,7 @@ class Keeper:
             self._policies[number].remove(records[self.chunks.kind[records] == number], evicted=evicted)
         self.chunks.forget(records)
         if evicted:
-            self.counters.evicted_chunks += len(records)
+            self._count("evicted_chunks", records)
         self._free(records[self.chunks.leases[records] == 0])
 
     def _free(self, records: Records) -> None:
@@ -373,8 +381,16 @@ class Keeper:
         self.chunks.free(records)
 
 
-def _check_distinct(records: Records) -> None:
+def _runs(positions: Records) -> list[slice]:
+    """Where positions follow on each other without a gap: policies take chains piece by piece."""
+    if not len(positions):
+        return []
+    cuts = [0, *(np.flatnonzero(np.diff(positions) != 1) + 1).tolist(), len(positions)]
+    return [slice(start, stop) for start, stop in pairwise(cuts)]
+
+
+def _check_distinct(names: npt.NDArray[np.int64] | npt.NDArray[np.uint64]) -> None:
     """Raise RequestRefused on a repeat: one record, leased twice by one claim, would be freed twice."""
-    ordered = np.sort(records)  # np.unique takes ten times as long
+    ordered = np.sort(names)  # np.unique takes ten times as long
     if (ordered[1:] == ordered[:-1]).any():
         raise RequestRefused("a request names a chunk twice")

@@ -60,7 +60,11 @@ class Claims:
     @property
     def sessions(self) -> int:
         """Sessions with at least one connection."""
-        return len(self._sessions)
+        return sum(not name.startswith("~") for name in self._sessions)  # not the movers
+
+    def alive(self, session: str) -> bool:
+        """Whether the session has a connection."""
+        return session in self._sessions
 
     def attach(self, session: str) -> None:
         """Count one more connection of a session, which begins with its first."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import random
 import threading
@@ -62,12 +63,8 @@ class Guarded(Wrapper):
 
     def probe(self) -> None:
         """Ask the place for a key that nobody has; switches the tier on again if it answers."""
-        try:
-            self.inner.contains([random.randbytes(KEY_BYTES)])
-        except TierUnavailable as error:
-            self._failed(error)
-        else:
-            self._succeeded()
+        with contextlib.suppress(TierUnavailable):
+            self._judged(lambda: self.inner.contains([random.randbytes(KEY_BYTES)]))
 
     def contains(self, keys: Sequence[Key]) -> list[bool]:
         return self._read(lambda: self.inner.contains(keys))
@@ -103,11 +100,21 @@ class Guarded(Wrapper):
     def _once(self, verb: Callable[[], _T]) -> _T:
         if not self.available:
             raise TierUnavailable(f"{self._name} is switched off: {self.last_error}")
+        return self._judged(verb)
+
+    def _judged(self, verb: Callable[[], _T]) -> _T:
         try:
             result = verb()
         except TierUnavailable as error:
             self._failed(error)
             raise
+        except Exception as error:
+            # The edge to clients of stores, other people's tiers among them: a bug of theirs is as good as a
+            # store that is away, and must not end a mover's thread, which would pin slots for good.
+            log.exception("tier %s: an unexpected error", self._name)
+            broken = TierUnavailable(f"{type(error).__name__}: {error}")
+            self._failed(broken)
+            raise broken from error
         if self._failures:
             self._succeeded()
         return result

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ from kvkeep.tiers.meter import Metered
 from kvkeep.tiers.seal import Sealed
 from kvkeep.tiers.url import TierURL
 
-__all__ = ["Opened", "WriteWhen", "open_raw", "open_tier"]
+__all__ = ["Opened", "WriteWhen", "open_raw", "open_tier", "open_tiers"]
 
 _OURS = {
     "fs": "kvkeep.tiers.fs:open_fs",
@@ -33,6 +33,8 @@ _OURS = {
     "infinistore": "kvkeep.tiers.infinistore:open_infinistore",
 }
 _FAULTY = "faulty+"
+MOST_TIERS = 16
+"""The keeper notes which tiers hold a chunk in so many bits."""
 
 
 class WriteWhen(enum.Enum):
@@ -76,6 +78,21 @@ def open_tier(text: str) -> Opened:
         raise
     guard = Guarded(raw, str(url))
     return Opened(str(url), Metered(Sealed(guard)), guard, write)
+
+
+def open_tiers(urls: Sequence[str]) -> list[Opened]:
+    """All tiers of a keeper, the fastest first; all or none. Raises ConfigError."""
+    opened: list[Opened] = []
+    if len(urls) > MOST_TIERS:
+        raise ConfigError(f"{len(urls)} tiers are too many: {MOST_TIERS} at most")
+    try:
+        for url in urls:
+            opened.append(open_tier(url))
+    except ConfigError:
+        for tier in opened:
+            tier.tier.close()
+        raise
+    return opened
 
 
 def _kind(scheme: str) -> Callable[[TierURL], Tier]:

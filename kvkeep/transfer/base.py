@@ -6,6 +6,7 @@ import ctypes
 import mmap
 import os
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
@@ -22,6 +23,7 @@ __all__ = ["Offsets", "Transfer", "describe_layers", "prepare_mapping"]
 Offsets = npt.NDArray[np.int64]
 _PREPARE_STEP = 16 << 20
 _MADV_POPULATE_WRITE = 23
+_LOOK_EVERY, _PATIENCE = 0.1, 10.0  # seconds
 
 
 class Transfer(ABC):
@@ -69,26 +71,49 @@ class Transfer(ABC):
             raise LayoutError("a place outside the arena")
 
 
-def prepare_mapping(arena: mmap.mmap) -> threading.Thread:
+def prepare_mapping(arena: mmap.mmap, fd: int) -> threading.Thread:
     """Enter the arena's pages into this process's page table, in the background, at lowest priority.
 
     A first touch costs about ten times a copy of the same bytes; a copy that comes before its page
-    was prepared just pays that. The thread ends with its work, or with the process.
+    was prepared just pays that. Never allocates a page: it begins once the whole arena is allocated,
+    and does not begin where the keeper does not allocate it ahead. The thread ends with its work, or
+    with the process. `fd`: the arena's descriptor, which stays the caller's.
     """
     address = torch.frombuffer(arena, dtype=torch.uint8).data_ptr()
-    thread = threading.Thread(target=_populate, args=(address, arena), name="kvkeep-prepare", daemon=True)
+    arguments = (address, arena, os.dup(fd))
+    thread = threading.Thread(target=_populate, args=arguments, name="kvkeep-prepare", daemon=True)
     thread.start()
     return thread
 
 
-def _populate(address: int, arena: mmap.mmap) -> None:
+def _populate(address: int, arena: mmap.mmap, fd: int) -> None:
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+    try:
+        if not _await_allocation(fd, len(arena)):
+            return
+    finally:
+        os.close(fd)
     madvise = ctypes.CDLL(None).madvise
     madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     for offset in range(0, len(arena), _PREPARE_STEP):
         size = min(_PREPARE_STEP, len(arena) - offset)
         if madvise(address + offset, size, _MADV_POPULATE_WRITE):
             return  # an older kernel (before 5.14), or no memory: pages come on first touch instead
+
+
+def _await_allocation(fd: int, nbytes: int) -> bool:
+    """Wait until all of a file is allocated; False once that has made no progress for a while.
+
+    By its count of blocks: SEEK_DATA takes what fallocate reserved for a hole until it is written.
+    """
+    allocated, since = -1, time.monotonic()
+    while (now := os.fstat(fd).st_blocks * 512) < nbytes:
+        if now != allocated:
+            allocated, since = now, time.monotonic()
+        if time.monotonic() - since > _PATIENCE:
+            return False
+        time.sleep(_LOOK_EVERY)
+    return True
 
 
 def describe_layers(layers: Sequence[tuple[str, torch.Tensor]]) -> list[LayerTensor]:

@@ -33,6 +33,8 @@ class Found(NamedTuple):
     chunks: int
     epoch: int
     offsets: list[npt.NDArray[np.int64]]
+    ticket: int = 0
+    """Not 0: more may come from the tiers; see `Connection.poll`."""
 
 
 class Reserved(NamedTuple):
@@ -88,11 +90,16 @@ class Connection:
             os.close(self._arena_fd)
             self._arena_fd = None
 
-    def map_arena(self) -> mmap.mmap:
-        """The arena, shared with the keeper. The caller owns the mapping; it outlives the keeper."""
+    @property
+    def arena_fd(self) -> int:
+        """The arena's descriptor, until `close`."""
         if self._arena_fd is None:
             raise RequestRefused("this connection was opened without the arena")
-        return mmap.mmap(self._arena_fd, self.arena_bytes)
+        return self._arena_fd
+
+    def map_arena(self) -> mmap.mmap:
+        """The arena, shared with the keeper. The caller owns the mapping; it outlives the keeper."""
+        return mmap.mmap(self.arena_fd, self.arena_bytes)
 
     def open_namespace(
         self,
@@ -107,12 +114,32 @@ class Connection:
         request = msg.OpenNamespace(fingerprint, label[:512], specs, parts, readers)
         return self._call(request, msg.Namespace).namespace
 
-    def lookup(self, namespace: int, keys: bytes, first: int = 0) -> Found:
-        """Lease the longest usable run of chunks first, first+1, …; 16 bytes per key, from chunk 0."""
-        reply = self._call(msg.Lookup(namespace, keys, first), msg.Found)
-        return Found(
-            reply.lease, reply.chunks, reply.epoch, [np.frombuffer(row, "<i8") for row in reply.offsets]
-        )
+    def lookup(
+        self,
+        namespace: int,
+        keys: bytes,
+        first: int = 0,
+        recompute: float = 0.0,
+        patience: float = 0.0,
+        ticket: int = 0,
+    ) -> Found:
+        """Lease the longest usable run of chunks first, first+1, …; 16 bytes per key, from chunk 0.
+
+        `recompute`: seconds that the engine takes to compute a chunk (0: not known; -1: memory only).
+        `patience`: seconds that its request may wait to hear whether tiers have anything (0: no ticket).
+        `ticket`: of an earlier lookup, whose fetch this one settles.
+        """
+        reply = self._call(msg.Lookup(namespace, keys, first, recompute, patience, ticket), msg.Found)
+        offsets = [np.frombuffer(row, "<i8") for row in reply.offsets]
+        return Found(reply.lease, reply.chunks, reply.epoch, offsets, reply.ticket)
+
+    def poll(self, tickets: list[int]) -> bytes:
+        """Per ticket: 0 while tiers are asked, 1 while they are read, 2 when all has landed that will."""
+        return self._call(msg.Poll(tickets), msg.Progress).stages
+
+    def forget(self, ticket: int) -> None:
+        """Nobody waits for this ticket any more."""
+        self._send(msg.Forget(ticket))
 
     def reserve(self, namespace: int, items: list[msg.Reservation]) -> list[Reserved]:
         """Reserve slots for chunks to be written; one result per item."""

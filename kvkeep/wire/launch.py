@@ -1,30 +1,41 @@
-"""The embedded keeper: a child process that an adapter starts, and that ends with its engine.
+"""The embedded keeper: a process that an adapter starts, and that ends with its engine.
 
 Scheduler and workers of an engine are separate processes and any may come first, so each calls
-`ensure_keeper` and one of them, under a file lock, starts the child. The child ends by itself
-when its last client is gone, however the engine died.
+`ensure_keeper` and one of them, under a file lock, starts the keeper. It ends by itself when its
+last client is gone, however the engine died. It is no descendant of the engine's: an engine that
+shuts down kills all of those, and a killed keeper leaves its socket behind.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-from kvkeep.config import EngineConfig, runtime_dir
+from kvkeep.config import EngineConfig, child_environment, runtime_dir
 from kvkeep.errors import CONFIG_EXIT, ConfigError, KeeperUnavailable
 from kvkeep.wire.client import Connection
+from kvkeep.wire.listen import discard, locked
 
 __all__ = ["embedded_socket", "ensure_keeper"]
 
 _LINGER = 5.0
 _START_DEADLINE = 20.0
+# Between us and the keeper while it starts, to pass on the status that it ends with; ended then, so
+# that the keeper is an orphan.
+_STARTER = """
+import os, sys
+pid = os.fork()
+if not pid:
+    os.execv(sys.argv[1], sys.argv[1:])
+code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+os._exit(code if code >= 0 else 128 - code)
+"""
 
 
 def embedded_socket(engine_id: str) -> str:
@@ -37,37 +48,56 @@ def ensure_keeper(socket: str, config: EngineConfig) -> None:
     """Start a keeper on `socket` unless one answers there.
 
     Returns when it answers. Raises KeeperUnavailable if it does not within 20 s, and ConfigError if
-    it refuses its options. The child logs to the engine's standard error.
+    it refuses its options. The keeper logs to the engine's standard error.
     """
     path = Path(socket)
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with _lock(path.with_suffix(".lock")):
+    with locked(path.with_suffix(".lock")):
         if _alive(socket):
             return
+        _sweep(path.parent)
         command = [sys.executable, "-m", "kvkeep.cli", "serve", "--socket", socket, "--linger", str(_LINGER)]
         command += ["--memory", str(config.memory), "--policy", config.policy]
         # A session of its own: Ctrl-C at the engine must not end the keeper before the engine.
-        child = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
+        starter = subprocess.Popen(
+            [sys.executable, "-c", _STARTER, *command],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+            # Not as arguments, which everybody on the machine can read: URLs may hold passwords.
+            env=child_environment({"KVKEEP_TIERS": " ".join(config.tiers)}),
         )
-        _await(child, socket)
+        _await(starter, socket)
 
 
-def _await(child: subprocess.Popen[bytes], socket: str) -> None:
+def _await(starter: subprocess.Popen[bytes], socket: str) -> None:
     deadline = time.monotonic() + _START_DEADLINE
     while time.monotonic() < deadline:
         if _alive(socket):
+            starter.kill()
+            starter.wait()
             return
-        if child.poll() == CONFIG_EXIT:
+        if starter.poll() == CONFIG_EXIT:
             # No keeper will ever start with these options: the operator must hear of it, at start-up.
             raise ConfigError(
-                "the private keeper refuses its options (memory, policy): see its message above"
+                "the private keeper refuses its options (memory, policy, tiers): see its message above"
             )
-        if child.poll() is not None:
-            raise KeeperUnavailable(f"the private keeper ended with status {child.returncode}; see above")
+        if starter.poll() is not None:
+            raise KeeperUnavailable(f"the private keeper ended with status {starter.returncode}; see above")
         time.sleep(0.02)
-    child.kill()
+    os.killpg(starter.pid, signal.SIGKILL)  # its own session: it and the keeper are all there is
+    starter.wait()
     raise KeeperUnavailable(f"the private keeper did not answer within {_START_DEADLINE:g} s")
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what private keepers that were killed have left: sockets that refuse, locks that are free."""
+    for path in folder.glob("engine-*.sock"):
+        with contextlib.suppress(OSError), locked(path.with_suffix(".lock"), wait=False):
+            discard(path)
+    for path in folder.glob("engine-*.lock"):
+        with contextlib.suppress(OSError), locked(path, wait=False):
+            pass  # a lock that is let go of is removed
 
 
 def _alive(socket: str) -> bool:
@@ -76,10 +106,3 @@ def _alive(socket: str) -> bool:
     except KeeperUnavailable:
         return False
     return True
-
-
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

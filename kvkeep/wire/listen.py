@@ -7,11 +7,12 @@ import fcntl
 import os
 import socket
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 from kvkeep.errors import ConfigError
 
-__all__ = ["arena", "listen"]
+__all__ = ["arena", "discard", "listen", "locked"]
 
 
 def listen(path: Path) -> socket.socket:
@@ -19,15 +20,61 @@ def listen(path: Path) -> socket.socket:
     try:
         # Before the umask, under which nobody but root could enter the new directory.
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):
-            if not stat.S_ISSOCK(path.lstat().st_mode):
-                raise ConfigError(f"{path} exists and is not a socket: choose another --socket, or remove it")
-            if _answers(path):
-                raise ConfigError(f"another keeper serves {path}: choose another --socket, or stop that one")
-            path.unlink()
-        return _bind(path)
+        # Of two keepers that start at once, both could find a dead one's socket, and the slower one
+        # would remove what the faster one has just bound.
+        with locked(_lock_path(path)):
+            with contextlib.suppress(FileNotFoundError):
+                if not stat.S_ISSOCK(path.lstat().st_mode):
+                    raise ConfigError(
+                        f"{path} exists and is not a socket: choose another --socket, or remove it"
+                    )
+                if _answers(path):
+                    raise ConfigError(
+                        f"another keeper serves {path}: choose another --socket, or stop that one"
+                    )
+                path.unlink()
+            return _bind(path)
     except OSError as error:
         raise ConfigError(f"cannot listen on {path}: {error.strerror or error}") from error
+
+
+def discard(path: Path) -> None:
+    """Remove a socket that nobody serves. Raises OSError: a keeper is starting on it, or not ours."""
+    with locked(_lock_path(path), wait=False):
+        if stat.S_ISSOCK(path.lstat().st_mode) and not _answers(path):
+            path.unlink()
+
+
+@contextlib.contextmanager
+def locked(path: Path, wait: bool = True) -> Iterator[None]:
+    """Hold an exclusive lock on the file `path`, which is there only meanwhile.
+
+    Raises BlockingIOError where another process holds it and we do not want to wait.
+    """
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_at(fd, path):
+                try:
+                    yield
+                finally:
+                    path.unlink(missing_ok=True)
+                return
+        finally:
+            os.close(fd)
+
+
+def _is_at(fd: int, path: Path) -> bool:
+    """Whether the open file is still the one at `path`: who held the lock before us has removed it."""
+    try:
+        return os.path.samestat(os.fstat(fd), path.lstat())
+    except FileNotFoundError:
+        return False
+
+
+def _lock_path(path: Path) -> Path:
+    return path.with_name(path.name + ".lock")
 
 
 def _bind(path: Path) -> socket.socket:

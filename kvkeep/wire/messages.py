@@ -1,4 +1,4 @@
-"""The messages of protocol version 2, and their framing.
+"""The messages of protocol version 3, and their framing.
 
 A frame is a little-endian u32 length and that many bytes of msgpack: an array whose first item
 names the message. Arrays of numbers travel as bytes (little-endian int64), keys as 16 bytes each.
@@ -21,12 +21,15 @@ __all__ = [
     "Clear",
     "Cleared",
     "Commit",
+    "Forget",
     "Found",
     "GroupSpec",
     "Hello",
     "Lookup",
     "Namespace",
     "OpenNamespace",
+    "Poll",
+    "Progress",
     "Refused",
     "Release",
     "Reply",
@@ -43,7 +46,7 @@ __all__ = [
     "frame_length",
 ]
 
-VERSION = 2
+VERSION = 3
 """Raised with every change of a message: `tests/wire/test_version.py` holds each to its version."""
 MAX_FRAME = 32 << 20
 """Longest frame in bytes; 2 M chunk keys. A longer one is not from a client of ours."""
@@ -93,6 +96,14 @@ class Lookup(_Message):
     keys: Blob
     first: Annotated[int, msgspec.Meta(ge=0, le=2**31)]
     """Chunks at the start that the engine has already: touched, not looked for."""
+    recompute: Annotated[float, msgspec.Meta(ge=-1, le=1e9)] = 0.0
+    """Seconds that the engine takes to compute one chunk, against which loading from a tier is weighed
+    (0: not known, load). Less than 0: look in memory only."""
+    patience: Annotated[float, msgspec.Meta(ge=0, le=1e9)] = 0.0
+    """Seconds that the request may wait to hear whether tiers have anything: no ticket where that usually
+    takes longer."""
+    ticket: Natural = 0
+    """A ticket that this lookup settles: its request takes what has landed, and waits no more. 0: none."""
 
 
 class Reservation(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
@@ -131,6 +142,18 @@ class Release(_Message):
     rank: Rank | None
 
 
+class Poll(_Message):
+    """Ask how far fetches are. Answered by Progress."""
+
+    tickets: Annotated[list[Natural], msgspec.Meta(max_length=65536)]
+
+
+class Forget(_Message):
+    """Nobody waits for this ticket any more. Not answered."""
+
+    ticket: Natural
+
+
 class Clear(_Message):
     """Forget what is held, of one namespace or (None) of all. Answered by Cleared."""
 
@@ -162,6 +185,14 @@ class Found(_Message):
     chunks: Natural
     epoch: Natural
     offsets: list[bytes]
+    ticket: Natural
+    """More may be on its way from the tiers: `Poll` tells, and a lookup that names the ticket takes it."""
+
+
+class Progress(_Message):
+    """Per ticket: 0 while it is not known whether tiers have anything, 1 while it is read, 2 when done."""
+
+    stages: bytes
 
 
 class Reserved(_Message):
@@ -188,8 +219,10 @@ class Refused(_Message):
     reason: str
 
 
-Request: TypeAlias = Hello | OpenNamespace | Lookup | Reserve | Commit | Abort | Release | Clear | Status
-Reply: TypeAlias = Welcome | Namespace | Found | Reserved | Cleared | StatusReply | Refused
+Request: TypeAlias = (
+    Hello | OpenNamespace | Lookup | Poll | Forget | Reserve | Commit | Abort | Release | Clear | Status
+)
+Reply: TypeAlias = Welcome | Namespace | Found | Progress | Reserved | Cleared | StatusReply | Refused
 
 _encoder = msgspec.msgpack.Encoder()
 _requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)

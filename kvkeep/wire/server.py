@@ -9,33 +9,31 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import mmap
 import os
-import socket
-import struct
 import threading
 import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-
 from kvkeep import __version__
 from kvkeep.config import KeeperConfig
-from kvkeep.errors import ConfigError, ProtocolError, RequestRefused
-from kvkeep.keeper.keeper import GroupSpec, Keeper, Namespace
+from kvkeep.keeper.keeper import Keeper
 from kvkeep.keeper.leases import ClaimKind
-from kvkeep.wire import messages as msg
+from kvkeep.keeper.movers import Movers
+from kvkeep.tiers.open import open_tiers
+from kvkeep.tiers.seal import SEAL_BYTES
+from kvkeep.wire.connection import ServerConnection
 from kvkeep.wire.listen import arena, listen
 
 __all__ = ["KeeperServer"]
 
 log = logging.getLogger("kvkeep.keeper")
 
+_NEWEST_SHOWN = 16  # of the namespaces that hold nothing: a reset makes a new one each time
 _PREFAULT_STEP = 64 << 20
-_HELLO_DEADLINE = 5.0
-_MAX_NAMESPACES = 4096
-_MAX_BACKLOG = 256 << 20  # bytes of unread answers at which a client is taken for dead
+_MADV_POPULATE_WRITE = 23
 
 
 class KeeperServer:
@@ -43,15 +41,19 @@ class KeeperServer:
 
     def __init__(self, config: KeeperConfig) -> None:
         self.config = config
-        self.keeper = Keeper(config.memory, config.policy)
+        tiers = open_tiers(config.tiers)
+        self.keeper = Keeper(config.memory, config.policy, SEAL_BYTES if tiers else 0)
         self.identity = uuid.uuid4().hex
         self.started = time.time()
         self.prefaulted = 0
         self.errors = 0
-        self.connections: set[_Connection] = set()
+        self.connections: set[ServerConnection] = set()
         self._had_client = False
         self._stopping = asyncio.Event()
         self.arena_fd = arena(self.keeper.arena.nbytes, config.huge_pages)
+        self._memory = mmap.mmap(self.arena_fd, self.keeper.arena.nbytes) if tiers else None
+        self.movers = None if self._memory is None else Movers(self.keeper, tiers, self._memory, self._post)
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     async def run(self, ready: Callable[[], None] = lambda: None) -> None:
         """Bind, serve, and clean up. Raises ConfigError where the socket cannot be had."""
@@ -59,8 +61,8 @@ class KeeperServer:
         listener = listen(path)
         inode = path.stat().st_ino
         threading.Thread(target=self._prefault, name="kvkeep-prefault", daemon=True).start()
-        loop = asyncio.get_running_loop()
-        server = await loop.create_unix_server(lambda: _Connection(self), sock=listener)
+        loop = self._loop = asyncio.get_running_loop()
+        server = await loop.create_unix_server(lambda: ServerConnection(self), sock=listener)
         ready()
         try:
             await self._until_done()
@@ -71,12 +73,14 @@ class KeeperServer:
             with contextlib.suppress(FileNotFoundError):
                 if path.stat().st_ino == inode:  # a successor may have bound the path already
                     path.unlink()
+            if self.movers is not None:
+                await self._drain(self.movers)
 
     def stop(self) -> None:
         """Ask `run` to return. From the event loop's thread."""
         self._stopping.set()
 
-    def opened(self, connection: _Connection) -> None:
+    def opened(self, connection: ServerConnection) -> None:
         """A connection has said hello."""
         self.connections.add(connection)
         self._had_client = True
@@ -84,6 +88,7 @@ class KeeperServer:
     def figures(self) -> dict[str, object]:
         """What `kvkeep status` shows."""
         keeper = self.keeper
+        chunks, used = keeper.usage()
         return {
             "version": __version__,
             "keeper": self.identity,
@@ -93,7 +98,7 @@ class KeeperServer:
             "policy": self.config.policy,
             "memory_bytes": keeper.arena.nbytes,
             "prefaulted_bytes": self.prefaulted,
-            "used_bytes": keeper.used_bytes(),
+            "used_bytes": int(used.sum()),
             "chunks": len(keeper.chunks),
             "index_bytes": keeper.chunks.nbytes,
             "leases": keeper.claims.count(ClaimKind.LEASE),
@@ -102,24 +107,51 @@ class KeeperServer:
             "connections": len(self.connections),
             "protocol_errors": self.errors,
             "counters": _asdict(keeper.counters),
+            "tiers": [] if self.movers is None else self.movers.figures(),
             "namespaces": [
                 {
                     "namespace": space.number,
                     "fingerprint": space.fingerprint.hex(),
                     "label": space.label,
-                    "chunks": keeper.held_chunks(space),
-                    "used_bytes": keeper.used_bytes(space),
+                    "chunks": held,
+                    "used_bytes": nbytes,
                     **_asdict(space.counters),
                 }
-                for space in keeper.namespaces
+                for space, held, nbytes in zip(keeper.namespaces, chunks.tolist(), used.tolist(), strict=True)
+                if held or space.number >= len(keeper.namespaces) - _NEWEST_SHOWN
             ],
         }
+
+    def _post(self, call: Callable[[], None]) -> None:
+        """Run a call on the event loop; from the movers' threads."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to be told
+            assert self._loop is not None
+            self._loop.call_soon_threadsafe(call)
+
+    async def _drain(self, movers: Movers) -> None:
+        """Write what was committed and is not below yet, for as long as the operator allows."""
+        deadline, told = time.monotonic() + self.config.drain, 0.0
+        while movers.unwritten and time.monotonic() < deadline:
+            if time.monotonic() - told > 1.0:
+                told = time.monotonic()
+                log.info("writing %d chunks to the tiers before the end", movers.unwritten)
+            movers.tick()
+            await asyncio.sleep(0.02)
+        if movers.unwritten:
+            log.warning(
+                "ended with %d chunks unwritten: give --drain more than %g s",
+                movers.unwritten,
+                self.config.drain,
+            )
+        movers.close()
 
     async def _until_done(self) -> None:
         idle_since = time.monotonic()
         while not self._stopping.is_set():
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), 0.5)
+            if self.movers is not None:
+                self.movers.tick()
             if self.connections:
                 idle_since = time.monotonic()
             patience = self.config.linger if self._had_client else max(60.0, self.config.linger)
@@ -142,207 +174,10 @@ class KeeperServer:
                     error.strerror,
                 )
                 return
+            if self._memory is not None:
+                with contextlib.suppress(OSError):  # an older kernel: movers touch the pages themselves
+                    self._memory.madvise(_MADV_POPULATE_WRITE, self.prefaulted, step)
             self.prefaulted += step
-
-
-class _Connection(asyncio.Protocol):
-    """One client: parses frames, calls the keeper, writes answers. Bad bytes end it, nothing else."""
-
-    def __init__(self, server: KeeperServer) -> None:
-        self._server = server
-        self._keeper = server.keeper
-        self._session: str | None = None
-        self._buffer = bytearray()
-        self._transport: asyncio.Transport | None = None
-        self._deadline: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
-        peer = transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-        _, uid, _ = struct.unpack("3i", peer)
-        if uid not in (os.getuid(), 0):
-            log.warning("refused a connection of user %d: this keeper serves user %d", uid, os.getuid())
-            self._refuse(f"this keeper belongs to user {os.getuid()}, you are {uid}")
-            return
-        self._deadline = asyncio.get_running_loop().call_later(_HELLO_DEADLINE, self._too_late)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._cancel_deadline()
-        self._server.connections.discard(self)
-        if self._session is not None:
-            self._keeper.detach(self._session)
-            self._session = None
-
-    def close(self) -> None:
-        """Drop the client."""
-        if self._transport is not None:
-            self._transport.abort()
-
-    def data_received(self, data: bytes) -> None:
-        self._buffer += data
-        try:
-            self._parse()
-        except ProtocolError as error:
-            self._server.errors += 1
-            log.warning("dropped a client: %s", error)
-            self._refuse(str(error))
-
-    def _parse(self) -> None:
-        start, buffer = 0, self._buffer
-        while self._transport is not None and len(buffer) - start >= msg.HEADER.size:
-            length = msg.frame_length(buffer[start : start + msg.HEADER.size])
-            end = start + msg.HEADER.size + length
-            if len(buffer) < end:
-                break
-            self._handle(msg.decode_request(bytes(buffer[start + msg.HEADER.size : end])))
-            start = end
-        del buffer[:start]
-
-    def _handle(self, request: msg.Request) -> None:
-        if self._session is None:
-            self._hello(request)
-            return
-        try:
-            reply = self._answer(self._session, request)
-        except (RequestRefused, ConfigError) as error:
-            one_way = isinstance(request, msg.Commit | msg.Abort | msg.Release)
-            if one_way:
-                log.debug("ignored %s: %s", type(request).__name__, error)
-            reply = None if one_way else msg.Refused(str(error))
-        if reply is not None:
-            self._write(reply)
-
-    def _answer(self, session: str, request: msg.Request) -> msg.Reply | None:
-        keeper = self._keeper
-        match request:
-            case msg.Lookup():
-                found = keeper.lookup(
-                    session, self._space(request.namespace), _keys(request.keys), request.first
-                )
-                return msg.Found(
-                    found.lease, found.chunks, found.epoch, [_int64(row) for row in found.offsets]
-                )
-            case msg.Reserve():
-                return self._reserve(session, request)
-            case msg.Commit():
-                keeper.commit(session, request.reservation, request.part)
-            case msg.Release():
-                keeper.release(session, request.lease, request.rank)
-            case msg.Abort():
-                keeper.abort(session, request.reservation)
-            case msg.OpenNamespace():
-                return self._open(request)
-            case msg.Clear():
-                space = None if request.namespace is None else self._space(request.namespace)
-                return msg.Cleared(keeper.clear(space))
-            case msg.Status():
-                return msg.StatusReply(self._server.figures())
-            case msg.Hello():
-                raise ProtocolError("a second hello")
-        return None
-
-    def _reserve(self, session: str, request: msg.Reserve) -> msg.Reserved:
-        space = self._space(request.namespace)
-        out: list[tuple[int, list[bytes]]] = []
-        for item in request.items:
-            count = len(_keys(item.keys)) // 16
-            if len(item.wanted) != len(space.groups) or any(len(row) != count for row in item.wanted):
-                raise ProtocolError("a reservation needs one byte per chunk and group")
-        for item in request.items:
-            wanted = [np.frombuffer(row, np.uint8) != 0 for row in item.wanted]
-            try:
-                done = self._keeper.reserve(session, space, item.keys, wanted, item.first, item.epoch)
-            except RequestRefused:
-                for number in filter(None, (number for number, _ in out)):
-                    self._keeper.abort(session, number)  # the client will never learn of it
-                raise
-            out.append((done.reservation, [_int64(row) for row in done.offsets]))
-        return msg.Reserved(out)
-
-    def _open(self, request: msg.OpenNamespace) -> msg.Namespace:
-        known = any(space.fingerprint == request.fingerprint for space in self._keeper.namespaces)
-        if not known and len(self._keeper.namespaces) >= _MAX_NAMESPACES:
-            raise RequestRefused(f"more than {_MAX_NAMESPACES} namespaces: restart this keeper")
-        groups = [GroupSpec(group.slot_bytes, group.window_chunks) for group in request.groups]
-        return msg.Namespace(
-            self._keeper.open_namespace(
-                request.fingerprint, request.label, groups, request.parts, request.readers
-            ).number
-        )
-
-    def _space(self, number: int) -> Namespace:
-        if number >= len(self._keeper.namespaces):
-            raise RequestRefused(f"no namespace {number} is open here")
-        return self._keeper.namespaces[number]
-
-    def _hello(self, request: msg.Request) -> None:
-        if not isinstance(request, msg.Hello):
-            raise ProtocolError("the first message must be a hello")
-        if request.version != msg.VERSION:
-            raise ProtocolError(
-                f"client speaks protocol {request.version}, this keeper ({__version__}) {msg.VERSION}: "
-                "install the same kvkeep on both sides"
-            )
-        self._cancel_deadline()
-        self._session = request.session
-        self._keeper.attach(request.session)
-        self._server.opened(self)
-        welcome = msg.encode(msg.Welcome(msg.VERSION, self._server.identity, self._keeper.arena.nbytes))
-        if request.arena:
-            self._send_arena(welcome)
-        else:
-            self._raw_write(welcome)
-
-    def _send_arena(self, frame: bytes) -> None:
-        # asyncio cannot pass descriptors; nothing is queued yet, so the frame can go out directly.
-        assert self._transport is not None
-        with socket.socket(fileno=os.dup(self._transport.get_extra_info("socket").fileno())) as raw:
-            try:
-                sent = socket.send_fds(raw, [frame], [self._server.arena_fd])
-            except OSError:
-                self.close()
-                return
-        if sent < len(frame):
-            self.close()
-
-    def _write(self, reply: msg.Reply) -> None:
-        self._raw_write(msg.encode(reply))
-
-    def _raw_write(self, frame: bytes) -> None:
-        if self._transport is None:
-            return
-        self._transport.write(frame)
-        if self._transport.get_write_buffer_size() > _MAX_BACKLOG:
-            log.warning("dropped a client that does not read its answers")
-            self.close()
-
-    def _refuse(self, reason: str) -> None:
-        if self._transport is not None:
-            self._transport.write(msg.encode(msg.Refused(reason[:1000])))
-            self._transport.close()
-        self._transport = None
-        self._buffer.clear()
-
-    def _too_late(self) -> None:
-        self._server.errors += 1
-        log.warning("dropped a client that did not say hello within %g s", _HELLO_DEADLINE)
-        self.close()
-
-    def _cancel_deadline(self) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
-
-
-def _keys(blob: bytes) -> bytes:
-    if len(blob) % 16:
-        raise ProtocolError("keys are 16 bytes each")
-    return blob
-
-
-def _int64(row: np.ndarray) -> bytes:
-    return np.ascontiguousarray(row, "<i8").tobytes()
 
 
 def _asdict(counters: object) -> dict[str, int]:

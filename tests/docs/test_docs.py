@@ -125,6 +125,7 @@ def test_engine_options() -> None:
 def test_keeper_options() -> None:
     text = (ROOT / "docs" / "keeper.md").read_text()
     told = {row[0].strip("`-").replace("-", "_"): row[1] for row in first_cells(text)}
+    told = {"tiers" if name == "tier" else name: text for name, text in told.items()}  # given once per URL
     fields = {field.name: field.default for field in dataclasses.fields(KeeperConfig)}
     assert list(told) == list(fields)
     for name, value in fields.items():
@@ -133,7 +134,7 @@ def test_keeper_options() -> None:
 
 def same(text: str, value: object) -> bool:
     """Whether a page's word for a default is that default."""
-    if value is None:
+    if value in (None, ()):
         return text in UNSET
     if isinstance(value, bool):
         return text in (("true", "yes") if value else ("false", "no"))

@@ -201,6 +201,41 @@ def test_arc_makes_room_for_recent_chunks_when_they_come_back() -> None:
     assert policy.victims(1, all_evictable()).tolist() == [1]
 
 
+def arc_full_of_frequent_chunks() -> Policy:
+    """Eight chunks that were all used again, so the target is 0: no room is meant for newcomers."""
+    policy = make_policy("arc", 8)
+    policy.insert(np.arange(8), list(range(8)), 0, 0)
+    policy.touch(np.arange(8), 1, 0)
+    return policy
+
+
+def test_arc_admits_newcomers_where_all_was_used_again() -> None:
+    policy = arc_full_of_frequent_chunks()
+    policy.insert(ids_of([10, 11]), [10, 11], 2, 0)
+    assert policy.victims(2, all_evictable()).tolist() == [7, 6]
+    policy.remove(ids_of([7, 6]), evicted=True)
+    # The next request's come instead of the last one's, which is over the target.
+    policy.insert(ids_of([12]), [12], 3, 0)
+    assert policy.victims(1, all_evictable()).tolist() == [11]
+
+
+def test_arc_refuses_newcomers_where_nothing_else_can_go() -> None:
+    policy, evictable = arc_full_of_frequent_chunks(), all_evictable()
+    evictable[[0, 1, 2, 3, 4, 5]] = False
+    policy.insert(ids_of([10, 11, 12]), [10, 11, 12], 2, 0)
+    assert policy.victims(3, evictable).tolist() == [7, 6, 12]
+
+
+@pytest.mark.parametrize("forward", [True, False])
+def test_arc_gives_up_a_prompt_s_tail_first_however_it_came(forward: bool) -> None:
+    policy = make_policy("arc", 4)
+    for first in (0, 2, 4) if forward else (4, 2, 0):
+        policy.insert(ids_of([first, first + 1]), [first, first + 1], 7, first)
+    assert policy.victims(2, all_evictable()).tolist() == [5, 4]
+    policy.insert(ids_of([9]), [9], 8, 0)
+    assert policy.victims(3, all_evictable()).tolist() == [5, 4, 3]
+
+
 def test_s3fifo_turns_its_main_queue() -> None:
     policy = make_policy("s3fifo", 10)
     policy.insert(np.arange(4), [0, 1, 2, 3], 0, 0)

@@ -73,9 +73,9 @@ def free_port() -> int:
 class Proxy:
     """Forwards TCP connections to `target`; can cut them, refuse new ones, or stop the flow of bytes."""
 
-    def __init__(self, target: tuple[str, int]) -> None:
+    def __init__(self, target: tuple[str, int], address: str = "127.0.0.1") -> None:
         self._target = target
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener = socket.create_server((address, 0))
         self.port = int(self._listener.getsockname()[1])
         self._flow = threading.Event()
         self._flow.set()

@@ -283,3 +283,15 @@ def test_url_options_are_taken_or_named() -> None:
         url.finish()
     with pytest.raises(ConfigError, match="ttl='soon': not a time"):
         TierURL("a://b?ttl=soon").take_seconds("ttl", 0)
+
+
+def test_a_bug_in_a_tier_is_a_store_that_is_away(caplog) -> None:
+    class Buggy(Wrapper):
+        def get(self, keys, buffers):
+            raise ZeroDivisionError("theirs")
+
+    guard, _ = guarded(Buggy(MemoryTier({})))
+    with pytest.raises(TierUnavailable, match="ZeroDivisionError: theirs"):
+        guard.get(keys_of(1), buffers_of([PAGE]))
+    assert "an unexpected error" in caplog.text
+    assert "Traceback" in caplog.text

@@ -1,6 +1,8 @@
 """The private keeper: one for an engine, however many processes ask, and gone when they are."""
 
+import fcntl
 import os
+import socket as sockets
 import subprocess
 import sys
 from pathlib import Path
@@ -52,7 +54,23 @@ def servers(path: str) -> list[int]:
 
 
 def gone(path: str) -> bool:
-    return not servers(path) and not Path(path).exists()
+    """Whether nobody serves it and nothing is left: no socket, no lock."""
+    return not servers(path) and not any(Path(path).parent.iterdir())
+
+
+def ancestors(pid: int) -> list[int]:
+    found = []
+    while pid > 1:
+        pid = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+        found.append(pid)
+    return found
+
+
+def dead_socket(path: Path) -> Path:
+    """What a keeper leaves that was killed."""
+    with sockets.socket(sockets.AF_UNIX) as listener:
+        listener.bind(str(path))
+    return path
 
 
 def test_processes_that_start_at_once_share_one_keeper(socket: str, child_process, wait_until) -> None:
@@ -79,6 +97,51 @@ def test_the_keeper_ends_when_its_engine_was_killed(socket: str, child_process, 
     assert servers(socket) == [pid]
     engine.kill()
     wait_until(lambda: gone(socket))
+
+
+def test_the_keeper_is_no_descendant_of_its_engine(socket: str, child_process, wait_until) -> None:
+    """vLLM kills all of those when it shuts down: the keeper is to end by itself, and clean up."""
+    engine = child_process(ENGINE, socket, "0.5")
+    engine.say()
+    assert engine.line() == "ready"
+    pid = int(engine.line())
+    assert os.getpid() in ancestors(engine.pid)
+    assert not {os.getpid(), engine.pid} & set(ancestors(pid))
+    assert not any(Path(f"/proc/{engine.pid}/task/{engine.pid}/children").read_text().split())
+    engine.kill()
+    wait_until(lambda: gone(socket))
+
+
+def test_what_dead_keepers_left_is_swept_at_the_next_start(
+    keeper_process, socket: str, child_process, wait_until
+) -> None:
+    folder = Path(socket).parent
+    folder.mkdir()
+    living = keeper_process(socket=str(folder / "engine-living.sock"))
+    dead = [dead_socket(folder / f"engine-dead{number}.sock") for number in range(2)]
+    for name in ("engine-dead0.lock", "engine-dead0.sock.lock", "engine-none.lock"):
+        (folder / name).touch()
+    starting = dead_socket(folder / "engine-starting.sock")
+    lock = starting.with_suffix(".lock")
+    not_private = dead_socket(folder / "keeper.sock")
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        engine = child_process(ENGINE, socket, "0.5")
+        engine.say()
+        assert engine.line() == "ready"
+        engine.line()
+    assert not any(path.exists() for path in dead)
+    kept = {Path(living.socket), starting, lock, not_private, Path(socket)}
+    assert set(folder.iterdir()) == kept
+    assert living.figures()["keeper"]
+
+
+@pytest.mark.parametrize(
+    ("script", "status"), [("raise SystemExit(2)", 2), ("import os; os.kill(os.getpid(), 9)", 137)]
+)
+def test_the_starter_ends_as_the_keeper_did(script: str, status: int) -> None:
+    command = [sys.executable, "-c", launch._STARTER, sys.executable, "-c", script]
+    assert subprocess.run(command, timeout=60, check=False).returncode == status
 
 
 def test_a_killed_keeper_is_started_anew(socket: str, child_process, wait_until) -> None:
@@ -147,12 +210,15 @@ def test_each_engine_has_a_socket_of_its_own(monkeypatch: pytest.MonkeyPatch) ->
     assert len(launch.embedded_socket("x" * 1000)) == len(one)
 
 
-def test_what_is_not_started_is_not_waited_for_in_vain(monkeypatch, keeper_process, wait_until) -> None:
-    """A child that neither answers nor ends is killed."""
-    path = keeper_process.directory() / "s"
-    monkeypatch.setattr(launch, "_START_DEADLINE", 0.1)
+def test_what_is_not_started_is_not_waited_for_in_vain(monkeypatch, wait_until) -> None:
+    """A keeper that neither answers nor ends is killed, and who started it."""
+    monkeypatch.setattr(launch, "_START_DEADLINE", 0.5)
     monkeypatch.setattr(launch, "_alive", lambda socket: False)
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+    name = f"serve {os.getpid()}"
+    command = [sys.executable, "-c", launch._STARTER, sys.executable, "-c", "input()", "serve", name]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as starter:
+        wait_until(lambda: len(servers(name)) == 2)
         with pytest.raises(KeeperUnavailable, match="did not answer"):
-            launch._await(child, str(path))
-        assert child.wait(20) == -9
+            launch._await(starter, name)
+        assert starter.returncode == -9
+        wait_until(lambda: not servers(name))

@@ -277,7 +277,7 @@ def test_a_chunk_is_not_leased_twice_by_one_lookup(keeper, beside: Connection) -
 
 
 def test_as_many_namespaces_as_there_may_be(keeper_process) -> None:
-    keeper = keeper_process(patch="from kvkeep.wire import server; server._MAX_NAMESPACES = 8")
+    keeper = keeper_process(patch="from kvkeep.wire import connection; connection._MAX_NAMESPACES = 8")
     client = keeper.connect()
     for number in range(8):
         assert (
@@ -290,7 +290,7 @@ def test_as_many_namespaces_as_there_may_be(keeper_process) -> None:
 
 
 def test_a_client_that_never_reads_is_dropped(keeper_process, wait_until) -> None:
-    keeper = keeper_process(patch="from kvkeep.wire import server; server._MAX_BACKLOG = 1 << 20")
+    keeper = keeper_process(patch="from kvkeep.wire import connection; connection._MAX_BACKLOG = 1 << 20")
     good = keeper.connect("good")
     namespace = good.open_namespace(FINGERPRINT, "test", GROUPS, 1, 1)
     with raw(keeper) as sock:
@@ -306,7 +306,7 @@ def test_a_client_that_never_reads_is_dropped(keeper_process, wait_until) -> Non
 
 
 def test_a_client_that_says_nothing_is_dropped(keeper_process) -> None:
-    keeper = keeper_process(patch="from kvkeep.wire import server; server._HELLO_DEADLINE = 0.2")
+    keeper = keeper_process(patch="from kvkeep.wire import connection; connection._HELLO_DEADLINE = 0.2")
     with raw(keeper) as silent, raw(keeper) as polite:
         send(polite, HELLO)
         assert answers_until_end(silent) == []
@@ -485,3 +485,44 @@ def test_offsets_travel_whole(keeper, beside: Connection) -> None:
     found = beside.lookup(namespace, keys)
     assert found.offsets[1].tolist() == [-1, *done.offsets[1].tolist()[1:]]
     beside.release(found.lease)
+
+
+RACER = """
+import sys, time
+from kvkeep.cli import main
+from kvkeep.wire import listen
+
+answers = listen._answers
+
+def slowly(path):
+    answer = answers(path)
+    time.sleep(0.5)
+    return answer
+
+listen._answers = slowly
+print("ready", flush=True)
+sys.stdin.readline()
+print(main(["serve", "--memory", "16MiB", "--socket", sys.argv[1]]), flush=True)
+"""
+
+
+def test_of_keepers_that_start_at_once_on_one_path_one_serves(
+    keeper_process, child_process, wait_until
+) -> None:
+    """Both find a dead keeper's socket, and neither removes what the other has just bound."""
+    path = keeper_process.directory() / "keeper.sock"
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+    racers = [child_process(RACER, str(path)) for _ in range(3)]
+    for racer in racers:
+        assert racer.line() == "ready"
+    for racer in racers:
+        racer.say()
+    wait_until(lambda: sum(racer.process.poll() is None for racer in racers) == 1)
+    (left,) = [racer for racer in racers if racer.process.poll() is None]
+    assert [racer.line() for racer in racers if racer is not left] == ["2", "2"]
+    wait_until(path.is_socket)
+    connection = Connection.open(str(path), "test", timeout=20.0)
+    assert connection.status()["pid"] == left.pid
+    connection.close()
+    assert list(path.parent.iterdir()) == [path]

@@ -73,13 +73,14 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
             log.info("kvkeep sets kv_load_failure_policy to recompute")
             self._kv_transfer_config.kv_load_failure_policy = "recompute"
         try:
-            check_engine(vllm_config)
+            check_engine(vllm_config, kv_cache_config)
             if role is KVConnectorRole.SCHEDULER:
                 self._scheduler = SchedulerSide(vllm_config, kv_cache_config, options)
             else:
                 self._worker = WorkerSide(vllm_config, kv_cache_config, options)
         except LayoutError as error:
-            log.warning("kvkeep is off for this engine: %s", error)
+            if role is KVConnectorRole.SCHEDULER:  # the workers find the same
+                log.warning("kvkeep is off for this engine: %s", error)
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -89,7 +90,7 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
     # Worker side
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        """See base class. A layout that we do not know switches the cache off, with one warning."""
+        """See base class."""
         worker = self._worker
         if worker is not None:
             self._guard(lambda: worker.register(kv_caches), None)
@@ -97,6 +98,12 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
         """This rank's layout, for the namespace."""
         return self._worker.handshake() if self._worker is not None else None
+
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        """A step begins."""
+        super().bind_connector_metadata(connector_metadata)
+        if self._worker is not None:
+            self._worker.begin_step()
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         """All loads of the step, before its forward."""
@@ -122,7 +129,10 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
     def wait_for_save(self) -> None:
         """All saves of the step; nothing protects the blocks after this returns."""
         meta, worker = self._step(), self._worker
-        if worker is not None and meta is not None and meta.saves is not None:
+        if worker is None or meta is None:
+            return
+        worker.end_forward(meta)
+        if meta.saves is not None:
             self._guard(lambda: worker.save(meta), None)
 
     def get_block_ids_with_load_errors(self) -> set[int]:
@@ -144,8 +154,10 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
             return
         ranks = {rank: meta for rank, meta in metadata.items() if isinstance(meta, Handshake)}
         expected = self._vllm_config.parallel_config.world_size
-        if len(ranks) != expected:
-            log.warning("kvkeep is off for this engine: %d of %d workers can use it", len(ranks), expected)
+        unfit = sorted({meta.unfit for meta in ranks.values()} - {""})
+        if unfit or len(ranks) != expected:
+            why = "; ".join(unfit) or f"{len(ranks)} of {expected} workers can use it"
+            log.warning("kvkeep is off for this engine: %s", why)
             self._scheduler = None
             return
         self._guard(lambda: scheduler.handshake(ranks), None)
@@ -153,11 +165,12 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
-        """Tokens that can be loaded beyond the local hit; loading is synchronous."""
+        """Tokens that can be loaded beyond the local hit; None to be asked again. Loading is synchronous."""
         scheduler = self._scheduler
         if scheduler is None:
             return 0, False
-        return self._guard(lambda: scheduler.matched(request, num_computed_tokens), 0), False
+        nothing: int | None = 0
+        return self._guard(lambda: scheduler.matched(request, num_computed_tokens), nothing), False
 
     def update_state_after_alloc(
         self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,17 +31,25 @@ from kvkeep.layout import LayerTensor
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-__all__ = ["check_engine", "describe_model", "describe_tensors", "group_window", "weights_identity"]
+__all__ = [
+    "check_engine",
+    "describe_model",
+    "describe_scales",
+    "describe_tensors",
+    "group_window",
+    "weights_identity",
+]
 
 log = logging.getLogger("kvkeep.vllm")
 
 _OLDEST = (0, 32)
 _TESTED = "0.32"
 _PLAIN_SPECS = (FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec, ChunkedLocalAttentionSpec)
+_SCALES = ("_k_scale", "_v_scale", "_k_scale_float", "_v_scale_float")
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.pt", "*.pth")
 
 
-def check_engine(config: VllmConfig) -> None:
+def check_engine(config: VllmConfig, kv_config: KVCacheConfig) -> None:
     """Raise for what this version cannot serve: ConfigError (fix it) or LayoutError (cache off)."""
     version = tuple(vllm.__version_tuple__[:2])
     if version < _OLDEST:
@@ -56,6 +64,8 @@ def check_engine(config: VllmConfig) -> None:
     speculative = config.speculative_config
     if speculative is not None and (speculative.use_eagle() or speculative.uses_draft_model()):
         raise LayoutError("speculative decoding with a draft model's own KV is not supported yet; use ngram")
+    for group in kv_config.kv_cache_groups:
+        group_window(group.kv_cache_spec)
 
 
 def group_window(spec: KVCacheSpec) -> int | None:
@@ -88,7 +98,6 @@ def describe_model(
         "dtype": str(model.dtype),
         "quantization": str(model.quantization),
         "kv_dtype": str(cache.cache_dtype),
-        "kv_scales": bool(getattr(cache, "calculate_kv_scales", False)),
         # Only these position schemes make KV depend on the length limit.
         "max_len": model.max_model_len if any(kind in rope for kind in ("dynamic", "longrope")) else None,
         "tensor_parallel": config.parallel_config.tensor_parallel_size,
@@ -124,6 +133,20 @@ def describe_tensors(layers: Sequence[LayerTensor], dtypes: Sequence[torch.dtype
         inner = [size for dim, size in enumerate(layer.shape) if dim != (1 if layer.shape[0] == 2 else 0)]
         rows.append([layer.name, inner, order, str(dtype)])
     return json.dumps([rows, _packing(device)])
+
+
+def describe_scales(names: Sequence[str], modules: Mapping[str, object]) -> str:
+    """By what one group's layers divide K and V before they store them quantised, on one rank.
+
+    As the layers run: vLLM takes them from the checkpoint, or 1 where that has none or its quantisation
+    does not say so. Those that are computed per token and head lie in the cache itself. `modules`:
+    vLLM's own table of attention layers.
+    """
+    rows = []
+    for name in names:
+        values = [getattr(modules.get(name), scale, None) for scale in _SCALES]
+        rows.append([value.tolist() if isinstance(value, torch.Tensor) else value for value in values])
+    return json.dumps(rows)
 
 
 def _packing(device: str) -> str:

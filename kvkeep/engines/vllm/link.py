@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvkeep.config import EngineConfig
 from kvkeep.errors import KeeperUnavailable, KVKeepError
@@ -68,13 +68,21 @@ class Link:
     def open(self, epoch: int) -> Opened:
         """Connect now. Raises KVKeepError."""
         connection = connect(self._config, self._engine_id, epoch, arena=False)
-        who = self._identity
         try:
-            number = connection.open_namespace(who.fingerprint, who.label, who.groups, who.parts, who.readers)
+            number = self._open_on(connection)
         except KVKeepError:
             connection.close()
             raise
         return Opened(connection, number, epoch)
+
+    def renew(self, opened: Opened, fingerprint: bytes) -> Opened:
+        """Work in another namespace of the same geometry, now and after a loss. Raises KVKeepError."""
+        self._identity = replace(self._identity, fingerprint=fingerprint)
+        return Opened(opened.connection, self._open_on(opened.connection), opened.epoch)
+
+    def _open_on(self, connection: Connection) -> int:
+        who = self._identity
+        return connection.open_namespace(who.fingerprint, who.label, who.groups, who.parts, who.readers)
 
     def reopen(self, epoch: int) -> None:
         """Begin to look for a keeper in the background; `fresh` will tell."""

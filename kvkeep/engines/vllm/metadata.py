@@ -28,6 +28,8 @@ class Handshake(KVConnectorHandshakeMetadata):
     """Canonical description of each group's bytes; part of the namespace."""
     block_bytes: list[int]
     """Per group, what one block of this rank takes."""
+    unfit: str = ""
+    """Why this worker's KV cannot be kept; empty where it can."""
 
 
 @dataclass
@@ -78,6 +80,8 @@ class StepMeta(KVConnectorMetadata):
     """Present until every worker has joined it."""
     unplanned: list[int] = field(default_factory=list)
     """Blocks of promised loads that could not be planned: to be recomputed."""
+    scheduled_tokens: int = 0
+    """Tokens that the step computes, all requests together."""
 
 
 @dataclass

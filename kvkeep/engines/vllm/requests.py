@@ -49,6 +49,13 @@ class Tracked:
         self.first = 0
         self.found = 0
         self.offsets: list[npt.NDArray[np.int64]] = []
+        self.ticket = 0
+        """Not 0: tiers may have more; the engine is told to ask again."""
+        self.since = 0.0
+        """When that began, by the monotonic clock."""
+        self.patience = 0.0
+        self.stage = 0
+        """How far it is: 0 asking the tiers, 1 reading, 2 done."""
 
     def keys(self, first: int, last: int) -> bytes:
         """Keys of chunks first … last-1; hashes what has not been hashed yet.

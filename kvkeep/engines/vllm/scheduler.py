@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+import uuid
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
@@ -17,6 +18,7 @@ from kvkeep.engines.vllm.describe import describe_model, group_window
 from kvkeep.engines.vllm.geometry import Geometry, arrange
 from kvkeep.engines.vllm.link import Identity, Link, Opened
 from kvkeep.engines.vllm.metadata import Copies, Handshake, Rank, Session, StepMeta, WorkerMeta
+from kvkeep.engines.vllm.reader import Reader, give_back
 from kvkeep.engines.vllm.report import Reporter
 from kvkeep.engines.vllm.requests import Tracked
 from kvkeep.engines.vllm.stats import KVKeepStats
@@ -79,6 +81,8 @@ class SchedulerSide:
         self._told = False
         self._disabled = False
         self._reporter = Reporter(config.log_interval)
+        self._reader = Reader(config, self.stats)
+        self._description: dict[str, object] = {}
 
     # Start
 
@@ -93,7 +97,7 @@ class SchedulerSide:
             self._vllm_config, self._kv_config, geometry.chunk_tokens, self.config.model_id
         )
         description["layouts"] = [[list(rank), workers[rank].layout] for rank in self._ranks]
-        self._fingerprint = fingerprint(description)
+        self._description, self._fingerprint = description, fingerprint(description)
         self._session, slot = arrange(geometry, workers, max(1, self._kv_config.kv_tp_replicas))
         specs = list(zip(slot, geometry.window_chunks(), strict=True))
         identity = Identity(
@@ -125,35 +129,21 @@ class SchedulerSide:
 
     # Reading
 
-    def matched(self, request: Request, local: int) -> int:
-        """Tokens beyond `local` whose KV is held and leased; leaves at least one to compute."""
+    def matched(self, request: Request, local: int) -> int | None:
+        """Tokens beyond `local` whose KV is held and leased; leaves at least one to compute. None while
+        more is on its way from a tier: the engine asks again."""
         if not self._ready or request.skip_reading_prefix_cache:
             return 0
         tracked = self._track(request)
         first, limit = local // self._chunk_tokens, (request.num_tokens - 1) // self._chunk_tokens
         if not tracked.cacheable:
             return 0
-        if tracked.asked != (first, limit):
-            self._lookup(tracked, first, limit)
-        return max(0, (first + tracked.found) * self._chunk_tokens - local)
-
-    def _lookup(self, tracked: Tracked, first: int, limit: int) -> None:
-        began = time.perf_counter()
-        self._give_back(tracked)
-        keys = tracked.keys(0, max(first, limit))
-        if self._keeper is None or not tracked.cacheable:
-            return
         try:
-            # Also with nothing to find: it marks what is used, and gives the request its place in time.
-            found = self._keeper.connection.lookup(self._keeper.namespace, keys, first)
+            if not self._reader.look(self._keeper, tracked, first, limit, self._chunk_tokens):
+                return None
         except (KeeperUnavailable, RequestRefused) as error:
             self._lose(error)
-            return
-        tracked.epoch = found.epoch
-        tracked.asked, tracked.first = (first, limit), first
-        tracked.lease, tracked.found, tracked.offsets = found.lease, found.chunks, found.offsets
-        self.stats.add("lookups", 1)
-        self.stats.add("lookup_seconds", time.perf_counter() - began)
+        return max(0, (first + tracked.found) * self._chunk_tokens - local)
 
     def allocated(self, request: Request, blocks: KVCacheBlocks, external: int) -> None:
         """The engine took `external` of the tokens that `matched` offered, and gave them blocks."""
@@ -190,6 +180,9 @@ class SchedulerSide:
         saves = guard(lambda: self._plan_saves(output), None) if self._ready else None
         guard(self._renew, None)
         meta = StepMeta(self._session.epoch if self._session is not None else -1, loads, saves)
+        meta.scheduled_tokens = output.total_num_scheduled_tokens
+        if not meta.scheduled_tokens:
+            self._reader.rest()
         if promised and loads is None:
             meta.unplanned = [block for _, table, *_ in promised for blocks in table for block in blocks]
         if self._session is not None and not (self._told and self._all_joined()):
@@ -267,6 +260,7 @@ class SchedulerSide:
             self._set_ready()
         if isinstance(output.kv_connector_stats, KVKeepStats):
             self._reporter.add(output.kv_connector_stats)
+            self._reader.speed.add(output.kv_connector_stats)
 
     def take_stats(self) -> KVKeepStats | None:
         """Figures since the last call; logs the periodic line when it is due."""
@@ -276,16 +270,24 @@ class SchedulerSide:
         return taken
 
     def reset(self) -> bool:
-        """Forget everything of this namespace."""
-        if self._keeper is None:
+        """Serve nothing that was saved so far, from memory or from any tier.
+
+        Weights may have been replaced under the running engine, which no digest of files shows: from here
+        on it works in a namespace of its own.
+        """
+        self._fingerprint = fingerprint(self._description | {"reset": uuid.uuid4().hex})
+        for tracked in self._requests.values():
+            tracked.cacheable = False  # part of its KV may be from before
+            if all(tracked is not promise.tracked for promise in self._loads):
+                self._give_back(tracked)
+        if self._link is None or self._keeper is None:
             return True
         try:
             self._keeper.connection.clear(self._keeper.namespace)
+            self._keeper = self._link.renew(self._keeper, self._fingerprint)
         except KVKeepError as error:
             self._lose(error)
             return False
-        for tracked in self._requests.values():
-            tracked.next_save = 0
         return True
 
     def stop(self) -> None:
@@ -303,16 +305,8 @@ class SchedulerSide:
         return tracked
 
     def _give_back(self, tracked: Tracked) -> None:
-        if tracked.lease:
-            lease = tracked.lease
-            self._tell(lambda keeper: keeper.connection.release(lease))
-        tracked.forget_claim()
-
-    def _tell(self, send: Callable[[Opened], None]) -> None:
-        if self._keeper is None:
-            return
         try:
-            send(self._keeper)
+            give_back(self._keeper, tracked)
         except KeeperUnavailable as error:
             self._lose(error)
 

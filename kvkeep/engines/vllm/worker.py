@@ -13,11 +13,11 @@ import torch
 from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 
 from kvkeep.config import EngineConfig
-from kvkeep.engines.vllm.describe import describe_tensors
+from kvkeep.engines.vllm.describe import describe_scales, describe_tensors
 from kvkeep.engines.vllm.link import connect
 from kvkeep.engines.vllm.metadata import Copies, Handshake, Rank, Session, StepMeta, WorkerMeta
 from kvkeep.engines.vllm.stats import KVKeepStats
-from kvkeep.errors import KeeperUnavailable, KVKeepError
+from kvkeep.errors import KeeperUnavailable, KVKeepError, LayoutError
 from kvkeep.layout import group_layout
 from kvkeep.transfer import Transfer, make_transfer
 from kvkeep.transfer.base import describe_layers, prepare_mapping
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 __all__ = ["WorkerSide"]
 
 log = logging.getLogger("kvkeep.vllm")
+
+_PREFILL_TOKENS = 64  # a step of fewer says little about prefill
 
 
 class _Joined:
@@ -50,6 +52,7 @@ class WorkerSide:
         self.stats = KVKeepStats()
         self._kv_config = kv_config
         self._engine_id: str = vllm_config.kv_transfer_config.engine_id
+        self._modules: dict[str, object] = vllm_config.compilation_config.static_forward_context
         self._layers: list[list[tuple[str, torch.Tensor]]] = []
         self._rank: Rank = (0, 0)
         self._handshake: Handshake | None = None
@@ -59,11 +62,23 @@ class WorkerSide:
         self._session: Session | None = None
         self._failed_blocks: set[int] = set()
         self._off = False
+        self._began = 0.0
+        self._loading = 0.0
 
     # Start
 
     def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        """The engine's KV tensors, by layer. Describes them, and joins the first session."""
+        """The engine's KV tensors, by layer. Describes them, and joins the first session.
+
+        A layout that we do not know is told in the handshake: the scheduler side warns, once for all.
+        """
+        try:
+            self._handshake = self._begin(kv_caches)
+        except LayoutError as error:
+            self._handshake = Handshake(False, [], [], str(error))
+            self.leave()
+
+    def _begin(self, kv_caches: dict[str, torch.Tensor]) -> Handshake:
         groups = self._kv_config.kv_cache_groups
         self._layers = [[(name, kv_caches[name]) for name in group.layer_names] for group in groups]
         self._rank = (get_pp_group().rank_in_group, get_tp_group().rank_in_group)
@@ -71,15 +86,14 @@ class WorkerSide:
         layouts = [group_layout(layers, self._kv_config.num_blocks) for layers in described]
         text = [
             describe_tensors(plain, [tensor.dtype for _, tensor in layers], layers[0][1].device.type)
+            + describe_scales([name for name, _ in layers], self._modules)
             for plain, layers in zip(described, self._layers, strict=True)
         ]
         try:
             self._joined = self._join(0)
         except KeeperUnavailable as error:
             log.warning("kvkeep: %s; the engine runs without it and goes on looking", error)
-        self._handshake = Handshake(
-            self._joined is not None, text, [layout.block_bytes for layout in layouts]
-        )
+        return Handshake(self._joined is not None, text, [layout.block_bytes for layout in layouts])
 
     def handshake(self) -> Handshake | None:
         """What `register` found."""
@@ -91,13 +105,25 @@ class WorkerSide:
             arena = connection.map_arena()
             threads = self.config.copy_threads
             transfer = make_transfer(self._layers, self._kv_config.num_blocks, arena, threads)
-            prepare_mapping(arena)
+            prepare_mapping(arena, connection.arena_fd)
         except BaseException:
             connection.close()
             raise
         return _Joined(epoch, connection, transfer)
 
     # One step
+
+    def begin_step(self) -> None:
+        """The engine is about to run a step."""
+        self._began, self._loading = time.perf_counter(), self.stats.data.get("load_seconds", 0.0)
+
+    def end_forward(self, meta: StepMeta) -> None:
+        """The step's forward is done: count how fast it was, where it was prefill enough to tell."""
+        if meta.scheduled_tokens < _PREFILL_TOKENS:
+            return
+        loading = self.stats.data.get("load_seconds", 0.0) - self._loading
+        self.stats.add("computed_tokens", meta.scheduled_tokens)
+        self.stats.add("compute_seconds", max(0.0, time.perf_counter() - self._began - loading))
 
     def load(self, meta: StepMeta) -> bool:
         """Arena → paged KV, for everything this step's forward reads. Returns True when it is there."""
@@ -123,6 +149,7 @@ class WorkerSide:
         old = self._joined.transfer
         slow = ReferenceTransfer(self._layers, self._kv_config.num_blocks, old.arena.numpy())  # type: ignore[arg-type]
         self._copy(slow, meta.loads, saving=False)
+        self.stop()  # the lease ends with the session, and a new one begins
 
     def save(self, meta: StepMeta) -> None:
         """Paged KV → arena, for the chunks that this step completed."""
@@ -147,10 +174,15 @@ class WorkerSide:
         self.fail_blocks([int(block) for rows in meta.loads.blocks.values() for row in rows for block in row])
 
     def fail_blocks(self, blocks: list[int]) -> None:
-        """Report blocks whose load failed."""
+        """Report blocks whose load failed.
+
+        This rank leaves the session: the leases end with it, and so do the reservations for what this
+        step computes from those blocks, which must not be saved.
+        """
         if blocks:
             self._failed_blocks.update(blocks)
             self.stats.add("load_failures", 1)
+            self.stop()
 
     def take_failed_blocks(self) -> set[int]:
         """Blocks whose load failed since the last call."""
@@ -170,7 +202,7 @@ class WorkerSide:
         self.stop()
 
     def stop(self) -> None:
-        """The engine shuts down."""
+        """Close the connection, if there is one: to end, or to begin a new session."""
         if self._joined is not None:
             self._joined.connection.close()
 

@@ -5,7 +5,7 @@ on Mooncake's two public traces, and ns of policy per block, by `kvkeep bench po
 (2 shared cores of an AMD EPYC, 2026-11-24):
 
     conversation   lru .052 .196 .279 .353   1010 ns    synthetic   lru .038 .157 .262 .444    690 ns
-                   arc .065 .210 .284 .335   1360 ns                arc .044 .163 .262 .460   1090 ns
+                   arc .065 .210 .284 .335   1360 ns                arc .043 .163 .262 .460   1090 ns
                 s3fifo .075 .187 .245 .344   1770 ns             s3fifo .045 .155 .260 .446   1400 ns
                 belady .246 .366 .366 .366                       belady .185 .396 .506 .626
 

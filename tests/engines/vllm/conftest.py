@@ -1,23 +1,35 @@
-"""A tiny Llama with random weights: starts fast, splits over two ranks, answers deterministically."""
+"""Tiny models with random weights, which start fast and answer deterministically, and their stories."""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+ROOT = Path(__file__).parents[3]
+SCENARIO = Path(__file__).with_name("scenario.py")
+
 MAKE_MODEL = """
-import sys, torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+import sys, torch, transformers
+from transformers import PreTrainedTokenizerFast
 from tokenizers import Tokenizer, models, pre_tokenizers
 torch.manual_seed(7)
-config = LlamaConfig(hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
-                     num_key_value_heads=2, head_dim=64, vocab_size=4200, max_position_embeddings=8192,
-                     bos_token_id=1, eos_token_id=2)
-LlamaForCausalLM(config).float().save_pretrained(sys.argv[1])
+sizes = dict(hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
+             num_key_value_heads=2, head_dim=64, vocab_size=4200, max_position_embeddings=8192,
+             bos_token_id=1, eos_token_id=2)
+if sys.argv[2] == "hybrid":  # two KV-cache groups
+    config = transformers.Gemma3TextConfig(**sizes, sliding_window=128, query_pre_attn_scalar=64,
+                                           layer_types=["sliding_attention", "full_attention"] * 2)
+    model = transformers.Gemma3ForCausalLM(config)
+else:
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
+model.float().save_pretrained(sys.argv[1])
 words = {f"w{i}": i for i in range(4200)}
 tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
 tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -51,9 +63,40 @@ def run_script(script: str, *arguments: str) -> None:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny") / "model"
-    run_script(MAKE_MODEL, str(folder))
+    run_script(MAKE_MODEL, str(folder), "llama")
     assert json.loads((folder / "config.json").read_text())["num_hidden_layers"] == 4
     return folder
+
+
+@pytest.fixture(scope="session")
+def hybrid_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("hybrid") / "model"
+    run_script(MAKE_MODEL, str(folder), "hybrid")
+    return folder
+
+
+@pytest.fixture
+def live(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Run one story of scenario.py in a process of its own; returns its phases, and its log."""
+
+    def run(
+        model: Path, story: str, connector: dict[str, Any] | None, *flags: str, **options: Any
+    ) -> dict[str, Any]:
+        out = tmp_path / "phases.json"
+        options = {"model": str(model), "max_model_len": 2048, "block_size": 32, **options}
+        command = [sys.executable, str(SCENARIO), str(out), "--story", story, *flags]
+        command += ["--options", json.dumps(options)]
+        if connector is not None:
+            command += ["--connector", json.dumps(connector)]
+        paths = [str(ROOT), str(SCENARIO.parent)]  # of the latter a connector of ours may come
+        environ = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, env=environ)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        phases: dict[str, Any] = json.loads(out.read_text())
+        phases["log"] = done.stdout + done.stderr
+        return phases
+
+    return run
 
 
 @pytest.fixture

@@ -5,9 +5,7 @@ float32: the engine's own bfloat16 is not deterministic between batch shapes (ne
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,40 +14,29 @@ import pytest
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[3]
-SCENARIO = Path(__file__).with_name("scenario.py")
 
 
-def live(
-    out: Path, model: str, story: str, connector: dict[str, Any] | None, **options: Any
-) -> dict[str, Any]:
-    """Run one story in a process of its own; returns its phases."""
+def prepared(model: str) -> Path:
+    """A real model's folder."""
     folder = ROOT / "demo" / "models" / model
     if not folder.is_dir():
         pytest.skip(f"{model} is not prepared: run `make models`")
-    options = {"model": str(folder), "max_model_len": 2048, "block_size": 32, **options}
-    command = [sys.executable, str(SCENARIO), str(out), "--story", story, "--options", json.dumps(options)]
-    if connector is not None:
-        command += ["--connector", json.dumps({"memory": "1GiB", **connector})]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    phases: dict[str, Any] = json.loads(out.read_text())
-    phases["log"] = done.stdout + done.stderr
-    return phases
+    return folder
 
 
 def assert_equal(ours: dict[str, Any], theirs: dict[str, Any]) -> int:
     """Every request of every phase; returns how many were compared."""
     assert ours.keys() == theirs.keys()
-    names = [name for name in ours if name != "log"]
+    names = [name for name in ours if name not in ("log", "metrics")]
     for name in names:
         assert ours[name]["tokens"] == theirs[name]["tokens"], name
     return sum(len(ours[name]["tokens"]) for name in names)
 
 
 @pytest.mark.parametrize("model", ["smollm2", "gemma3"])
-def test_mixed_prompts_are_answered_alike(model: str, tmp_path: Path) -> None:
-    off = live(tmp_path / "off.json", model, "mixed", None)
-    on = live(tmp_path / "on.json", model, "mixed", {})
+def test_mixed_prompts_are_answered_alike(model: str, live: Callable[..., dict[str, Any]]) -> None:
+    off = live(prepared(model), "mixed", None)
+    on = live(prepared(model), "mixed", {"memory": "1GiB"})
     assert assert_equal(on, off) >= 50
     # And it was kvkeep that answered: with the engine's own cache emptied, whole chunks are found.
     whole = [(tokens - 1) // 32 * 32 for tokens in on["full hit"]["prompt"]]
@@ -70,9 +57,9 @@ def test_mixed_prompts_are_answered_alike(model: str, tmp_path: Path) -> None:
         ),
     ],
 )
-def test_preemption_and_chunked_prefill(changes: dict[str, Any], tmp_path: Path) -> None:
+def test_preemption_and_chunked_prefill(changes: dict[str, Any], live: Callable[..., dict[str, Any]]) -> None:
     changes = dict(changes)
-    connector = changes.pop("connector")
+    connector = {"memory": "1GiB", **changes.pop("connector")}
     # 36 blocks for six requests that grow to ten each; prefill in pieces of 64 tokens.
     tight = {
         "num_gpu_blocks_override": 36,
@@ -80,7 +67,7 @@ def test_preemption_and_chunked_prefill(changes: dict[str, Any], tmp_path: Path)
         "max_num_seqs": 8,
         "max_model_len": 512,
     }
-    off = live(tmp_path / "off.json", "smollm2", "crowded", None, **tight, **changes)
-    on = live(tmp_path / "on.json", "smollm2", "crowded", connector, **tight, **changes)
+    off = live(prepared("smollm2"), "crowded", None, **tight, **changes)
+    on = live(prepared("smollm2"), "crowded", connector, **tight, **changes)
     assert assert_equal(on, off) == 12
     assert sum(on["preempted again"]["cached"]) > 500

@@ -1,0 +1,127 @@
+"""What each tier has yet to be told: chunks on their way down, oldest first."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from kvkeep.keeper.chunks import ChunkState
+from kvkeep.keeper.index import Keys, Records
+from kvkeep.keeper.keeper import Keeper
+from kvkeep.keeper.leases import ClaimKind
+
+__all__ = ["MOVERS", "Flush", "FlushQueue", "Move", "moves_of"]
+
+_MOST_WAITING = 1 << 20  # 16 MiB of keys: what waits while a tier is away for long
+MOVERS = "~movers"
+"""The session that holds the movers' own claims."""
+
+
+class Move(NamedTuple):
+    """One value between the arena and a tier."""
+
+    key: bytes
+    """As tiers name it: 8 bytes of the namespace's fingerprint, 16 of the chunk key."""
+    offset: int
+    length: int
+
+
+class Flush(NamedTuple):
+    """One batch to write; its records are leased until `FlushQueue.done`."""
+
+    records: Records
+    lease: int
+    moves: list[Move]
+
+
+class FlushQueue:
+    """The queue of one tier: keys of chunks, not their bytes, so that it holds nothing in the arena.
+
+    What is evicted before its turn is lost to the tier, and counted. No I/O: movers take batches.
+    """
+
+    def __init__(self, keeper: Keeper, tier: int, *, through: bool, second_touch: bool) -> None:
+        self._keeper = keeper
+        self._bit = np.uint16(1 << tier)
+        self._through = through
+        self._second_touch = second_touch
+        self._waiting: deque[Keys] = deque()
+        self.lost = 0
+        """Chunks that were gone from memory before they could be written."""
+
+    def __len__(self) -> int:
+        return sum(len(keys) for keys in self._waiting)
+
+    def committed(self, records: Records) -> None:
+        """Chunks have become readable."""
+        if self._through:
+            self._add(records)
+
+    def used(self, records: Records) -> None:
+        """A request has asked for chunks that are held."""
+        if self._second_touch:
+            self._add(records[self._keeper.chunks.state[records] == ChunkState.COMMITTED])
+
+    def next(self, most_bytes: int) -> Flush | None:
+        """The next batch, of at least one chunk and at most about `most_bytes`; None if there is none."""
+        chunks, taken, nbytes = self._keeper.chunks, [], 0
+        while self._waiting and nbytes < most_bytes:
+            keys = self._waiting.popleft()
+            records = chunks.table.find(keys)
+            self.lost += int((records < 0).sum())
+            records = records[records >= 0]
+            records = records[(chunks.state[records] == ChunkState.COMMITTED)]
+            ends = nbytes + np.cumsum(self._keeper.slot_bytes(records))
+            count = min(len(records), int(np.searchsorted(ends, most_bytes)) + 1)
+            if count < len(records):
+                self._waiting.appendleft(chunks.table.keys_of(records[count:]))
+            if count:
+                nbytes = int(ends[count - 1])
+                chunks.queued[records[:count]] &= ~self._bit
+                taken.append(records[:count])
+        if not taken:
+            return None
+        together = np.concatenate(taken)
+        chunks.lease(together)
+        lease = self._keeper.claims.open(ClaimKind.LEASE, MOVERS, together, 1)
+        return Flush(together, lease, moves_of(self._keeper, together))
+
+    def done(self, flush: Flush, stored: npt.NDArray[np.bool_], again: bool) -> None:
+        """A batch has been tried. What was not stored is queued anew if `again`."""
+        chunks = self._keeper.chunks
+        chunks.stored[flush.records[stored]] |= self._bit
+        missing = flush.records[~stored & (chunks.state[flush.records] == ChunkState.COMMITTED)]
+        if again and len(missing):
+            chunks.queued[missing] |= self._bit
+            self._waiting.appendleft(chunks.table.keys_of(missing))
+        self._keeper.release(MOVERS, flush.lease, None)
+
+    def _add(self, records: Records) -> None:
+        chunks = self._keeper.chunks
+        new = records[((chunks.stored[records] | chunks.queued[records]) & self._bit) == 0]
+        if len(new):
+            chunks.queued[new] |= self._bit
+            self._waiting.append(chunks.table.keys_of(new))
+        while len(self._waiting) > 1 and len(self) > _MOST_WAITING:
+            given_up = chunks.table.find(self._waiting.popleft())
+            self.lost += len(given_up)
+            chunks.queued[given_up[given_up >= 0]] &= ~self._bit
+
+
+def moves_of(keeper: Keeper, records: Records) -> list[Move]:
+    """Where the bytes of records lie, and what tiers call them."""
+    chunks = keeper.chunks
+    keys = chunks.table.keys_of(records)
+    return [
+        Move(keeper.namespaces[space].fingerprint[:8] + key.tobytes(), offset, length)
+        for space, key, offset, length in zip(
+            chunks.namespace[records].tolist(),
+            keys,
+            chunks.offset[records].tolist(),
+            keeper.slot_bytes(records).tolist(),
+            strict=True,
+        )
+    ]

@@ -1,0 +1,306 @@
+"""Threads that carry chunks between the arena and the tiers, and the loop's side of them.
+
+The event loop owns all state (`Fetches`, `FlushQueue`); a thread is handed a batch, calls one verb of
+one tier on memory of the arena, and posts the result back. Slots of a batch stay leased or reserved
+until its verb has returned, however long that takes, so a hung store pins what it was given and no more.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from kvkeep.errors import TierUnavailable
+from kvkeep.keeper.fetch import Batch, Fetch, Fetches, Need, Stage
+from kvkeep.keeper.flush import Flush, FlushQueue, Move
+from kvkeep.keeper.keeper import Found, Keeper
+from kvkeep.keeper.namespaces import Namespace
+from kvkeep.tiers.base import Got, Put
+from kvkeep.tiers.open import Opened, WriteWhen
+
+__all__ = ["Asked", "Movers"]
+
+log = logging.getLogger("kvkeep.keeper")
+
+_FLUSH_BYTES = 32 << 20
+_PROBE_THREADS = 4
+_MOST_FETCHES = 256
+_LATENCY_GUESS = 0.001
+
+
+class Asked(NamedTuple):
+    """A lookup that did not find all."""
+
+    session: str
+    space: Namespace
+    keys: bytes
+    first: int
+    recompute: float = 0.0
+    """Seconds that the engine takes to compute one chunk (0: unknown, less: do not load)."""
+    patience: float = 0.0
+    """Seconds that the request may wait to hear what the tiers have."""
+
+
+class Lane:
+    """A few threads that work off one queue. Daemons: a hung verb does not hold up the process's end."""
+
+    def __init__(self, name: str, threads: int) -> None:
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._threads = threads
+        for number in range(threads):
+            threading.Thread(target=self._work, name=f"kvkeep-{name}-{number}", daemon=True).start()
+
+    def submit(self, job: Callable[[], None]) -> None:
+        """Run `job` on one of the threads; it must not raise."""
+        self._jobs.put(job)
+
+    def close(self) -> None:
+        """Let the threads end after what is queued."""
+        for _ in range(self._threads):
+            self._jobs.put(None)
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            job()
+
+
+class Movers:
+    """Moves chunks for one keeper. All methods are the event loop's; `post` runs a call on it."""
+
+    def __init__(
+        self,
+        keeper: Keeper,
+        tiers: Sequence[Opened],
+        memory: mmap.mmap,
+        post: Callable[[Callable[[], None]], object],
+    ) -> None:
+        self._keeper = keeper
+        self._tiers = list(tiers)
+        self._memory = memoryview(memory)
+        self._post = post
+        self._fetches = Fetches(keeper)
+        self._probes = Lane("probe", _PROBE_THREADS)
+        self._readers = [
+            Lane(f"read{number}", opened.tier.capabilities.concurrency) for number, opened in enumerate(tiers)
+        ]
+        self._writers = [Lane(f"write{number}", 1) for number in range(len(tiers))]
+        self._queues = [
+            FlushQueue(
+                keeper,
+                number,
+                through=opened.write is WriteWhen.THROUGH,
+                second_touch=opened.write is WriteWhen.SECOND_TOUCH,
+            )
+            for number, opened in enumerate(tiers)
+        ]
+        self._writing = [0] * len(tiers)
+        self._reading = [0] * len(tiers)
+        self._probing = [False] * len(tiers)
+        keeper.queues += self._queues
+        for tier, opened in enumerate(tiers):
+            opened.tier.attach(self._memory)
+            # The first verb makes connections and loads code: not while a request waits for it.
+            self._writers[tier].submit(opened.guard.probe)
+
+    # Up
+
+    def fetch(self, asked: Asked, found: Found) -> int:
+        """Look below for chunks that a lookup did not find; a ticket if that is worth waiting for, or 0.
+
+        Where asking usually takes longer than the request has patience, what is found is fetched all the
+        same, for the next one.
+        """
+        usable = [opened for opened in self._tiers if opened.guard.available]
+        if asked.recompute < 0 or not usable or len(self._fetches) >= _MOST_FETCHES:
+            return 0
+        fetch = self._fetches.begin(asked.session, asked.space, asked.keys, asked.first, found.epoch)
+        fetch.attended = sum(opened.tier.latency or 0.0 for opened in usable) < asked.patience
+        self._ask(fetch, found.chunks, asked.recompute)
+        return fetch.ticket if fetch.attended and fetch.stage is not Stage.DONE else 0
+
+    def stage(self, session: str, ticket: int) -> Stage:
+        """How far a fetch is."""
+        return self._fetches.stage(session, ticket)
+
+    def forget(self, session: str, ticket: int) -> None:
+        """The request has taken what landed, or waits no more."""
+        self._fetches.forget(session, ticket)
+
+    def session_ended(self, session: str) -> None:
+        """A session is gone."""
+        self._fetches.session_ended(session)
+
+    def _ask(self, fetch: Fetch, held: int, recompute: float) -> None:
+        keys = fetch.question()
+        if not keys:
+            self._plan(fetch, held, recompute)
+            return
+
+        def job() -> None:
+            tiers = self._find(keys)
+            self._post(lambda: self._answered(fetch, tiers, held, recompute))
+
+        self._probes.submit(job)
+
+    def _answered(self, fetch: Fetch, tiers: list[int], held: int, recompute: float) -> None:
+        fetch.answer(tiers)
+        self._ask(fetch, held, recompute)
+
+    def _find(self, keys: list[bytes]) -> list[int]:
+        """Per key, the first tier that has it, or -1. In a thread."""
+        found = [-1] * len(keys)
+        left = list(range(len(keys)))
+        for number, opened in enumerate(self._tiers):
+            if not left or not opened.guard.available:
+                continue
+            try:
+                here = opened.tier.contains([keys[at] for at in left])
+            except TierUnavailable:
+                continue
+            for at, held in zip(left, here, strict=True):
+                if held:
+                    found[at] = number
+            left = [at for at in left if found[at] < 0]
+        return found
+
+    def _plan(self, fetch: Fetch, held: int, recompute: float) -> None:
+        batches = self._fetches.plan(
+            fetch, held, lambda needs, chunks: not recompute or self._seconds(needs) < chunks * recompute
+        )
+        for batch in batches:
+            self._read(batch)
+        self._fetches.started(fetch)
+
+    def _seconds(self, needs: list[Need]) -> float:
+        """How long reading takes, behind what is being read; tiers work side by side."""
+        longest = 0.0
+        for tier, nbytes in needs:
+            meter = self._tiers[tier].tier
+            rate = meter.seconds_per_byte or 0.0  # not known yet: worth finding out
+            latency = _LATENCY_GUESS if meter.latency is None else meter.latency
+            longest = max(longest, latency + rate * (nbytes + self._reading[tier]))
+        return longest
+
+    def _read(self, batch: Batch) -> None:
+        opened = self._tiers[batch.tier]
+        nbytes = sum(move.length for move in batch.moves)
+        self._reading[batch.tier] += nbytes
+
+        def job() -> None:
+            try:
+                results = opened.tier.get([move.key for move in batch.moves], self._views(batch.moves))
+                good = np.array([result is Got.HIT for result in results], np.bool_)
+            except TierUnavailable:
+                good = np.zeros(len(batch.moves), np.bool_)
+            self._post(lambda: landed(good))
+
+        def landed(good: np.ndarray[Any, np.dtype[np.bool_]]) -> None:
+            self._reading[batch.tier] -= nbytes
+            self._fetches.landed(batch, good)
+            self.kick()
+
+        self._readers[batch.tier].submit(job)
+
+    # Down
+
+    def kick(self) -> None:
+        """Begin to write what waits, where a tier is idle."""
+        for tier, opened in enumerate(self._tiers):
+            if not self._writing[tier] and opened.guard.available:
+                flush = self._queues[tier].next(_FLUSH_BYTES)
+                if flush is not None:
+                    self._writing[tier] = len(flush.moves)
+                    self._write(tier, flush)
+
+    def tick(self) -> None:
+        """Now and then: see whether tiers that were switched off are well again, and write what waits."""
+        for tier, opened in enumerate(self._tiers):
+            if opened.guard.probe_due and not self._probing[tier]:
+                self._probing[tier] = True
+                self._writers[tier].submit(lambda tier=tier: self._probe(tier))  # type: ignore[misc]
+        self.kick()
+
+    @property
+    def unwritten(self) -> int:
+        """Chunks that are queued for, or on their way to, a tier that can be written to."""
+        return sum(
+            len(waiting) + writing
+            for waiting, writing, opened in zip(self._queues, self._writing, self._tiers, strict=True)
+            if opened.guard.available
+        )
+
+    def _write(self, tier: int, flush: Flush) -> None:
+        opened = self._tiers[tier]
+
+        def job() -> None:
+            stored, again = np.zeros(len(flush.moves), np.bool_), False
+            try:
+                stored = self._put(opened, flush.moves)
+            except TierUnavailable:
+                again = True
+            self._post(lambda: done(stored, again))
+
+        def done(stored: np.ndarray[Any, np.dtype[np.bool_]], again: bool) -> None:
+            self._writing[tier] = 0
+            self._queues[tier].done(flush, stored, again)
+            if not again:
+                self.kick()
+
+        self._writers[tier].submit(job)
+
+    def _put(self, opened: Opened, moves: list[Move]) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """Which of the moves are held by the tier now; those that another host has written are left out."""
+        keys = [move.key for move in moves]
+        shared = opened.tier.capabilities.shared
+        held = np.array(opened.tier.contains(keys) if shared else [False] * len(keys), np.bool_)
+        new = [move for move, here in zip(moves, held.tolist(), strict=True) if not here]
+        results = opened.tier.put([move.key for move in new], self._views(new)) if new else []
+        held[~held] = [result is Put.STORED for result in results]
+        return held
+
+    def _probe(self, tier: int) -> None:
+        self._tiers[tier].guard.probe()
+        self._probing[tier] = False
+
+    def _views(self, moves: list[Move]) -> list[memoryview]:
+        return [self._memory[move.offset : move.offset + move.length] for move in moves]
+
+    # Figures and the end
+
+    def figures(self) -> list[dict[str, object]]:
+        """Per tier, what `kvkeep status` shows; without asking the medium, which may hang."""
+        return [
+            {
+                "url": opened.url,
+                "available": opened.guard.available,
+                "last_error": opened.guard.last_error,
+                "write": opened.write.value,
+                "waiting_chunks": len(waiting) + writing,
+                "lost_chunks": waiting.lost,
+                "latency_s": opened.tier.latency,
+                "read_GBps": _per_second(opened.tier.seconds_per_byte),
+                **opened.tier.figures(),
+            }
+            for opened, waiting, writing in zip(self._tiers, self._queues, self._writing, strict=True)
+        ]
+
+    def close(self) -> None:
+        """End the threads, and let go of the tiers; those in a hung verb are left to the process's end."""
+        for lane in (self._probes, *self._readers, *self._writers):
+            lane.close()
+        deadline = time.monotonic() + 5.0
+        for opened in self._tiers:
+            closing = threading.Thread(target=opened.tier.close, daemon=True)
+            closing.start()
+            closing.join(max(0.1, deadline - time.monotonic()))
+
+
+def _per_second(seconds_per_byte: float | None) -> float | None:
+    return None if not seconds_per_byte else round(1e-9 / seconds_per_byte, 3)

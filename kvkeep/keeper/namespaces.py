@@ -1,0 +1,48 @@
+"""What the keeper knows of each namespace, and what it counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+__all__ = ["Counters", "GroupSpec", "Namespace"]
+
+
+class GroupSpec(NamedTuple):
+    """One KV-cache group of a namespace."""
+
+    slot_bytes: int
+    """Bytes of one chunk, all parts together."""
+    window_chunks: int | None
+    """Chunks that a sliding window looks back on; None for full attention."""
+
+
+@dataclass
+class Counters:
+    """What happened so far. Asked and hit chunks count once per prompt position; all others once per
+    KV-cache group, as slots do."""
+
+    lookups: int = 0
+    asked_chunks: int = 0
+    hit_chunks: int = 0
+    stored_chunks: int = 0
+    stored_bytes: int = 0
+    fetched_chunks: int = 0
+    refused_chunks: int = 0
+    evicted_chunks: int = 0
+    aborted_chunks: int = 0
+
+
+@dataclass(frozen=True)
+class Namespace:
+    """A namespace that some engine has opened."""
+
+    number: int
+    fingerprint: bytes
+    label: str
+    groups: tuple[GroupSpec, ...]
+    parts: int
+    """Ranks that write a part of each chunk."""
+    readers: int
+    """Ranks that read each chunk (more than `parts` where ranks hold the same KV)."""
+    counters: Counters

@@ -1,0 +1,252 @@
+"""The keeper's side of one connection: parses frames, calls the keeper, writes answers."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import struct
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kvkeep import __version__
+from kvkeep.errors import ConfigError, ProtocolError, RequestRefused
+from kvkeep.keeper.fetch import Stage
+from kvkeep.keeper.movers import Asked
+from kvkeep.keeper.namespaces import GroupSpec, Namespace
+from kvkeep.wire import messages as msg
+
+if TYPE_CHECKING:
+    from kvkeep.wire.server import KeeperServer
+
+__all__ = ["ServerConnection"]
+
+log = logging.getLogger("kvkeep.keeper")
+
+_HELLO_DEADLINE = 5.0
+_MAX_NAMESPACES = 65536
+_MAX_BACKLOG = 256 << 20  # bytes of unread answers at which a client is taken for dead
+
+
+class ServerConnection(asyncio.Protocol):
+    """One client: parses frames, calls the keeper, writes answers. Bad bytes end it, nothing else."""
+
+    def __init__(self, server: KeeperServer) -> None:
+        self._server = server
+        self._keeper = server.keeper
+        self._session: str | None = None
+        self._buffer = bytearray()
+        self._transport: asyncio.Transport | None = None
+        self._deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        peer = transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        _, uid, _ = struct.unpack("3i", peer)
+        if uid not in (os.getuid(), 0):
+            log.warning("refused a connection of user %d: this keeper serves user %d", uid, os.getuid())
+            self._refuse(f"this keeper belongs to user {os.getuid()}, you are {uid}")
+            return
+        self._deadline = asyncio.get_running_loop().call_later(_HELLO_DEADLINE, self._too_late)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._cancel_deadline()
+        self._server.connections.discard(self)
+        if self._session is not None:
+            self._keeper.detach(self._session)
+            if self._server.movers is not None and not self._keeper.claims.alive(self._session):
+                self._server.movers.session_ended(self._session)
+            self._session = None
+
+    def close(self) -> None:
+        """Drop the client."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        self._buffer += data
+        try:
+            self._parse()
+        except ProtocolError as error:
+            self._server.errors += 1
+            log.warning("dropped a client: %s", error)
+            self._refuse(str(error))
+
+    def _parse(self) -> None:
+        start, buffer = 0, self._buffer
+        while self._transport is not None and len(buffer) - start >= msg.HEADER.size:
+            length = msg.frame_length(buffer[start : start + msg.HEADER.size])
+            end = start + msg.HEADER.size + length
+            if len(buffer) < end:
+                break
+            self._handle(msg.decode_request(bytes(buffer[start + msg.HEADER.size : end])))
+            start = end
+        del buffer[:start]
+
+    def _handle(self, request: msg.Request) -> None:
+        if self._session is None:
+            self._hello(request)
+            return
+        try:
+            reply = self._answer(self._session, request)
+        except (RequestRefused, ConfigError) as error:
+            one_way = isinstance(request, msg.Commit | msg.Abort | msg.Release | msg.Forget)
+            if one_way:
+                log.debug("ignored %s: %s", type(request).__name__, error)
+            reply = None if one_way else msg.Refused(str(error))
+        if reply is not None:
+            self._write(reply)
+
+    def _answer(self, session: str, request: msg.Request) -> msg.Reply | None:
+        keeper = self._keeper
+        match request:
+            case msg.Lookup():
+                return self._lookup(session, request)
+            case msg.Poll():
+                return msg.Progress(bytes(self._stage(session, ticket) for ticket in request.tickets))
+            case msg.Forget():
+                if self._server.movers is not None:
+                    self._server.movers.forget(session, request.ticket)
+            case msg.Reserve():
+                return self._reserve(session, request)
+            case msg.Commit():
+                keeper.commit(session, request.reservation, request.part)
+                if self._server.movers is not None:
+                    self._server.movers.kick()
+            case msg.Release():
+                keeper.release(session, request.lease, request.rank)
+            case msg.Abort():
+                keeper.abort(session, request.reservation)
+            case msg.OpenNamespace():
+                return self._open(request)
+            case msg.Clear():
+                space = None if request.namespace is None else self._space(request.namespace)
+                return msg.Cleared(keeper.clear(space))
+            case msg.Status():
+                return msg.StatusReply(self._server.figures())
+            case msg.Hello():
+                raise ProtocolError("a second hello")
+        return None
+
+    def _lookup(self, session: str, request: msg.Lookup) -> msg.Found:
+        space, keys, movers = self._space(request.namespace), _keys(request.keys), self._server.movers
+        found = self._keeper.lookup(session, space, keys, request.first)
+        ticket = 0
+        if movers is not None:
+            if request.ticket:
+                movers.forget(session, request.ticket)
+            elif found.chunks < len(keys) // 16 - request.first:
+                asked = Asked(session, space, keys, request.first, request.recompute, request.patience)
+                ticket = movers.fetch(asked, found)
+            movers.kick()
+        return msg.Found(
+            found.lease, found.chunks, found.epoch, [_int64(row) for row in found.offsets], ticket
+        )
+
+    def _stage(self, session: str, ticket: int) -> Stage:
+        movers = self._server.movers
+        return Stage.DONE if movers is None else movers.stage(session, ticket)
+
+    def _reserve(self, session: str, request: msg.Reserve) -> msg.Reserved:
+        space = self._space(request.namespace)
+        out: list[tuple[int, list[bytes]]] = []
+        for item in request.items:
+            count = len(_keys(item.keys)) // 16
+            if len(item.wanted) != len(space.groups) or any(len(row) != count for row in item.wanted):
+                raise ProtocolError("a reservation needs one byte per chunk and group")
+        for item in request.items:
+            wanted = [np.frombuffer(row, np.uint8) != 0 for row in item.wanted]
+            try:
+                done = self._keeper.reserve(session, space, item.keys, wanted, item.first, item.epoch)
+            except RequestRefused:
+                for number in filter(None, (number for number, _ in out)):
+                    self._keeper.abort(session, number)  # the client will never learn of it
+                raise
+            out.append((done.reservation, [_int64(row) for row in done.offsets]))
+        return msg.Reserved(out)
+
+    def _open(self, request: msg.OpenNamespace) -> msg.Namespace:
+        if not self._keeper.knows(request.fingerprint) and len(self._keeper.namespaces) >= _MAX_NAMESPACES:
+            raise RequestRefused(f"more than {_MAX_NAMESPACES} namespaces: restart this keeper")
+        groups = [GroupSpec(group.slot_bytes, group.window_chunks) for group in request.groups]
+        return msg.Namespace(
+            self._keeper.open_namespace(
+                request.fingerprint, request.label, groups, request.parts, request.readers
+            ).number
+        )
+
+    def _space(self, number: int) -> Namespace:
+        if number >= len(self._keeper.namespaces):
+            raise RequestRefused(f"no namespace {number} is open here")
+        return self._keeper.namespaces[number]
+
+    def _hello(self, request: msg.Request) -> None:
+        if not isinstance(request, msg.Hello):
+            raise ProtocolError("the first message must be a hello")
+        if request.version != msg.VERSION:
+            raise ProtocolError(
+                f"client speaks protocol {request.version}, this keeper ({__version__}) {msg.VERSION}: "
+                "install the same kvkeep on both sides"
+            )
+        self._cancel_deadline()
+        self._session = request.session
+        self._keeper.attach(request.session)
+        self._server.opened(self)
+        welcome = msg.encode(msg.Welcome(msg.VERSION, self._server.identity, self._keeper.arena.nbytes))
+        if request.arena:
+            self._send_arena(welcome)
+        else:
+            self._raw_write(welcome)
+
+    def _send_arena(self, frame: bytes) -> None:
+        # asyncio cannot pass descriptors; nothing is queued yet, so the frame can go out directly.
+        assert self._transport is not None
+        with socket.socket(fileno=os.dup(self._transport.get_extra_info("socket").fileno())) as raw:
+            try:
+                sent = socket.send_fds(raw, [frame], [self._server.arena_fd])
+            except OSError:
+                self.close()
+                return
+        if sent < len(frame):
+            self.close()
+
+    def _write(self, reply: msg.Reply) -> None:
+        self._raw_write(msg.encode(reply))
+
+    def _raw_write(self, frame: bytes) -> None:
+        if self._transport is None:
+            return
+        self._transport.write(frame)
+        if self._transport.get_write_buffer_size() > _MAX_BACKLOG:
+            log.warning("dropped a client that does not read its answers")
+            self.close()
+
+    def _refuse(self, reason: str) -> None:
+        if self._transport is not None:
+            self._transport.write(msg.encode(msg.Refused(reason[:1000])))
+            self._transport.close()
+        self._transport = None
+        self._buffer.clear()
+
+    def _too_late(self) -> None:
+        self._server.errors += 1
+        log.warning("dropped a client that did not say hello within %g s", _HELLO_DEADLINE)
+        self.close()
+
+    def _cancel_deadline(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+
+def _keys(blob: bytes) -> bytes:
+    if len(blob) % 16:
+        raise ProtocolError("keys are 16 bytes each")
+    return blob
+
+
+def _int64(row: np.ndarray) -> bytes:
+    return np.ascontiguousarray(row, "<i8").tobytes()

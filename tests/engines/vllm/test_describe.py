@@ -1,0 +1,47 @@
+"""The namespace tells apart what makes other KV bytes; no engine is started."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from vllm.model_executor.layers.attention.attention import set_default_quant_scales
+
+from kvkeep.engines.vllm.describe import describe_scales
+
+pytestmark = pytest.mark.slow  # to import vLLM takes ten seconds
+
+
+def layer(**scales: float | list[float]) -> torch.nn.Module:
+    """An attention layer as vLLM leaves it after loading, as far as scales go."""
+    module = torch.nn.Module()
+    set_default_quant_scales(module, register_buffer=True)
+    for name, value in scales.items():
+        setattr(module, name, value if name.endswith("_float") else torch.tensor(value))
+    return module
+
+
+def test_the_scales_of_each_layer_are_told_apart() -> None:
+    plain = layer()
+    described = [
+        describe_scales(["a", "b"], {"a": one, "b": two})
+        for one, two in [
+            (plain, plain),
+            (layer(_k_scale=0.5, _k_scale_float=0.5), plain),
+            (plain, layer(_k_scale=0.5, _k_scale_float=0.5)),
+            (layer(_v_scale=0.5), plain),
+            (layer(_v_scale_float=0.5), plain),
+            (layer(_k_scale=[0.5, 0.25]), plain),  # one per head
+        ]
+    ]
+    assert len(set(described)) == len(described)
+    assert describe_scales(["a"], {"a": layer()}) == describe_scales(["a"], {"a": plain})
+    assert json.loads(described[0]) == [[1.0, 1.0, 1.0, 1.0]] * 2, "vLLM names its scales otherwise now"
+
+
+def test_a_layer_without_scales_is_described_too() -> None:
+    assert json.loads(describe_scales(["a", "b"], {"a": torch.nn.Module()})) == [[None] * 4] * 2

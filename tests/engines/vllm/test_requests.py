@@ -1,0 +1,74 @@
+"""Keys of real vLLM requests with multimodal content; no engine is started, and no model needed."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
+from vllm.sampling_params import SamplingParams
+from vllm.v1.request import Request
+
+from kvkeep.engines.vllm.requests import Tracked
+from kvkeep.identity import KEY_BYTES, fingerprint
+
+pytestmark = pytest.mark.slow  # to import vLLM takes ten seconds
+
+CHUNK, COUNT = 16, 8
+TOKENS = [7] * (CHUNK * COUNT)  # placeholders and text alike: only the features differ
+Image = tuple[str, int, int]
+"""Hash, first token and length."""
+
+
+def tracked(*images: Image) -> Tracked:
+    features = [
+        MultiModalFeatureSpec(None, "image", name, PlaceholderRange(offset, length), name)
+        for name, offset, length in images
+    ]
+    sampling = SamplingParams(max_tokens=1)
+    request = Request("r", list(TOKENS), sampling, None, mm_features=features)
+    return Tracked(request, fingerprint({"model": "m"}), CHUNK)
+
+
+def keys(*images: Image) -> list[bytes]:
+    """One key per chunk of a prompt with these images."""
+    joined = tracked(*images).keys(0, COUNT)
+    assert len(joined) == COUNT * KEY_BYTES
+    return [joined[at : at + KEY_BYTES] for at in range(0, len(joined), KEY_BYTES)]
+
+
+@pytest.mark.parametrize("offset", [0, 1, CHUNK - 1, CHUNK, 3 * CHUNK + 5])
+@pytest.mark.parametrize("length", [1, CHUNK, 2 * CHUNK + 3])
+def test_an_image_is_in_the_key_from_its_first_chunk_on(offset: int, length: int) -> None:
+    one, same = keys(("a", offset, length)), keys(("a", offset, length))
+    other, none = keys(("b", offset, length)), keys()
+    first = offset // CHUNK
+    assert one == same
+    for different in (other, none):
+        assert one[:first] == different[:first]
+        assert not set(one[first:]) & set(different[first:])
+
+
+@pytest.mark.parametrize(
+    ("one", "two"),
+    [
+        ([("a", 16, 4), ("b", 20, 4)], [("b", 16, 4), ("a", 20, 4)]),  # exchanged
+        ([("a", 16, 4), ("b", 20, 4)], [("a", 16, 4), ("c", 20, 4)]),  # the second one of a chunk
+        ([("a", 16, 4)], [("a", 17, 4)]),  # moved within its chunk
+        ([("a", 16, 40)], [("a", 16, 20), ("a", 36, 20)]),  # one large one, or two small ones
+        ([("a", 16, 4)], [("a", 16, 4), ("a", 40, 4)]),
+    ],
+)
+def test_what_images_and_where_is_told_apart(one: list[Image], two: list[Image]) -> None:
+    assert keys(*one)[0] == keys(*two)[0]
+    assert keys(*one)[-1] != keys(*two)[-1]
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_keys_do_not_depend_on_when_they_are_asked_for(step: int) -> None:
+    images = [("a", 3, 20), ("b", 30, 1), ("c", 31, 50), ("d", 100, 28)]
+    pieces, growing = b"", tracked(*images)
+    for last in range(step, COUNT + step, step):
+        pieces += growing.keys(last - step, min(last, COUNT))
+    assert pieces == b"".join(keys(*images))

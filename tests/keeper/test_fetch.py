@@ -1,0 +1,279 @@
+"""What is asked of the tiers, what is fetched, what waits, and that the books balance meanwhile."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+
+from kvkeep.identity import group_keys
+from kvkeep.keeper.fetch import Batch, Fetch, Fetches, Stage
+from kvkeep.keeper.keeper import Keeper
+from kvkeep.keeper.namespaces import GroupSpec, Namespace
+from tests.keeper.test_keeper import PAGE, SLABS, SLOTS, SMALL, chain_key, chain_keys, opened, save
+
+FULL = [GroupSpec(PAGE, None)]
+HYBRID = [GroupSpec(PAGE, None), GroupSpec(PAGE, 3), GroupSpec(2 * PAGE, 2)]
+
+
+class Below:
+    """Tiers of the model: which positions of which groups each has. Answers what a fetch asks."""
+
+    def __init__(self, space: Namespace, chain: int, length: int, *tiers: list[set[int]]) -> None:
+        self.names = {}
+        self.asked = 0
+        for group in range(len(space.groups)):
+            keys = group_keys(chain_keys(chain, length), space.fingerprint, group)
+            for position, key in enumerate(keys):
+                self.names[space.fingerprint[:8] + key.tobytes()] = (group, position)
+        self.tiers = tiers
+
+    def determine(self, fetch: Fetch) -> int:
+        """Answer all questions; returns how many there were."""
+        rounds = 0
+        while keys := fetch.question():
+            rounds += 1
+            self.asked += len(keys)
+            fetch.answer([self.tier_of(*self.names[key]) for key in keys])
+            assert rounds < 20
+        return rounds
+
+    def tier_of(self, group: int, position: int) -> int:
+        return next((number for number, held in enumerate(self.tiers) if position in held[group]), -1)
+
+
+class Bench:
+    def __init__(self, groups: list[GroupSpec], memory: int = SMALL) -> None:
+        self.keeper = Keeper(memory, "lru")
+        self.keeper.attach("s")
+        self.keeper.attach("t")
+        self.space = opened(self.keeper, "one", groups)
+        self.fetches = Fetches(self.keeper)
+        self.needs: list = []
+
+    def begin(self, chain: int, length: int, session: str = "s", first: int = 0) -> tuple[Fetch, int]:
+        keys = chain_keys(chain, length)
+        found = self.keeper.lookup(session, self.space, keys, first)
+        return self.fetches.begin(session, self.space, keys, first, found.epoch), found.chunks
+
+    def plan(self, fetch: Fetch, held: int, worth: bool = True) -> list[Batch]:
+        def judge(needs, chunks):
+            self.needs = list(needs)
+            return worth
+
+        batches = self.fetches.plan(fetch, held, judge)
+        self.fetches.started(fetch)
+        return batches
+
+    def land(self, *batches: Batch, bad: tuple[int, ...] = ()) -> None:
+        for batch in batches:
+            good = np.ones(len(batch.records), np.bool_)
+            good[list(bad)] = False
+            self.fetches.landed(batch, good)
+            self.keeper.check_integrity()
+
+    def settle(self, fetch: Fetch, chain: int, length: int) -> int:
+        """The request's last lookup; returns the run that it got."""
+        found = self.keeper.lookup(fetch.session, self.space, chain_keys(chain, length))
+        self.fetches.forget(fetch.session, fetch.ticket)
+        self.keeper.check_integrity()
+        if found.lease:
+            self.keeper.release(fetch.session, found.lease, None)
+        return found.chunks
+
+
+def everything(groups: list[GroupSpec], length: int) -> list[set[int]]:
+    return [set(range(length)) for _ in groups]
+
+
+@pytest.mark.parametrize("groups", [FULL, HYBRID], ids=["full", "hybrid"])
+def test_what_a_tier_has_is_fetched_and_found(groups) -> None:
+    bench = Bench(groups)
+    fetch, held = bench.begin(0, 10)
+    assert held == 0
+    Below(bench.space, 0, 10, everything(groups, 10)).determine(fetch)
+    assert fetch.usable() == 10
+    batches = bench.plan(fetch, held)
+    assert fetch.stage is Stage.LOADING
+    wanted = sum(10 if group.window_chunks is None else group.window_chunks for group in groups)
+    assert sum(len(batch.moves) for batch in batches) == wanted
+    bench.land(*batches)
+    assert bench.fetches.stage("s", fetch.ticket) is Stage.DONE
+    assert bench.settle(fetch, 0, 10) == 10
+    assert len(bench.fetches) == 0
+
+
+def test_a_miss_is_one_small_question_and_no_batch() -> None:
+    bench = Bench(FULL)
+    fetch, held = bench.begin(0, 500)
+    below = Below(bench.space, 0, 500, [set()])
+    assert below.determine(fetch) == 1
+    assert below.asked == 16
+    assert bench.plan(fetch, held) == []
+    assert fetch.stage is Stage.DONE
+
+
+def test_questions_grow_and_stop_at_the_first_hole() -> None:
+    bench = Bench(FULL)
+    fetch, _ = bench.begin(0, 2000)
+    below = Below(bench.space, 0, 2000, [set(range(2000)) - {700}])
+    assert below.determine(fetch) == 4
+    assert below.asked == 16 + 64 + 256 + 1024
+    assert fetch.usable() == 700
+
+
+def test_a_window_needs_only_its_last_chunks_or_an_earlier_end() -> None:
+    bench = Bench(HYBRID)
+    fetch, held = bench.begin(0, 50)
+    below = Below(bench.space, 0, 50, [set(range(50)), set(range(47, 50)), set(range(48, 50))])
+    below.determine(fetch)
+    assert fetch.usable() == 50
+    assert below.asked == 50 + 3 + 2
+    fetch, held = bench.begin(2, 50)
+    Below(bench.space, 2, 50, [set(range(50)), set(range(31)), set(range(40))]).determine(fetch)
+    assert fetch.usable() == 31
+    batches = bench.plan(fetch, held)
+    assert sum(len(batch.moves) for batch in batches) == 31 + 3 + 2
+
+
+def test_memory_and_two_tiers_add_up() -> None:
+    bench = Bench(FULL)
+    save(bench.keeper, bench.space, chain_keys(0, 4))
+    fetch, held = bench.begin(0, 12)
+    assert held == 4
+    Below(bench.space, 0, 12, [{4, 5, 8}], [{5, 6, 7, 9, 11}]).determine(fetch)
+    assert fetch.usable() == 10
+    batches = bench.plan(fetch, held)
+    assert sorted((batch.tier, len(batch.moves)) for batch in batches) == [(0, 3), (1, 3)]
+    assert sorted(bench.needs) == [(0, 3 * PAGE), (1, 3 * PAGE)]
+    bench.land(*batches)
+    assert bench.settle(fetch, 0, 12) == 10
+
+
+def test_what_is_not_worth_it_is_not_read() -> None:
+    bench = Bench(FULL)
+    fetch, held = bench.begin(0, 10)
+    Below(bench.space, 0, 10, everything(FULL, 10)).determine(fetch)
+    assert bench.plan(fetch, held, worth=False) == []
+    assert bench.fetches.stage("s", fetch.ticket) is Stage.DONE
+    bench.keeper.check_integrity()
+
+
+def test_values_that_turn_out_bad_are_dropped_and_the_rest_kept() -> None:
+    bench = Bench(FULL)
+    fetch, held = bench.begin(0, 10)
+    Below(bench.space, 0, 10, everything(FULL, 10)).determine(fetch)
+    bench.land(*bench.plan(fetch, held), bad=(6,))
+    assert bench.settle(fetch, 0, 10) == 6
+
+
+def test_two_requests_for_one_document_read_it_once() -> None:
+    bench = Bench(FULL)
+    first, held = bench.begin(0, 10)
+    below = Below(bench.space, 0, 10, everything(FULL, 10))
+    below.determine(first)
+    batches = bench.plan(first, held)
+    asked = below.asked
+    second, held = bench.begin(0, 10, "t")
+    below.determine(second)
+    assert below.asked == asked
+    assert bench.plan(second, held) == []
+    assert bench.fetches.stage("t", second.ticket) is Stage.LOADING
+    bench.land(*batches)
+    assert bench.fetches.stage("t", second.ticket) is Stage.DONE
+    assert bench.settle(first, 0, 10) == 10
+    # The second still has what landed pinned, whatever else comes.
+    for chain in range(2, 4 * SLABS * SLOTS, 2):
+        save(bench.keeper, bench.space, chain_keys(chain, 1))
+    assert bench.settle(second, 0, 10) == 10
+
+
+def test_what_landed_for_a_request_stays_until_it_comes() -> None:
+    bench = Bench(FULL)
+    fetch, held = bench.begin(0, 10)
+    Below(bench.space, 0, 10, everything(FULL, 10)).determine(fetch)
+    bench.land(*bench.plan(fetch, held))
+    for chain in range(2, 4 * SLABS * SLOTS, 2):
+        save(bench.keeper, bench.space, chain_keys(chain, 1))
+    bench.fetches.forget("t", fetch.ticket)  # another session's ticket is not ours to end
+    assert bench.settle(fetch, 0, 10) == 10
+    assert bench.fetches.stage("s", fetch.ticket) is Stage.DONE
+
+
+def test_a_session_that_ends_in_the_middle_leaves_nothing_behind() -> None:
+    bench = Bench(FULL)
+    fetch, held = bench.begin(0, 10)
+    Below(bench.space, 0, 10, everything(FULL, 10)).determine(fetch)
+    batches = bench.plan(fetch, held)
+    bench.keeper.detach("s")
+    bench.fetches.session_ended("s")
+    bench.keeper.check_integrity()
+    bench.land(*batches)
+    assert len(bench.fetches) == 0
+    assert not bench.keeper.chunks.leases.any()
+
+
+def test_a_prompt_larger_than_memory_gets_its_head() -> None:
+    bench = Bench(FULL)
+    slots = SLABS * SLOTS
+    fetch, held = bench.begin(0, 2 * slots)
+    Below(bench.space, 0, 2 * slots, everything(FULL, 2 * slots)).determine(fetch)
+    bench.land(*bench.plan(fetch, held))
+    assert bench.settle(fetch, 0, 2 * slots) == slots
+
+
+def test_a_chunk_that_an_engine_is_writing_is_neither_read_nor_waited_for() -> None:
+    bench = Bench(FULL)
+    epoch = bench.keeper.lookup("t", bench.space, chain_keys(0, 10)).epoch
+    writing = bench.keeper.reserve("t", bench.space, chain_keys(0, 3), [[True] * 3], 0, epoch)
+    fetch, held = bench.begin(0, 10)
+    Below(bench.space, 0, 10, everything(FULL, 10)).determine(fetch)
+    batches = bench.plan(fetch, held)
+    assert sum(len(batch.moves) for batch in batches) == 7
+    bench.land(*batches)
+    assert fetch.stage is Stage.DONE
+    bench.keeper.commit("t", writing.reservation, 0)
+    assert bench.settle(fetch, 0, 10) == 10
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_lives_keep_the_books(seed: int) -> None:
+    source = random.Random(seed)
+    bench = Bench(HYBRID if seed % 2 else FULL)
+    open_, flying = [], []
+    for _ in range(150):
+        act = source.random()
+        chain, length = source.randrange(0, 12), source.randrange(1, 25)
+        if act < 0.35:
+            fetch, held = bench.begin(chain, length, source.choice("st"), source.randrange(length))
+            below = Below(
+                bench.space,
+                chain,
+                length,
+                *([set(source.sample(range(length), length // 2)) for _ in bench.space.groups] for _ in "ab"),
+                everything(bench.space.groups, source.randrange(length + 1)),
+            )
+            below.determine(fetch)
+            flying += bench.plan(fetch, held, source.random() < 0.9)
+            open_.append(fetch)
+        elif act < 0.6 and flying:
+            batch = flying.pop(source.randrange(len(flying)))
+            bench.land(batch, bad=tuple(i for i in range(len(batch.records)) if source.random() < 0.1))
+        elif act < 0.8 and open_:
+            fetch = open_.pop(source.randrange(len(open_)))
+            bench.fetches.forget(fetch.session, fetch.ticket)
+        elif act < 0.95:
+            save(bench.keeper, bench.space, chain_keys(chain, length))
+        else:
+            bench.keeper.clear(None)
+        bench.keeper.check_integrity()
+    bench.land(*flying)
+    for fetch in open_:
+        bench.fetches.forget(fetch.session, fetch.ticket)
+    assert len(bench.fetches) == 0
+    bench.keeper.detach("s")
+    bench.keeper.detach("t")
+    bench.keeper.check_integrity()
+    assert not bench.keeper.chunks.leases.any()
+    assert chain_key(0, 0) != chain_key(2, 0)

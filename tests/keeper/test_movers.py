@@ -1,0 +1,251 @@
+"""Chunks go down and come up through real threads; the test plays the event loop."""
+
+from __future__ import annotations
+
+import mmap
+import queue
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from kvkeep.keeper.fetch import Stage
+from kvkeep.keeper.keeper import Keeper
+from kvkeep.keeper.movers import Asked, Movers
+from kvkeep.keeper.namespaces import GroupSpec
+from kvkeep.tiers.base import Key, Tier
+from kvkeep.tiers.faults import Faults, Faulty
+from kvkeep.tiers.guard import Guarded
+from kvkeep.tiers.meter import Metered
+from kvkeep.tiers.open import Opened, WriteWhen
+from kvkeep.tiers.seal import SEAL_BYTES, Sealed
+from tests.keeper.test_keeper import PAGE, SLABS, chain_key, chain_keys, opened
+from tests.tiers.test_wrappers import MemoryTier
+
+SMALL = SLABS * 8 * PAGE
+PAYLOAD = PAGE - SEAL_BYTES
+
+
+def wrapped(raw: Tier, write: WriteWhen = WriteWhen.THROUGH) -> Opened:
+    guard = Guarded(raw, "test", sleep=lambda seconds: None)
+    return Opened("test://", Metered(Sealed(guard)), guard, write)
+
+
+class Host:
+    """One keeper with tiers, and an engine that writes and reads real bytes."""
+
+    def __init__(self, *tiers: Opened, memory: int = SMALL) -> None:
+        self.keeper = Keeper(memory, "lru", SEAL_BYTES)
+        self.keeper.attach("s")
+        self.memory = mmap.mmap(-1, self.keeper.arena.nbytes)
+        self.calls: queue.Queue[Callable[[], None]] = queue.Queue()
+        self.movers = Movers(self.keeper, tiers, self.memory, self.calls.put)
+        self.space = opened(self.keeper, "one", [GroupSpec(PAYLOAD, None)])
+
+    def run_until(self, done: Callable[[], object], seconds: float = 10.0) -> None:
+        deadline = time.monotonic() + seconds
+        while not done():
+            assert time.monotonic() < deadline, "not in time"
+            try:
+                self.calls.get(timeout=0.01)()
+            except queue.Empty:
+                self.movers.tick()
+            self.keeper.check_integrity()
+
+    def save(self, chain: int, length: int, first: int = 0) -> None:
+        keys = chain_keys(chain, length, first)
+        epoch = self.keeper.lookup("s", self.space, b"").epoch
+        done = self.keeper.reserve("s", self.space, keys, [[True] * length], first, epoch)
+        for index, offset in enumerate(done.offsets[0].tolist()):
+            if offset >= 0:
+                self.memory[offset : offset + PAYLOAD] = content(chain, first + index)
+        if done.reservation:
+            self.keeper.commit("s", done.reservation, 0)
+        self.movers.kick()
+
+    def flushed(self) -> None:
+        self.run_until(lambda: not self.movers.unwritten)
+
+    def ask(self, chain: int, length: int, recompute: float = 0.0) -> int:
+        """A request, from its lookup to its load; checks each byte that it was given."""
+        keys = chain_keys(chain, length)
+        found = self.keeper.lookup("s", self.space, keys)
+        ticket = 0
+        if found.chunks < length:
+            ticket = self.movers.fetch(Asked("s", self.space, keys, 0, recompute, 5.0), found)
+        if ticket:
+            self.run_until(lambda: self.movers.stage("s", ticket) is Stage.DONE)
+            if found.lease:
+                self.keeper.release("s", found.lease, None)
+            found = self.keeper.lookup("s", self.space, keys)
+            self.movers.forget("s", ticket)
+        if found.lease:
+            for index, offset in enumerate(found.offsets[0].tolist()):
+                assert self.memory[offset : offset + PAYLOAD] == content(chain, index)
+            self.keeper.release("s", found.lease, None)
+        self.keeper.check_integrity()
+        return found.chunks
+
+    def forget_memory(self) -> None:
+        self.keeper.clear(None)
+
+
+def content(chain: int, position: int) -> bytes:
+    name = chain_key(chain, position)
+    return name * (PAYLOAD // len(name)) + name[: PAYLOAD % len(name)]
+
+
+@pytest.fixture
+def held() -> dict[Key, bytes]:
+    return {}
+
+
+@pytest.fixture
+def faulty(held: dict[Key, bytes]) -> Iterator[Faulty]:
+    tier = Faulty(MemoryTier(held), Faults())
+    yield tier
+    tier.release()
+
+
+def test_what_was_committed_goes_down_and_comes_up(held: dict[Key, bytes], faulty: Faulty) -> None:
+    host = Host(wrapped(faulty))
+    host.save(0, 20)
+    host.flushed()
+    assert len(held) == 20
+    host.forget_memory()
+    assert host.ask(0, 30) == 20
+    assert host.ask(0, 20) == 20  # in memory by now
+    (figures,) = host.movers.figures()
+    assert (figures["hits"], figures["stored"], figures["waiting_chunks"]) == (20, 20, 0)
+
+
+def test_another_host_finds_it_and_does_not_write_it_again(held: dict[Key, bytes]) -> None:
+    first, second = (Host(wrapped(MemoryTier(held))) for _ in range(2))
+    first.save(0, 10)
+    first.flushed()
+    assert second.ask(0, 10) == 10
+    second.forget_memory()
+    second.save(0, 10)
+    second.flushed()
+    assert second.movers.figures()[0]["stored"] == 0
+
+
+def test_more_than_memory_is_kept_below(held: dict[Key, bytes], faulty: Faulty) -> None:
+    host = Host(wrapped(faulty))
+    for chain in range(0, 40, 2):
+        host.save(chain, 30)
+        host.flushed()
+    assert host.keeper.counters.evicted_chunks > 0
+    for chain in range(0, 40, 2):
+        assert host.ask(chain, 30) == 30
+
+
+def test_flipped_bits_below_are_misses(held: dict[Key, bytes], faulty: Faulty) -> None:
+    host = Host(wrapped(faulty))
+    host.save(0, 20)
+    host.flushed()
+    host.forget_memory()
+    faulty.faults = Faults(flip_rate=0.3)
+    assert host.ask(0, 20) < 20
+    assert host.movers.figures()[0]["damaged"] > 0
+
+
+def test_second_touch_writes_only_what_is_asked_for_again(held: dict[Key, bytes]) -> None:
+    host = Host(wrapped(MemoryTier(held), WriteWhen.SECOND_TOUCH))
+    host.save(0, 5)
+    host.save(2, 5)
+    host.flushed()
+    assert not held
+    assert host.ask(2, 5) == 5
+    host.movers.kick()
+    host.flushed()
+    assert len(held) == 5
+
+
+def test_a_tier_that_is_only_read_is_not_written(held: dict[Key, bytes]) -> None:
+    Host(wrapped(MemoryTier(held))).save(0, 1)
+    host = Host(wrapped(MemoryTier(held), WriteWhen.NEVER))
+    host.save(2, 5)
+    host.flushed()
+    assert len(held) <= 1
+
+
+def test_what_the_second_tier_has_is_promoted_to_the_first(held: dict[Key, bytes]) -> None:
+    other = Host(wrapped(MemoryTier(held)))
+    other.save(0, 10)
+    other.flushed()
+    near: dict[Key, bytes] = {}
+    host = Host(wrapped(MemoryTier(near)), wrapped(MemoryTier(held)))
+    assert host.ask(0, 10) == 10
+    host.flushed()
+    assert near.keys() == held.keys()
+
+
+def test_loading_is_weighed_against_computing(held: dict[Key, bytes], faulty: Faulty) -> None:
+    host = Host(wrapped(faulty))
+    host.save(0, 20)
+    host.flushed()
+    host.forget_memory()
+    assert host.ask(0, 5, recompute=1.0) == 5  # how fast it is was not known, and is now
+    host.forget_memory()
+    assert host.ask(0, 20, recompute=-1) == 0
+    assert host.ask(0, 20, recompute=1e-12) == 0
+    assert host.ask(0, 20, recompute=10.0) == 20
+
+
+def test_a_hung_store_holds_up_nobody_and_nothing_is_lost(held: dict[Key, bytes], faulty: Faulty) -> None:
+    host = Host(wrapped(faulty))
+    host.save(0, 5)
+    host.flushed()
+    host.forget_memory()
+    faulty.faults = Faults(hang=True)
+    keys = chain_keys(0, 5)
+    found = host.keeper.lookup("s", host.space, keys)
+    ticket = host.movers.fetch(Asked("s", host.space, keys, 0, patience=5.0), found)
+    assert host.movers.stage("s", ticket) is Stage.PROBING
+    host.movers.forget("s", ticket)  # its deadline
+    host.save(2, 5)
+    found = host.keeper.lookup("s", host.space, chain_keys(2, 5))
+    assert found.chunks == 5
+    host.keeper.release("s", found.lease, None)
+    faulty.faults = Faults()
+    faulty.release()
+    host.flushed()
+    host.run_until(lambda: host.ask(0, 5) == 5)  # it counts as slow for a while: fetched, not waited for
+
+
+def test_a_tier_that_fails_is_switched_off_and_comes_back(held: dict[Key, bytes], faulty: Faulty) -> None:
+    opened_ = wrapped(faulty)
+    host = Host(opened_)
+    faulty.faults = Faults(error_rate=1.0)
+    host.save(0, 10)
+    host.run_until(lambda: not opened_.guard.available)
+    assert host.ask(2, 10) == 0  # at once: no ticket
+    faulty.faults = Faults()
+    host.run_until(lambda: opened_.guard.available)
+    host.flushed()
+    assert len(held) == 10  # what waited was written
+
+
+def test_no_request_waits_for_a_store_that_is_slow_to_answer(held: dict[Key, bytes], faulty: Faulty) -> None:
+    host = Host(wrapped(faulty))
+    host.save(0, 5)
+    host.flushed()
+    host.forget_memory()
+    faulty.faults = Faults(latency=0.05)
+    keys = chain_keys(0, 5)
+    for _ in range(30):
+        found = host.keeper.lookup("s", host.space, keys)
+        ticket = host.movers.fetch(Asked("s", host.space, keys, 0, 1e-9, 0.02), found)
+        if not ticket:
+            break
+        host.run_until(lambda ticket=ticket: host.movers.stage("s", ticket) is Stage.DONE)
+        host.movers.forget("s", ticket)
+    else:
+        raise AssertionError("each request was told to wait")
+    faulty.faults = Faults()
+    deadline = time.monotonic() + 10
+    while not (ticket := host.movers.fetch(Asked("s", host.space, chain_keys(4, 5), 0, 1e-9, 0.02), found)):
+        assert time.monotonic() < deadline, "it is fast again, and nobody notices"
+        time.sleep(0.01)
+        host.run_until(host.calls.empty)

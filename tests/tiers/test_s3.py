@@ -1,0 +1,242 @@
+"""The s3 tier on a real server (SeaweedFS), behind a proxy that cuts and hangs."""
+
+from __future__ import annotations
+
+import mmap
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+pytest.importorskip("obstore", reason="needs obstore: pip install 'kvkeep[s3]'")
+
+from kvkeep.errors import ConfigError, TierUnavailable
+from kvkeep.tiers.base import Got, Key, Put, Tier, key_name
+from kvkeep.tiers.open import open_raw
+from kvkeep.tiers.s3 import S3Options, S3Tier, open_s3, store_arguments
+from kvkeep.tiers.url import TierURL
+from tests.tiers import weed
+from tests.tiers.conformance import TierConformance
+from tests.tiers.place import PAGE, Place, Proxy, buffers_of, closing, free_port, keys_of
+
+PART = 5 << 20
+BIG = 3 * PART + PAGE + 77
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[weed.Weed]:
+    with weed.running(tmp_path_factory.mktemp("weed")) as running:
+        yield running
+
+
+class S3Place(Place):
+    capacity_option = None  # the bucket's owner sets lifecycle rules
+
+    def __init__(self, server: weed.Weed, prefix: str) -> None:
+        self._server, self._prefix = server, prefix
+        self.proxy = Proxy(("127.0.0.1", server.port))
+
+    def url(self, user: str = f"{weed.KEY}:{weed.SECRET}@", bucket: str = weed.BUCKET, **options: str) -> str:
+        assert self.proxy is not None
+        options = {"endpoint": f"http://127.0.0.1:{self.proxy.port}", "region": "us-east-1", **options}
+        query = "&".join(f"{name}={value}" for name, value in options.items())
+        return f"s3://{user}{bucket}/{self._prefix}?{query}"
+
+    def open(self, **options: str) -> Tier:
+        url = TierURL(self.url(**options))
+        tier = open_raw(url)
+        url.finish()
+        return tier
+
+    def read(self, key: Key) -> bytes | None:
+        return self._server.request("GET", f"{self._prefix}/{key_name(key)}")
+
+    def write(self, key: Key, value: bytes) -> None:
+        self._server.request("PUT", f"{self._prefix}/{key_name(key)}", value)
+
+    def used_bytes(self) -> int:
+        raise NotImplementedError("no bound, so nobody asks")
+
+
+@pytest.fixture
+def place(server: weed.Weed, request: pytest.FixtureRequest) -> Iterator[S3Place]:
+    found = S3Place(server, f"test/{abs(hash(request.node.name)):x}")
+    yield found
+    found.proxy.close()
+
+
+class TestS3(TierConformance):
+    pass
+
+
+def test_large_values_go_and_come_in_parts(place: S3Place) -> None:
+    with closing(place.open(part=str(PART), concurrency="4")) as tier:
+        keys, sent = keys_of(2), buffers_of([BIG, PART], 1)
+        assert tier.put(keys, sent) == [Put.STORED] * 2
+        assert place.read(keys[0]) == bytes(sent[0])
+        whole = buffers_of([BIG + 2 * PAGE, PART])
+        back = [whole[0][PAGE : PAGE + BIG], whole[1]]
+        assert tier.get(keys, back) == [Got.HIT] * 2
+        assert back == sent
+        assert not any(whole[0][:PAGE])
+        assert not any(whole[0][PAGE + BIG :])
+        for size in (BIG - 1, BIG + 1, PART, 4 * PART):
+            (longer,) = buffers_of([size + PAGE])
+            assert tier.get(keys[:1], [longer[:size]]) == [Got.DAMAGED]
+            assert not any(longer)
+
+
+def test_signed_bodies_and_single_deletes(place: S3Place) -> None:
+    with closing(place.open(sign_payload="yes", bulk_delete="no")) as tier:
+        keys, sent, back = keys_of(3), buffers_of([PAGE] * 3, 6), buffers_of([PAGE] * 3)
+        assert tier.put(keys, sent) == [Put.STORED] * 3
+        assert tier.get(keys, back) == [Got.HIT] * 3
+        assert back == sent
+        tier.delete(keys[1:])
+        tier.delete(keys[1:])
+        assert tier.contains(keys) == [True, False, False]
+
+
+def test_parts_of_two_versions_are_a_miss(place: S3Place) -> None:
+    class Racing(S3Tier):
+        def _read(self, key, buffer, piece):
+            found = super()._read(key, buffer, piece)
+            if piece.start == 0:
+                self._write(key, other)
+            return found
+
+    (key,), (value, other), (back,) = keys_of(1), buffers_of([BIG] * 2, 2), buffers_of([BIG])
+    with closing(place.open(part=str(PART))) as tier:
+        tier.put([key], [value])
+        racing = Racing(tier._store, tier._options)
+        assert racing.get([key], [back]) == [Got.MISS]
+        racing.close()
+        assert tier.get([key], [back]) == [Got.HIT]
+        assert back == other
+
+
+def test_a_store_that_hangs_within_a_value_is_given_up_in_time(place: S3Place) -> None:
+    class Halfway(S3Tier):
+        def _read(self, key, buffer, piece):
+            self.begun = True
+            return super()._read(key, buffer, piece)
+
+        def _asked(self, request):
+            if getattr(request, "__name__", "") == "bytes":  # the answer's head is here, its body is not
+                place.proxy.hang()
+            return super()._asked(request)
+
+    (key,), (value,) = keys_of(1), buffers_of([32 << 20], 3)
+    with closing(place.open()) as patient, closing(place.open(timeout="500ms", part="64MiB")) as tier:
+        patient.put([key], [value])
+        halfway = Halfway(tier._store, tier._options)
+        began = time.monotonic()
+        with pytest.raises(TierUnavailable, match="s3: "):
+            halfway.get([key], buffers_of([32 << 20]))
+        assert halfway.begun
+        assert time.monotonic() - began < 5
+        halfway.close()
+
+
+def test_a_cut_within_a_large_value_is_an_error_and_leaves_the_old_one(place: S3Place) -> None:
+    with closing(place.open(part=str(PART))) as tier:
+        (key,), (old, new), (back,) = keys_of(1), buffers_of([BIG] * 2, 4), buffers_of([BIG])
+        tier.put([key], [old])
+        place.proxy.cut_after(PART + PART // 2)
+        with pytest.raises(TierUnavailable):
+            tier.get([key], [back])
+        cutter = threading.Timer(0.05, place.proxy.cut, kwargs={"refuse": True})
+        cutter.start()
+        with pytest.raises(TierUnavailable):
+            _put_until_it_fails(tier, key, new)
+        cutter.join()
+        place.proxy.restore()
+        assert tier.get([key], [back]) == [Got.HIT]
+        assert back in (old, new)
+
+
+def _put_until_it_fails(tier: Tier, key: Key, value: memoryview) -> None:
+    while True:
+        tier.put([key], [value])
+
+
+def test_a_put_that_was_given_up_has_let_go_of_the_buffer(place: S3Place) -> None:
+    with closing(place.open(timeout="300ms")) as tier:
+        memory = mmap.mmap(-1, 8 << 20)
+        place.proxy.hang()
+        with memoryview(memory) as buffer, pytest.raises(TierUnavailable):
+            tier.put(keys_of(1), [buffer])
+        memory.close()  # raises BufferError while anybody holds a view
+
+
+def test_credentials_of_a_reader_read(place: S3Place) -> None:
+    (key,), (value,), (back,) = keys_of(1), buffers_of([PAGE], 5), buffers_of([PAGE])
+    with closing(place.open()) as tier:
+        tier.put([key], [value])
+    with closing(place.open(user=f"{weed.READER}:{weed.READER_SECRET}@")) as reader:
+        assert reader.get([key], [back]) == [Got.HIT]
+        with pytest.raises(TierUnavailable, match="AccessDenied"):
+            reader.put([key], [value])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"user": f"{weed.KEY}:wrong@"}, "refuses us: SignatureDoesNotMatch.*set AWS_ACCESS_KEY_ID"),
+        ({"user": "nobody:x@"}, "refuses us: InvalidAccessKeyId"),
+        ({"bucket": "no-such-bucket"}, "'no-such-bucket' does not exist: create it"),
+        ({"endpoint": "http://127.0.0.1:1"}, "cannot connect.*are endpoint= and region= right"),
+        ({"endpoint": "nonsense"}, "write endpoint=http://host:port"),
+        ({"endpoint": "http://no-such-host.invalid"}, "cannot connect"),
+        ({"user": "onlykey@"}, "give key and secret together"),
+        ({"part": "1MiB"}, "part must be 5 MiB or more"),
+        ({"timeout": "0s"}, "timeout must be more than 0"),
+        ({"bucket": "host:9000"}, "write it as s3://bucket/prefix"),
+    ],
+)
+def test_what_cannot_work_is_said_at_once(place: S3Place, wrong: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as raised:
+        place.open(**wrong)
+    assert weed.SECRET not in str(raised.value)
+
+
+def test_credentials_come_from_the_environment(place: S3Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_METADATA_ENDPOINT", f"http://127.0.0.1:{free_port()}")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ConfigError, match="no credentials for bucket 'kv-cache': set AWS_ACCESS_KEY_ID"):
+        place.open(user="")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", weed.KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", weed.SECRET)
+    place.open(user="").close()
+
+
+def test_credentials_come_from_a_profile(place: S3Place, monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    pytest.importorskip("boto3", reason="needs boto3")
+    shared = tmp_path / "credentials"
+    shared.write_text(f"[kv]\naws_access_key_id = {weed.KEY}\naws_secret_access_key = {weed.SECRET}\n")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(shared))
+    place.open(user="", profile="kv").close()
+    with pytest.raises(ConfigError, match="profile 'nobody'"):
+        place.open(user="", profile="nobody")
+
+
+def test_buckets_in_the_host_name() -> None:
+    options = S3Options("Bucket_1", "", 1.0, PART, 4)
+    by_default = store_arguments(TierURL("s3://Bucket_1/"), options)
+    assert by_default["virtual_hosted_style_request"] is True
+    assert "endpoint" not in by_default
+    named = store_arguments(TierURL("s3://Bucket_1/?endpoint=https://s3.host:1&path_style=no"), options)
+    assert named["endpoint"] == "https://Bucket_1.s3.host:1"
+    assert "virtual_hosted_style_request" not in store_arguments(
+        TierURL("s3://Bucket_1/?endpoint=https://s3.host:1"), options
+    )
+
+
+def test_the_opened_tier_shows_no_secret(place: S3Place) -> None:
+    url = TierURL(place.url())
+    tier = open_s3(url)
+    url.finish()
+    assert weed.SECRET not in str(url)
+    tier.close()

