@@ -14,15 +14,15 @@ __all__ = ["nodes_of", "remedy"]
 
 _PORT, _SENTINEL_PORT = 6379, 26379
 _REMEDIES = (  # by what the error says; the first that fits
+    (
+        "no sentinel knows",
+        "check the option sentinel and the sentinels; sentinel_auth=yes if they want it too",
+    ),
     ("NOAUTH", "give a password: redis://:PASSWORD@host, redis://USER:PASSWORD@host or password_file"),
     ("WRONGPASS", "user or password is wrong"),
     ("invalid password", "user or password is wrong"),
     ("without any password configured", "the server has no password: leave it out"),
     ("NOPERM", "allow the user +get +set +exists +del on ~PREFIX:*, and +cluster|slots for a cluster"),
-    (
-        "no sentinel knows",
-        "check the option sentinel and the sentinels; sentinel_auth=yes if they want it too",
-    ),
     ("MOVED", "this is a cluster: add ?cluster=yes"),
     ("cluster support disabled", "this is no cluster: leave out cluster=yes"),
     ("CLUSTERDOWN", "the cluster is not whole: see CLUSTER INFO"),

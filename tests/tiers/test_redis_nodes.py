@@ -248,3 +248,14 @@ def test_sentinel_names_the_master_also_after_it_died() -> None:
             assert patiently(lambda: tier.put(keys, sent), 30) == [Put.STORED] * 12
             assert servers.named() == servers.master.port
             assert servers.master.call("DBSIZE") == 12
+
+
+def test_sentinels_with_a_login() -> None:
+    with running("--requirepass", "wache") as master:
+        config = f"sentinel monitor kv 127.0.0.1 {master.port} 1\nsentinel auth-pass kv wache\n"
+        with running("--sentinel", "--requirepass", "wache", sentinel=config) as sentinel:
+            url = f"redis://:wache@127.0.0.1:{sentinel.port}?sentinel=kv"
+            with pytest.raises(ConfigError, match="sentinel_auth=yes if they want it too"):
+                open_at(url)
+            with closing(open_at(url + "&sentinel_auth=yes")) as tier:
+                assert tier.put(keys_of(1), buffers_of([PAGE], 1)) == [Put.STORED]
