@@ -13,33 +13,61 @@ import time
 from kvkeep.errors import TierUnavailable
 from kvkeep.tiers.url import TierURL
 
-__all__ = ["raw_redis"]
+__all__ = ["RedisSocket", "raw_redis"]
 
 _AHEAD = 4  # commands: more were no faster
 _OK = b"+OK\r\n"
 
 
-def raw_redis(url: str, chunk_bytes: int, count: int) -> tuple[float, float]:
-    """GB/s (1e9 bytes) of SET and of GET of `count` values, on the server of a redis:// or redis+unix:// URL.
+class RedisSocket:
+    """Verbs move `count` values of `chunk_bytes` bytes, and return the seconds that it took.
 
-    Raises OSError, or TierUnavailable where the server answers otherwise than it should.
+    They raise OSError, or TierUnavailable where the server answers otherwise than it should.
     """
-    sock = _connect(TierURL(url))
-    names = [b"kvkeep-raw:%08d" % i for i in range(count)]
-    sent, back = _memory(chunk_bytes, count, 7), _memory(chunk_bytes, count, 0)
+
+    name = f"one socket, {_AHEAD} commands ahead, recv_into, sendall"
+
+    def __init__(self, url: TierURL, chunk_bytes: int, count: int) -> None:
+        """`url`: redis:// or redis+unix://, of one server."""
+        self._sock = _connect(url)
+        self._names = [b"kvkeep-raw:%08d" % i for i in range(count)]
+        self._sent, self._back = _memory(chunk_bytes, count, 7), _memory(chunk_bytes, count, 0)
+
+    def put(self) -> float:
+        began = time.perf_counter()
+        _set(self._sock, self._names, self._sent)
+        return time.perf_counter() - began
+
+    def get(self) -> float:
+        """Of what was put; compared, which is not timed."""
+        for buffer in self._back:
+            buffer[:8] = bytes(8)
+        began = time.perf_counter()
+        _get(self._sock, self._names, self._back)
+        took = time.perf_counter() - began
+        if self._sent != self._back:
+            raise TierUnavailable("other bytes came back")
+        return took
+
+    def forget(self) -> None:
+        words = b"".join(map(_word, self._names))
+        self._sock.sendall(b"*%d\r\n$3\r\nDEL\r\n" % (len(self._names) + 1) + words)
+        line = self._sock.recv(64)
+        if line[:1] != b":":
+            raise TierUnavailable(f"the server answers {line!r} to DEL")
+
+    def close(self) -> None:
+        self.forget()
+        self._sock.close()
+
+
+def raw_redis(url: str, chunk_bytes: int, count: int) -> tuple[float, float]:
+    """GB/s (1e9 bytes) of SET and of GET of `count` values, on the server of `url`. Raises as RedisSocket."""
+    raw = RedisSocket(TierURL(url), chunk_bytes, count)
     try:
-        began = time.perf_counter()
-        _set(sock, names, sent)
-        put = time.perf_counter() - began
-        began = time.perf_counter()
-        _get(sock, names, back)
-        get = time.perf_counter() - began
-        sock.sendall(b"*%d\r\n$3\r\nDEL\r\n" % (count + 1) + b"".join(map(_word, names)))
-        _expect(sock, b":%d\r\n" % count)
+        put, get = raw.put(), raw.get()
     finally:
-        sock.close()
-    if any(a != b for a, b in zip(sent, back, strict=True)):
-        raise TierUnavailable("other bytes came back")
+        raw.close()
     return chunk_bytes * count / put / 1e9, chunk_bytes * count / get / 1e9
 
 

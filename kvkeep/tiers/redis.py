@@ -9,8 +9,9 @@ from __future__ import annotations
 import logging
 import os
 import random
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -19,9 +20,12 @@ from kvkeep.tiers.base import (
     KEY_BYTES,
     Buffer,
     Capabilities,
+    Check,
     Got,
     Key,
+    Listing,
     Put,
+    Seal,
     Tier,
     Usage,
     key_name,
@@ -29,6 +33,7 @@ from kvkeep.tiers.base import (
 from kvkeep.tiers.redis_nodes import FAULTS, Address, Nodes
 from kvkeep.tiers.redis_url import nodes_of, remedy
 from kvkeep.tiers.resp import MAX_VALUE_BYTES, Reader, Refusal, Request, command, exchange
+from kvkeep.tiers.threads import Threads
 from kvkeep.tiers.url import TierURL
 
 __all__ = ["RedisTier", "open_redis"]
@@ -40,6 +45,9 @@ _PASSING = {"MOVED", "ASK", "READONLY", "LOADING", "MASTERDOWN", "CLUSTERDOWN", 
 """Errors that another server, or the same a moment later, may not give."""
 _FULL = {"OOM", "MISCONF"}
 """Errors of a SET that leave the server useful for reading: it has no room, or cannot save to its disk."""
+_FOREIGN = "WRONGTYPE"
+"""Error of a GET or STRLEN where something that is no string lies under the key."""
+_AT_ONCE = 16  # connections that one batch uses, over all servers
 _ASKING = command(b"ASKING")
 
 
@@ -59,6 +67,8 @@ class _Job(Generic[_R]):
     """By place: the result, or why there is none yet."""
     bulk: bool = False
     """Worth several connections."""
+    unseen: bool = False
+    """Not to count as a use of the values, where the server can do that (Redis 7.2, Valkey)."""
 
     def todo(self) -> list[int]:
         """Places without a result; the last first: where the server evicts by use, it loses them first."""
@@ -69,13 +79,12 @@ class _Job(Generic[_R]):
         return [result for result in self.out if isinstance(result, _Refused)]
 
 
-class RedisTier(Tier):
+class RedisTier(Tier, Listing):
     """Redis or Valkey behind `nodes`."""
 
-    def __init__(
-        self, nodes: Nodes, prefix: str, ttl: float | None, connections: int, limit: int = MAX_VALUE_BYTES
-    ) -> None:
-        """`ttl`: seconds after which the server forgets a value; `connections`: in parallel, per server."""
+    def __init__(self, nodes: Nodes, prefix: str, ttl: float | None, connections: int, limit: int) -> None:
+        """`ttl`: seconds after which the server forgets a value; `connections`: of one batch, per server;
+        `limit`: bytes of the longest value."""
         self._nodes, self._pool = nodes, nodes.pool
         self._prefix = prefix.encode() + b":"
         self._tail = b"\r\n" if ttl is None else b"\r\n" + _words(b"PX", b"%d" % max(1, int(ttl * 1000)))
@@ -83,31 +92,48 @@ class RedisTier(Tier):
         self._connections = connections
         self._limit = limit
         self._capabilities = Capabilities(shared=True, persistent=True, max_value_bytes=limit)
-        self._threads = ThreadPoolExecutor(max_workers=32, thread_name_prefix="kvkeep-redis")
+        self._threads = Threads(_AT_ONCE, "kvkeep-redis")
         self._pid = os.getpid()
         self._closed = False
         self._told_full = False
+        self._seal: Seal | None = None
+        self._is_whole: Check | None = None
 
     @property
     def capabilities(self) -> Capabilities:
         return self._capabilities
 
+    def overlap(self, seal: Seal, check: Check) -> bool:
+        self._seal, self._is_whole = seal, check
+        return True
+
     def contains(self, keys: Sequence[Key]) -> list[bool]:
         return [bool(number) for number in self._short(b"EXISTS", keys)]
 
     def get(self, keys: Sequence[Key], buffers: Sequence[Buffer]) -> list[Got]:
+        return self._get(keys, buffers, unseen=False)
+
+    def peek(self, keys: Sequence[Key], buffers: Sequence[Buffer]) -> list[Got]:
+        return self._get(keys, buffers, unseen=True)
+
+    def _get(self, keys: Sequence[Key], buffers: Sequence[Buffer], unseen: bool) -> list[Got]:
         def request(i: int) -> Request:
             return Request([command(b"GET", names[i])], len(buffers[i]))
 
         def read(reader: Reader, i: int) -> Got | Refusal:
             got = reader.value(buffers[i])
-            return Got.DAMAGED if isinstance(got, Refusal) and got.code == "WRONGTYPE" else got
+            if isinstance(got, Refusal):
+                return Got.DAMAGED if got.code == _FOREIGN else got
+            whole = got is not Got.HIT or self._is_whole is None or self._is_whole(keys[i], buffers[i])
+            return got if whole else Got.DAMAGED
 
         names = self._names(keys)
-        return self._run(_Job(names, request, read, [None] * len(names), bulk=True))
+        return self._run(_Job(names, request, read, [None] * len(names), bulk=True, unseen=unseen))
 
     def put(self, keys: Sequence[Key], buffers: Sequence[Buffer]) -> list[Put]:
         def request(i: int) -> Request:
+            if self._seal is not None:
+                self._seal(keys[i], buffers[i])
             head = self._set + b"$%d\r\n%s\r\n$%d\r\n" % (len(names[i]), names[i], len(buffers[i]))
             return Request([head, buffers[i], self._tail], len(buffers[i]))
 
@@ -124,6 +150,30 @@ class RedisTier(Tier):
 
     def delete(self, keys: Sequence[Key]) -> None:
         self._short(b"DEL", keys)
+
+    def keys(self) -> Iterator[tuple[Key, int]]:
+        """As told there; what is no string has length 0."""
+        seen = set[Key]()
+        pattern = re.sub(rb"([][*?^\\-])", rb"\\\1", self._prefix) + b"*"
+        for address in self._nodes.masters():
+            cursor = b"0"
+            while True:
+                self._check()
+                cursor, names = self._scan(address, cursor, pattern)
+                found = [key for key in map(self._key, names) if key is not None and key not in seen]
+                seen.update(found)
+                for key, length in zip(found, self._short(b"STRLEN", found), strict=True):
+                    if length:
+                        yield key, max(0, length)
+                if cursor == b"0":
+                    break
+
+    def _scan(self, address: Address, cursor: bytes, pattern: bytes) -> tuple[bytes, list[bytes]]:
+        try:
+            cursor, names = self._pool.call(address, "SCAN", cursor, "MATCH", pattern, "COUNT", 1000)
+            return bytes(cursor), [bytes(name) for name in names]
+        except (*FAULTS, TypeError, ValueError) as error:
+            raise TierUnavailable(f"{address}: {error}") from error
 
     def usage(self) -> Usage:
         """Memory of all masters, and the number of their keys (of other users too)."""
@@ -145,7 +195,7 @@ class RedisTier(Tier):
         self._closed = True
         if os.getpid() == self._pid:  # in a fork, the connections are the parent's
             self._pool.close()
-            self._threads.shutdown(wait=False)
+            self._threads.close(wait_for_it=False)
 
     def _check(self) -> None:
         if self._closed:
@@ -156,14 +206,23 @@ class RedisTier(Tier):
     def _names(self, keys: Sequence[Key]) -> list[bytes]:
         return [self._prefix + key_name(key).encode() for key in keys]
 
+    def _key(self, name: bytes) -> Key | None:
+        """The key of a name, if it is one of ours."""
+        digits = name.removeprefix(self._prefix).replace(b"/", b"", 1)
+        if not re.fullmatch(rb"[0-9a-f]{%d}" % (2 * KEY_BYTES), digits):
+            return None
+        key = bytes.fromhex(digits.decode())
+        return key if self._names([key]) == [name] else None
+
     def _short(self, verb: bytes, keys: Sequence[Key]) -> list[int]:
-        """A command with the key as its only argument, answered by a number."""
+        """A command with the key as its only argument, answered by a number; -1 for a foreign value."""
 
         def request(i: int) -> Request:
             return Request([command(verb, names[i])], 0)
 
         def read(reader: Reader, _: int) -> int | Refusal:
-            return reader.status()
+            reply = reader.status()
+            return -1 if isinstance(reply, Refusal) and reply.code == _FOREIGN else reply
 
         names = self._names(keys)
         return self._run(_Job(names, request, read, [None] * len(names)))
@@ -179,13 +238,16 @@ class RedisTier(Tier):
     def _run(self, job: _Job[_R]) -> list[_R]:
         self._check()
         for last in (False, True):
-            version = self._nodes.version
+            version, began = self._nodes.version, time.monotonic()
             try:
                 self._round(job)
             except TierUnavailable:
                 if last or not self._nodes.several:
                     raise
+                slow = time.monotonic() - began > self._pool.timeout / 2
                 self._nodes.refresh(version)
+                if slow:  # who waits has waited long enough; the next batch finds what was found
+                    raise
                 continue
             refused = job.refused()
             if not refused:
@@ -215,14 +277,7 @@ class RedisTier(Tier):
     def _spread(self, job: _Job[_R], parts: list[tuple[Address, list[int]]], asking: bool = False) -> None:
         """All parts at once. Returns or raises when all have ended: the buffers are the caller's again."""
         parts = [part for part in parts if part[1]]
-        others = [self._threads.submit(self._part, job, to, places, asking) for to, places in parts[1:]]
-        try:
-            for to, places in parts[:1]:
-                self._part(job, to, places, asking)
-        finally:
-            wait(others)
-        for other in others:
-            other.result()
+        self._threads.each(range(len(parts)), lambda n: self._part(job, *parts[n], asking))
 
     def _part(self, job: _Job[_R], address: Address, places: list[int], asking: bool) -> None:
         """One server's share over one connection. Raises TierUnavailable."""
@@ -240,7 +295,11 @@ class RedisTier(Tier):
         try:
             link = self._pool.take(address)
             try:
+                if job.unseen:
+                    link.touch(False)
                 exchange(link.reader, len(places), request, read)
+                if job.unseen:
+                    link.touch(True)
             except BaseException:
                 self._pool.drop(link)
                 raise
@@ -268,11 +327,20 @@ def open_redis(url: TierURL) -> RedisTier:
     if not prefix or not prefix.isprintable() or set(prefix) & set("{} "):
         raise ConfigError(f"{url}: prefix must be of printable characters, without spaces and braces")
     nodes = nodes_of(url)
-    tier = RedisTier(nodes, prefix, ttl or None, connections)
     try:
         nodes.refresh(nodes.version)
+        tier = RedisTier(nodes, prefix, ttl or None, connections, _limit_of(nodes))
         tier.contains([random.randbytes(KEY_BYTES)])
     except TierUnavailable as error:
-        tier.close()
+        nodes.pool.close()
         raise ConfigError(f"{url}: {error}; {remedy(error)}") from error
     return tier
+
+
+def _limit_of(nodes: Nodes) -> int:
+    """The longest value that the servers take; where they do not tell, it is the usual limit."""
+    try:
+        reply = nodes.pool.call(nodes.masters()[0], "CONFIG", "GET", "proto-max-bulk-len")
+        return min(MAX_VALUE_BYTES, int(reply[1]))
+    except (*FAULTS, TypeError, ValueError, IndexError):
+        return MAX_VALUE_BYTES

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 from redis.backoff import NoBackoff
 from redis.connection import Connection, SSLConnection, UnixDomainSocketConnection
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 from redis.retry import Retry
 
 from kvkeep.errors import TierUnavailable
@@ -76,6 +76,11 @@ class Link:
         self._connection.send_command(*words)
         return self._connection.read_response()
 
+    def touch(self, yes: bool) -> None:
+        """Whether reading is a use of what is read, from now on; before Redis 7.2 it always is."""
+        with contextlib.suppress(ResponseError):
+            self.call("CLIENT", "NO-TOUCH", "OFF" if yes else "ON")
+
     def shut(self) -> None:
         """End what another thread does on it: it gets an OSError."""
         self.reader.shut()
@@ -87,10 +92,11 @@ class Link:
 class Pool:
     """Connections by address. Thread-safe; one that failed is dropped and never used again."""
 
-    def __init__(self, timeout: float, options: dict[str, Any], tls: bool = False) -> None:
-        """`options` are those of redis-py's connections: credentials, database, TLS files."""
+    def __init__(self, timeout: float, options: dict[str, Any], tls: bool, doubts: bool = False) -> None:
+        """`options` are those of redis-py's connections: credentials, database, TLS files. With `doubts`,
+        a server that has ended an idle connection is an error: it may have another role now."""
         self.timeout = timeout
-        self._options, self._tls = options, tls
+        self._options, self._tls, self._doubts = options, tls, doubts
         self._lock = threading.Lock()
         self._idle: dict[Address, list[Link]] = {}
         self._busy: set[Link] = set()
@@ -98,17 +104,18 @@ class Pool:
 
     def take(self, address: Address) -> Link:
         """A connection to `address` for this thread, until `give` or `drop`. Raises one of FAULTS."""
-        while True:
-            with self._lock:
-                idle = self._idle.get(address)
-                link = idle.pop() if idle else None
-                if link is not None:
-                    self._busy.add(link)
-            if link is None:
-                break
+        with self._lock:
+            idle = self._idle.get(address, [])
+            link = idle.pop() if idle else None
+            if link is not None:
+                self._busy.add(link)
+        if link is not None:
             if not link.stale:
                 return link
             self.drop(link)
+            self.flush(address)
+            if self._doubts:
+                raise ConnectionResetError("the server ended an idle connection")
         link = Link(address, self.timeout, self._options, self._tls)
         with self._lock:
             if not self._closed:
@@ -144,11 +151,11 @@ class Pool:
         self.give(link)
         return reply
 
-    def flush(self) -> None:
-        """Dial anew from now on: names may stand for other servers, and servers may have other roles."""
+    def flush(self, address: Address | None = None) -> None:
+        """Dial anew from now on: servers may have other roles, and names stand for other servers."""
         with self._lock:
-            links = [link for idle in self._idle.values() for link in idle]
-            self._idle.clear()
+            links = [link for at, idle in self._idle.items() if address in (None, at) for link in idle]
+            self._idle = {at: idle for at, idle in self._idle.items() if address not in (None, at)}
         for link in links:
             link.close()
 

@@ -14,15 +14,15 @@ __all__ = ["nodes_of", "remedy"]
 
 _PORT, _SENTINEL_PORT = 6379, 26379
 _REMEDIES = (  # by what the error says; the first that fits
+    (
+        "no sentinel knows",
+        "check the option sentinel and the sentinels; sentinel_auth=yes if they want it too",
+    ),
     ("NOAUTH", "give a password: redis://:PASSWORD@host, redis://USER:PASSWORD@host or password_file"),
     ("WRONGPASS", "user or password is wrong"),
     ("invalid password", "user or password is wrong"),
     ("without any password configured", "the server has no password: leave it out"),
     ("NOPERM", "allow the user +get +set +exists +del on ~PREFIX:*, and +cluster|slots for a cluster"),
-    (
-        "no sentinel knows",
-        "check the option sentinel and the sentinels; sentinel_auth=yes if they want it too",
-    ),
     ("MOVED", "this is a cluster: add ?cluster=yes"),
     ("cluster support disabled", "this is no cluster: leave out cluster=yes"),
     ("CLUSTERDOWN", "the cluster is not whole: see CLUSTER INFO"),
@@ -37,7 +37,7 @@ _REMEDIES = (  # by what the error says; the first that fits
         "Timeout connecting",
         "is it running, and can it be reached from here? If rediss://, does it speak TLS there?",
     ),
-    ("closed the connection", "does it speak TLS? Then rediss://"),
+    ("closed the connection", "does it speak TLS? Then rediss://; if not, its log says why"),
 )
 
 
@@ -49,18 +49,18 @@ def nodes_of(url: TierURL) -> Nodes:
     unix, tls = url.scheme == "redis+unix", url.scheme == "rediss"
     transport = _tls(url) if tls else {}
     account = _account(url)
-    database = {"db": _database(url, unix)}
-    pool = Pool(timeout, {**transport, **account, **database}, tls)
+    options = {**transport, **account, "db": _database(url, unix)}
     if unix:
-        return Single(pool, Address(url.path, 0))
+        return Single(Pool(timeout, options, tls), Address(url.path, 0))
     sentinel, cluster = url.take("sentinel", str, ""), url.take_flag("cluster", False)
+    pool = Pool(timeout, options, tls, doubts=bool(sentinel) or cluster)
     port = _SENTINEL_PORT if sentinel else _PORT
     addresses = [Address(host or "localhost", given or port) for host, given in url.hosts]
     if sentinel:
         login = account if url.take_flag("sentinel_auth", False) else {}
         return Sentinel(pool, addresses, sentinel, Pool(timeout, {**transport, **login}, tls))
     if cluster:
-        if database["db"]:
+        if options["db"]:
             raise ConfigError(f"{url}: a cluster has database 0 only")
         return Cluster(pool, addresses)
     if len(addresses) > 1:

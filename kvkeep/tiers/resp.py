@@ -243,11 +243,10 @@ def exchange(
     """
     weights: list[int] = []
     ahead = 0
-    parts: list[Part] = []
     for done in range(count):
-        while len(weights) < min(count, done + _WINDOW_REQUESTS) and (
-            len(weights) == done or ahead < _WINDOW_BYTES
-        ):
+        parts: list[Part] = []
+        low = len(weights) - done <= _WINDOW_REQUESTS // 2 and ahead <= _WINDOW_BYTES // 2
+        while low and len(weights) < min(count, done + _WINDOW_REQUESTS) and ahead < _WINDOW_BYTES:
             made = request(len(weights))
             parts += made.parts
             weights.append(made.weight)
@@ -257,7 +256,6 @@ def exchange(
                 parts = []
         if parts:
             reader.send(parts)
-            parts = []
         reader.start()
         read(done)
         ahead -= weights[done]

@@ -43,10 +43,8 @@ class TierURL:
 
     def __str__(self) -> str:
         """The URL without its password, for logs and figures."""
-        shown = self._parts
-        if shown.password is not None:
-            shown = shown._replace(netloc=shown.netloc.replace(f":{shown.password}@", ":***@", 1))
-        return shown.geturl()
+        password = self._parts.password
+        return self._given if password is None else self._given.replace(f":{password}@", ":***@", 1)
 
     def inner(self, scheme: str) -> TierURL:
         """The same URL under another scheme; options taken from it count for this one too."""

@@ -39,8 +39,11 @@ def binary() -> str:
 class Server:
     """One server process on a free port of 127.0.0.1, in a directory of its own; ended by its id."""
 
-    def __init__(self, *options: str, program: str | None = None, port: int | None = None) -> None:
-        self.port = port or free_port()
+    bus = 0
+    """Port of the cluster's bus."""
+
+    def __init__(self, *options: str, program: str | None = None, sentinel: str = "") -> None:
+        self.port, self._sentinel = free_port(), sentinel
         self._directory = tempfile.TemporaryDirectory(prefix="kvkeep-redis-")
         self.path = Path(self._directory.name)
         self.socket = str(self.path / "socket")
@@ -48,10 +51,20 @@ class Server:
         self.start()
 
     def _arguments(self) -> list[str]:
-        return [
-            *("--bind", "127.0.0.1", "--port", str(self.port), "--unixsocket", self.socket),
-            *("--dir", str(self.path), "--logfile", "log", "--save", "", "--enable-debug-command", "yes"),
+        common = [
+            "--bind",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+            "--dir",
+            str(self.path),
+            "--logfile",
+            "log",
         ]
+        if self._sentinel:  # it rewrites its file
+            (self.path / "sentinel.conf").write_text(self._sentinel)
+            return [str(self.path / "sentinel.conf"), *common]
+        return [*common, "--unixsocket", self.socket, "--save", "", "--repl-diskless-sync-delay", "0"]
 
     def start(self) -> None:
         """Start it, also after `kill`; returns when it answers."""
@@ -76,8 +89,14 @@ class Server:
         return redis.Redis(port=self.port, protocol=2, retry=once, **options)
 
     def call(self, *words: str | int) -> Any:
+        """The reply as it comes."""
         with self.client() as client:
-            return client.execute_command(*words)
+            connection = client.connection_pool.get_connection()
+            try:
+                connection.send_command(*words)
+                return connection.read_response()
+            finally:
+                client.connection_pool.release(connection)
 
     def kill(self) -> None:
         """As kill -9."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import re
 import shutil
 import socket
 import ssl
@@ -227,6 +228,51 @@ def test_errors_at_the_start_name_a_remedy(server: Server, tmp_path: Path) -> No
             with pytest.raises(ConfigError, match=message):
                 open_tier(url)
             assert time.monotonic() - began < 3
+
+
+def test_options_are_those_that_the_page_names() -> None:
+    root = Path(__file__).parents[2]
+    table = (root / "docs" / "tiers-redis.md").read_text().partition("| option |")[2].partition("\n\n")[0]
+    told = [name for row in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", row.split("|")[1])]
+    code = "".join((root / "kvkeep" / "tiers" / f"{name}.py").read_text() for name in ("redis", "redis_url"))
+    taken = re.findall(r'take\w*\(\s*"(\w+)"', code) + re.findall(r'"(tls_(?!verify)\w+)"[,)]', code)
+    assert set(told) == set(taken)
+
+
+def test_ipv6() -> None:
+    with socket.socket(socket.AF_INET6) as probe:
+        try:
+            probe.bind(("::1", 0))
+        except OSError:
+            pytest.skip("no IPv6 here")
+    with running("--bind", "127.0.0.1 ::1") as server:
+        with closing(open_at(f"redis://[::1]:{server.port}/0")) as tier:
+            assert tier.contains(keys_of(1)) == [False]
+        with pytest.raises(ConfigError, match=r"\[::1\]:1: .*is it running"):
+            open_at("redis://[::1]:1")
+
+
+def test_a_look_is_not_a_use(server: Server, url: str) -> None:
+    if b"server_name:valkey" not in server.call("INFO", "server"):
+        pytest.skip("servers before Redis 7.2 count every look")
+    (key,), (value,), (back,) = keys_of(1), buffers_of([PAGE], 1), buffers_of([PAGE])
+    with closing(open_at(url)) as tier:
+        tier.put([key], [value])
+        wait_until(lambda: server.call("OBJECT", "IDLETIME", name_of(key)) > 0, 5)
+        assert tier.peek([key], [back]) == [Got.HIT]
+        assert server.call("OBJECT", "IDLETIME", name_of(key)) > 0
+        assert tier.get([key], [back]) == [Got.HIT]
+        assert server.call("OBJECT", "IDLETIME", name_of(key)) == 0
+
+
+def test_only_our_own_names_are_listed(server: Server, url: str) -> None:
+    keys = keys_of(2)
+    with closing(open_at(f"{url}?prefix=a*b")) as tier:
+        tier.put(keys[:1], buffers_of([PAGE], 1))
+        for name in ("a*b:x", "aXb:" + name_of(keys[1]).partition(":")[2], "a*b:" + "0" * 49):
+            server.call("SET", name, "x")
+        server.call("LPUSH", name_of(keys[1], "a*b"), "x")
+        assert sorted(tier.keys()) == sorted([(keys[0], PAGE), (keys[1], 0)])
 
 
 def test_a_key_is_readable_and_the_prefix_separates(server: Server, url: str) -> None:
