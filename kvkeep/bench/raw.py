@@ -158,5 +158,22 @@ def _raw_fs(url: TierURL, tier: Tier, shape: Shape) -> Raw:
     return kind(url.path, shape, direct)
 
 
-RAW: dict[str, Callable[[TierURL, Tier, Shape], Raw]] = {"fs": _raw_fs}
+def _raw_redis(url: TierURL, tier: Tier, shape: Shape) -> Raw:
+    from kvkeep.bench.raw_redis import RedisSocket
+
+    return RedisSocket(url, shape.chunk_bytes, shape.count)
+
+
+def _raw_mooncake(url: TierURL, tier: Tier, shape: Shape) -> Raw:
+    from kvkeep.bench.raw_mooncake import RawMooncake
+
+    return RawMooncake(url, shape.chunk_bytes, shape.count)
+
+
+RAW: dict[str, Callable[[TierURL, Tier, Shape], Raw]] = {
+    "fs": _raw_fs,
+    "redis": _raw_redis,
+    "redis+unix": _raw_redis,
+    "mooncake": _raw_mooncake,
+}
 """By scheme, without what wraps it (`faulty+`); given the URL, the raw tier opened by it, and the shape."""

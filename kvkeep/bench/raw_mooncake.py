@@ -11,6 +11,7 @@ import time
 
 import numpy as np
 
+from kvkeep.bench.raw import Raw
 from kvkeep.errors import TierUnavailable
 from kvkeep.tiers.mooncake_client import connect, mooncake_options
 from kvkeep.tiers.url import TierURL
@@ -18,7 +19,7 @@ from kvkeep.tiers.url import TierURL
 __all__ = ["RawMooncake"]
 
 
-class RawMooncake:
+class RawMooncake(Raw):
     """A client of the store of a mooncake:// URL, with memory for `count` values of `chunk_bytes` twice.
 
     Raises ConfigError where there is no store, TierUnavailable where it does not take or give all.

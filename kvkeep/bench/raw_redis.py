@@ -10,6 +10,7 @@ import mmap
 import socket
 import time
 
+from kvkeep.bench.raw import Raw
 from kvkeep.errors import TierUnavailable
 from kvkeep.tiers.url import TierURL
 
@@ -19,7 +20,7 @@ _AHEAD = 4  # commands: more were no faster
 _OK = b"+OK\r\n"
 
 
-class RedisSocket:
+class RedisSocket(Raw):
     """Verbs move `count` values of `chunk_bytes` bytes, and return the seconds that it took.
 
     They raise OSError, or TierUnavailable where the server answers otherwise than it should.
