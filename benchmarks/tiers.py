@@ -40,11 +40,8 @@ ANSWER_TOKENS = 8
 
 def figures(socket: str) -> dict[str, Any]:
     """The keeper's status."""
-    connection = Connection.open(socket, "bench", timeout=20.0)
-    try:
+    with contextlib.closing(Connection.open(socket, "bench", timeout=20.0)) as connection:
         return connection.status()
-    finally:
-        connection.close()
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from kvkeep.bench.raw import Raw
 from kvkeep.errors import TierUnavailable
 from kvkeep.tiers.url import TierURL
 
-__all__ = ["RedisSocket", "raw_redis"]
+__all__ = ["RedisSocket"]
 
 _AHEAD = 4  # commands: more were no faster
 _OK = b"+OK\r\n"
@@ -60,16 +60,6 @@ class RedisSocket(Raw):
     def close(self) -> None:
         self.forget()
         self._sock.close()
-
-
-def raw_redis(url: str, chunk_bytes: int, count: int) -> tuple[float, float]:
-    """GB/s (1e9 bytes) of SET and of GET of `count` values, on the server of `url`. Raises as RedisSocket."""
-    raw = RedisSocket(TierURL(url), chunk_bytes, count)
-    try:
-        put, get = raw.put(), raw.get()
-    finally:
-        raw.close()
-    return chunk_bytes * count / put / 1e9, chunk_bytes * count / get / 1e9
 
 
 def _set(sock: socket.socket, names: list[bytes], values: list[memoryview]) -> None:

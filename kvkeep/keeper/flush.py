@@ -49,11 +49,12 @@ class FlushQueue:
         self._through = through
         self._second_touch = second_touch
         self._waiting: deque[Keys] = deque()
+        self._count = 0  # of keys in it: asked for at every commit, when it may be a million long
         self.lost = 0
         """Chunks that were gone from memory before they could be written."""
 
     def __len__(self) -> int:
-        return sum(len(keys) for keys in self._waiting)
+        return self._count
 
     def committed(self, records: Records) -> None:
         """Chunks have become readable."""
@@ -70,6 +71,7 @@ class FlushQueue:
         chunks, taken, nbytes = self._keeper.chunks, [], 0
         while self._waiting and nbytes < most_bytes:
             keys = self._waiting.popleft()
+            self._count -= len(keys)
             records = chunks.table.find(keys)
             self.lost += int((records < 0).sum())
             records = records[records >= 0]
@@ -78,6 +80,7 @@ class FlushQueue:
             count = min(len(records), int(np.searchsorted(ends, most_bytes)) + 1)
             if count < len(records):
                 self._waiting.appendleft(chunks.table.keys_of(records[count:]))
+                self._count += len(records) - count
             if count:
                 nbytes = int(ends[count - 1])
                 chunks.queued[records[:count]] &= ~self._bit
@@ -97,6 +100,7 @@ class FlushQueue:
         if again and len(missing):
             chunks.queued[missing] |= self._bit
             self._waiting.appendleft(chunks.table.keys_of(missing))
+            self._count += len(missing)
         self._keeper.release(MOVERS, flush.lease, None)
 
     def _add(self, records: Records) -> None:
@@ -105,8 +109,10 @@ class FlushQueue:
         if len(new):
             chunks.queued[new] |= self._bit
             self._waiting.append(chunks.table.keys_of(new))
-        while len(self._waiting) > 1 and len(self) > _MOST_WAITING:
+            self._count += len(new)
+        while len(self._waiting) > 1 and self._count > _MOST_WAITING:
             given_up = chunks.table.find(self._waiting.popleft())
+            self._count -= len(given_up)
             self.lost += len(given_up)
             chunks.queued[given_up[given_up >= 0]] &= ~self._bit
 

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 from kvkeep.bench.engine import VllmServer, connector_args
-from kvkeep.errors import KVKeepError
 from kvkeep.wire.client import Connection
 from tests.engines.vllm.conftest import tiny_model  # noqa: F401 (a fixture)
 from tests.hosts.network import Host, hosts
@@ -113,13 +112,8 @@ class Site:
         return text, self.engine.metric("vllm:kvkeep_loaded_tokens_total") - before
 
     def tier(self) -> dict[str, Any]:
-        with contextlib.suppress(KVKeepError):
-            connection = Connection.open(self.socket, "test", timeout=10.0)
-            try:
-                return connection.status()["tiers"][0]
-            finally:
-                connection.close()
-        return {}
+        with contextlib.closing(Connection.open(self.socket, "test", timeout=10.0)) as connection:
+            return connection.status()["tiers"][0]
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from kvkeep.keeper import flush
 from kvkeep.keeper.fetch import Stage
 from kvkeep.keeper.keeper import Keeper
 from kvkeep.keeper.movers import Asked, Movers
@@ -163,11 +164,12 @@ def test_second_touch_writes_only_what_is_asked_for_again(held: dict[Key, bytes]
 
 
 def test_a_tier_that_is_only_read_is_not_written(held: dict[Key, bytes]) -> None:
-    Host(wrapped(MemoryTier(held))).save(0, 1)
     host = Host(wrapped(MemoryTier(held), WriteWhen.NEVER))
     host.save(2, 5)
     host.flushed()
-    assert len(held) <= 1
+    host.ask(2, 5)
+    host.flushed()
+    assert not held
 
 
 def test_what_the_second_tier_has_is_promoted_to_the_first(held: dict[Key, bytes]) -> None:
@@ -249,3 +251,24 @@ def test_no_request_waits_for_a_store_that_is_slow_to_answer(held: dict[Key, byt
         assert time.monotonic() < deadline, "it is fast again, and nobody notices"
         time.sleep(0.01)
         host.run_until(host.calls.empty)
+
+
+def test_a_queue_forgets_the_oldest_beyond_its_bound(
+    held: dict[Key, bytes], faulty: Faulty, monkeypatch
+) -> None:
+    monkeypatch.setattr(flush, "_MOST_WAITING", 20)
+    opened_ = wrapped(faulty)
+    host = Host(opened_, memory=64 * SMALL)
+    faulty.faults = Faults(error_rate=1.0)
+    host.save(0, 5)
+    host.run_until(lambda: not opened_.guard.available)
+    for chain in range(2, 20, 2):
+        host.save(chain, 5)
+    (figures,) = host.movers.figures()
+    assert figures["waiting_chunks"] == 20
+    assert figures["lost_chunks"] == 30
+    faulty.faults = Faults()
+    host.run_until(lambda: opened_.guard.available)
+    host.flushed()
+    assert len(held) == 20
+    assert host.movers.figures()[0]["waiting_chunks"] == 0
