@@ -42,10 +42,41 @@ def s3(folder: Path) -> Iterator[str]:
         )
 
 
+@contextlib.contextmanager
+def mooncake(folder: Path) -> Iterator[str]:
+    """A master, and a node with 4 GiB of memory, on loopback; TCP."""
+    from tests.tiers.moon import Master, Node
+
+    master = Master(folder / "master.log")
+    try:
+        node = Node(master.address, 4 << 30, folder / "node.log")
+        try:
+            yield f"mooncake://{master.address}"
+        finally:
+            node.kill()
+    finally:
+        master.kill()
+
+
+@contextlib.contextmanager
+def infinistore(folder: Path) -> Iterator[str]:
+    """Its own server with an RDMA device that is none, in a network namespace of its own: see `stores`."""
+    from tests.tiers import infini
+
+    (folder / "infinistore").mkdir()
+    server = infini.Server(infini.environment(), folder / "infinistore", 3)
+    try:
+        yield f"infinistore://127.0.0.1:{server.port}"
+    finally:
+        server.kill()
+
+
 STORES: dict[str, Callable[[Path], contextlib.AbstractContextManager[str]]] = {
     "fs": fs,
     "redis": redis,
     "s3": s3,
+    "mooncake": mooncake,
+    "infinistore": infinistore,
 }
 
 
@@ -53,6 +84,14 @@ STORES: dict[str, Callable[[Path], contextlib.AbstractContextManager[str]]] = {
 def stores(names: list[str]) -> Iterator[dict[str, str]]:
     """The URLs of tiers on these stores, which are up inside the block."""
     with contextlib.ExitStack() as stack:
+        if "infinistore" in names:
+            from tests.tiers.infini import environment
+
+            environment()  # while there is a network to install it by
+        if {"mooncake", "infinistore"} & set(names):  # they listen on all interfaces
+            from tests.tiers.netns import loopback_only
+
+            stack.enter_context(loopback_only())
         here = Path(__file__).parent / "out"
         here.mkdir(exist_ok=True)
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="stores-", dir=here)))

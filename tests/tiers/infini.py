@@ -53,9 +53,9 @@ def fake_device(directory: Path) -> Path:
 class Server:
     """Runs in `directory`; `port` is its own for good, so that it can be started again."""
 
-    def __init__(self, python: Path, directory: Path) -> None:
+    def __init__(self, python: Path, directory: Path, gigabytes: int = 1) -> None:
         self.port = free_port()
-        self._directory, self._python = directory, python
+        self._directory, self._python, self._gigabytes = directory, python, gigabytes
         self._library = fake_device(directory)
         self._process: subprocess.Popen[bytes] | None = None
         self.start()
@@ -67,7 +67,7 @@ class Server:
     def start(self) -> None:
         words = [str(self._python), str(_HERE / "serve.py"), "--service-port", str(self.port)]
         words += ["--manage-port", str(free_port()), "--dev-name", "fake_0", "--log-level", "error"]
-        words += ["--prealloc-size", "1", "--minimal-allocate-size", "16"]
+        words += ["--prealloc-size", str(self._gigabytes), "--minimal-allocate-size", "16"]
         environ = {**os.environ, "LD_PRELOAD": str(self._library)}
         with (self._directory / "log").open("a") as log:
             self._process = subprocess.Popen(
