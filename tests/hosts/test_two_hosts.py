@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(600)]
 ARGS = ["--dtype", "float32", "--max-model-len", "4096", "--block-size", "32"]
 ENVIRON = {"VLLM_CPU_KVCACHE_SPACE": "1"}
 HIT = 576
-TIERS = ["redis", "s3"]
+TIERS = ["fs", "redis", "s3"]
 
 
 def prompt(seed: int, length: int = 700) -> list[int]:
@@ -54,6 +54,7 @@ def forwarded(port: int, network: list[Host]) -> Iterator[dict[Host, int]]:
 @contextlib.contextmanager
 def store(name: str, network: list[Host], folder: Path) -> Iterator[Store]:
     if name == "fs":
+        folder.mkdir()
         yield Store(lambda host: f"fs://{folder}/kv?capacity=1GiB", remote=False)
     elif name == "redis":
         from tests.tiers.redis_server import Server
@@ -90,7 +91,7 @@ class Site:
                 self.host.command(*command), stderr=log, env={**os.environ, "KVKEEP_TIERS": url}
             )
         deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
+        while time.monotonic() < deadline and self._keeper.poll() is None:
             self.engine.complete([5, 6, 7], 1)
             if self.engine.metric("vllm:kvkeep_attached") == 1:
                 return
