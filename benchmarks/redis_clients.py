@@ -25,7 +25,7 @@ import redis
 from rich.console import Console
 from rich.table import Table
 
-from kvkeep.bench.raw_redis import RedisSocket
+from kvbench.raw_redis import RedisSocket
 from kvkeep.config import child_environment
 from kvkeep.tiers.base import KEY_BYTES, Got, Put, Tier
 from kvkeep.tiers.open import open_raw

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
 
 from benchmarks.tiers import attached, figures, keeper  # noqa: E402
-from kvkeep.bench.engine import VllmServer, connector_args, fastest_dtype  # noqa: E402
+from kvbench.engine import VllmServer, connector_args, fastest_dtype  # noqa: E402
 
 console = Console(stderr=True, highlight=False)
 LENGTH = 1500

@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
 
 from benchmarks.stores import STORES, stores  # noqa: E402
-from kvkeep.bench.engine import VllmServer, connector_args, fastest_dtype  # noqa: E402
+from kvbench.engine import VllmServer, connector_args, fastest_dtype  # noqa: E402
 from kvkeep.config import child_environment  # noqa: E402
 from kvkeep.errors import KVKeepError  # noqa: E402
 from kvkeep.wire.client import Connection  # noqa: E402

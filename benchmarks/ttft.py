@@ -26,7 +26,7 @@ from typing import Any
 
 from rich.console import Console
 
-from kvkeep.bench.engine import VllmServer, connector_args, fastest_dtype
+from kvbench.engine import VllmServer, connector_args, fastest_dtype
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "demo"))

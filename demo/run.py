@@ -23,7 +23,7 @@ from document import QUESTIONS, document
 from rich.console import Console
 from rich.table import Table
 
-from kvkeep.bench.engine import Answer, VllmServer, connector_args, fastest_dtype
+from kvbench.engine import Answer, VllmServer, connector_args, fastest_dtype
 from kvkeep.wire.client import Connection
 
 HERE = Path(__file__).parent

@@ -36,7 +36,7 @@ class Tree:
         target.write_text(text)
 
     def sources(self, *folders: str) -> list:
-        return check.load(self.root, *(folders or ("kvkeep",)))
+        return check.load(self.root, *(folders or ("kvkeep", "kvbench")))
 
     def over_budget(self) -> list[tuple[str, str]]:
         return [(where, what) for where, what, _ in check.budgets(self.sources())[1]]
@@ -122,6 +122,9 @@ def test_package_length(tree: Tree) -> None:
     assert tree.over_budget() == []
     tree.write("kvkeep/more.py", "#\n" * 27)
     assert tree.over_budget() == [("kvkeep", "15000 lines, budget: under 15000")]
+    for i in range(16):
+        tree.write(f"kvbench/a{i}.py", "#\n" * 394)
+    assert tree.over_budget()[1:] == [("kvbench", "6304 lines, budget: under 6000")]
 
 
 @pytest.mark.parametrize("keyword", ["def", "async def"])
@@ -197,10 +200,11 @@ def test_configuration_fields_count_over_all_dataclasses_of_config(tree: Tree) -
         ("kvkeep/engines/vllm/a.py", "from kvkeep.keeper import X", "kvkeep.keeper.X"),
         ("kvkeep/engines/vllm/a.py", "from kvkeep.cli import main", "kvkeep.cli.main"),
         ("kvkeep/cli/a.py", "import torch", "torch"),
-        ("kvkeep/bench/a.py", "import vllm", "vllm"),
+        ("kvbench/a.py", "import vllm", "vllm"),
         ("kvkeep/tiers/a.py", "from kvkeep.keeper import X", "kvkeep.keeper.X"),
         ("kvkeep/__init__.py", "from kvkeep.keeper import X", "kvkeep.keeper.X"),
-        ("kvkeep/bench/a.py", "import pickle", "pickle"),
+        ("kvbench/a.py", "import pickle", "pickle"),
+        ("kvkeep/cli/a.py", "from kvbench.engine import X", "kvbench.engine.X"),
         ("kvkeep/config.py", "from cloudpickle import dumps", "cloudpickle.dumps"),
         ("kvkeep/engines/vllm/a.py", "import marshal", "marshal"),
         ("kvkeep/keeper/a.py", "X = np.load(path, allow_pickle=True)", "pickle"),
@@ -237,7 +241,7 @@ def test_a_crossing_is_found_wherever_it_stands(
         ("kvkeep/engines/vllm/a.py", "from kvkeep.wire.client import X"),
         ("kvkeep/tiers/a.py", "from kvkeep.tiers.base import X"),
         ("kvkeep/cli/a.py", "from kvkeep.wire.server import X"),
-        ("kvkeep/bench/a.py", "import torch\nfrom kvkeep.keeper.keeper import X"),
+        ("kvbench/a.py", "import torch\nfrom kvkeep.keeper.keeper import X\nfrom kvbench.b import X"),
     ],
 )
 def test_what_is_allowed_passes(tree: Tree, path: str, line: str) -> None:

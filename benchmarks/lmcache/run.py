@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from setups import CHUNK, OUT, PEER, Setup, busy_seconds, cpu_seconds, set_ups
 
-from kvkeep.bench.engine import fastest_dtype
+from kvbench.engine import fastest_dtype
 
 DEMO = Path(__file__).parents[2] / "demo"
 TAIL = 8  # tokens past the last whole chunk: what is left to compute at a full hit, the same for all

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kvkeep.bench.engine import VllmServer, connector_args
+from kvbench.engine import VllmServer, connector_args
 from kvkeep.config import child_environment
 
 HERE = Path(__file__).parent

@@ -21,10 +21,10 @@ _COMMANDS = {
     "doctor": ("kvkeep.cli.doctor", "check this machine and its engine for all that kvkeep needs"),
 }
 _BENCHES = {
-    "copy": ("kvkeep.bench.copy", "paged KV ⇄ arena against a plain memcpy"),
-    "lookup": ("kvkeep.bench.lookup", "hashing and lookup of long prompts through the socket"),
-    "tier": ("kvkeep.bench.tier", "a tier below memory against its raw medium"),
-    "policy": ("kvkeep.bench.policy", "eviction policies on a request trace"),
+    "copy": ("kvbench.copy", "paged KV ⇄ arena against a plain memcpy"),
+    "lookup": ("kvbench.lookup", "hashing and lookup of long prompts through the socket"),
+    "tier": ("kvbench.tier", "a tier below memory against its raw medium"),
+    "policy": ("kvbench.policy", "eviction policies on a request trace"),
 }
 
 

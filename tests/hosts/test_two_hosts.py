@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from kvkeep.bench.engine import VllmServer, connector_args
+from kvbench.engine import VllmServer, connector_args
 from kvkeep.wire.client import Connection
 from tests.engines.vllm.conftest import tiny_model  # noqa: F401 (a fixture)
 from tests.hosts.network import Host, hosts

@@ -31,13 +31,15 @@ class FsPlace(Place):
         self.path(key).write_bytes(value)
 
     def used_bytes(self) -> int:
-        used = 0
+        """What the files take; one between link(2) and unlink(2) has two names and is there once."""
+        sizes = dict[int, int]()
         for path in self.files():
             try:
-                used += -(-path.stat().st_size // PAGE) * PAGE
+                seen = path.stat()
             except FileNotFoundError:  # evicted under our hands
                 continue
-        return used
+            sizes[seen.st_ino] = -(-seen.st_size // PAGE) * PAGE
+        return sum(sizes.values())
 
     def files(self) -> list[Path]:
         """Values and temporaries; as they are at one time only where nobody is at work."""

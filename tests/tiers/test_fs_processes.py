@@ -259,7 +259,10 @@ def test_opening_at_the_same_time(place: FsPlace) -> None:
         assert_tidy(tier, place)
 
 
-def children_share(place: FsPlace, count: int, nbytes: int, bound: int) -> list[subprocess.Popen[bytes]]:
+@contextmanager
+def children_share(
+    place: FsPlace, count: int, nbytes: int, bound: int
+) -> Iterator[list[subprocess.Popen[bytes]]]:
     script = (
         "import random, sys, mmap\n"
         "from kvkeep.tiers.open import open_raw; from kvkeep.tiers.url import TierURL\n"
@@ -274,24 +277,30 @@ def children_share(place: FsPlace, count: int, nbytes: int, bound: int) -> list[
         "    nbytes -= sum(sizes)\n"
         "tier.close()"
     )
-    return [
+    children = [
         subprocess.Popen([sys.executable, "-c", script, str(place.root), str(bound), str(nbytes), str(seed)])
         for seed in range(count)
     ]
+    try:
+        yield children
+    finally:
+        for child in children:
+            child.kill()
+            child.wait(20)
 
 
 def test_the_bound_holds_for_all_processes_together(place: FsPlace) -> None:
     bound = 8 << 20
     place.open(capacity=str(bound)).close()
-    children = children_share(place, 3, 20 * bound // 3, bound)
     looks, most = 0, 0
-    while any(child.poll() is None for child in children):
-        time.sleep(0.03)
-        with stopped([child for child in children if child.poll() is None]):  # so that it is one moment
-            most = max(most, place.used_bytes())
-            looks += 1
-        assert most <= bound
-    assert [child.wait(20) for child in children] == [0] * 3
+    with children_share(place, 3, 20 * bound // 3, bound) as children:
+        while any(child.poll() is None for child in children):
+            time.sleep(0.03)
+            with stopped([child for child in children if child.poll() is None]):  # so that it is one moment
+                most = max(most, place.used_bytes())
+                looks += 1
+            assert most <= bound
+        assert [child.wait(20) for child in children] == [0] * 3
     assert looks > 10
     assert most > bound // 2
     with closing(place.open()) as tier:

@@ -19,7 +19,7 @@ try:
 except ImportError as error:
     pytest.skip(f"{error}: apt-get install libibverbs1 libnuma1 libcurl4", allow_module_level=True)
 
-from kvkeep.bench.raw_mooncake import RawMooncake
+from kvbench.raw_mooncake import RawMooncake
 from kvkeep.errors import ConfigError, TierUnavailable
 from kvkeep.tiers.base import Got, Key, Put, Tier, key_name
 from kvkeep.tiers.open import open_raw

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from kvkeep.bench.engine import VllmServer, connector_args
+from kvbench.engine import VllmServer, connector_args
 from kvkeep.wire.client import Connection
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -185,7 +185,7 @@ def test_a_private_keeper_lives_and_ends_with_its_engine(
 def test_a_wrong_option_stops_the_start(
     tiny_model: Path, tmp_path: Path, options: dict[str, Any], said: str
 ) -> None:
-    from kvkeep.bench.engine import EngineFailed
+    from kvbench.engine import EngineFailed
 
     with (
         pytest.raises(EngineFailed),

@@ -10,7 +10,7 @@ import mmap
 import socket
 import time
 
-from kvkeep.bench.raw import Raw
+from kvbench.raw import Raw
 from kvkeep.errors import TierUnavailable
 from kvkeep.tiers.url import TierURL
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvkeep.bench import policy as bench
+from kvbench import policy as bench
 from kvkeep.keeper.policy import DEFAULT_POLICY, POLICIES, make_policy
 
 SHARED = Path(__file__).parents[3] / "shared" / "traces"

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from kvkeep.bench.memory import arena
+from kvbench.memory import arena
 from kvkeep.config import parse_bytes
 from kvkeep.errors import ConfigError, KVKeepError
 from kvkeep.transfer import Transfer, make_transfer

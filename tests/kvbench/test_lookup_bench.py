@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kvkeep.bench import lookup as bench
+from kvbench import lookup as bench
 from kvkeep.cli import main
 from kvkeep.errors import KeeperUnavailable
 

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from kvkeep.bench.memory import arena
+from kvbench.memory import arena
 from kvkeep.errors import KVKeepError
 from kvkeep.tiers.base import Tier
 from kvkeep.tiers.fs import FsTier
@@ -159,13 +159,13 @@ def _raw_fs(url: TierURL, tier: Tier, shape: Shape) -> Raw:
 
 
 def _raw_redis(url: TierURL, tier: Tier, shape: Shape) -> Raw:
-    from kvkeep.bench.raw_redis import RedisSocket
+    from kvbench.raw_redis import RedisSocket
 
     return RedisSocket(url, shape.chunk_bytes, shape.count)
 
 
 def _raw_mooncake(url: TierURL, tier: Tier, shape: Shape) -> Raw:
-    from kvkeep.bench.raw_mooncake import RawMooncake
+    from kvbench.raw_mooncake import RawMooncake
 
     return RawMooncake(url, shape.chunk_bytes, shape.count)
 

@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 
-from kvkeep.bench.raw import Raw
+from kvbench.raw import Raw
 from kvkeep.errors import TierUnavailable
 from kvkeep.tiers.mooncake_client import connect, mooncake_options
 from kvkeep.tiers.url import TierURL

@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from kvkeep.bench.memory import arena
-from kvkeep.bench.raw import RAW, Raw, Shape
+from kvbench.memory import arena
+from kvbench.raw import RAW, Raw, Shape
 from kvkeep.config import parse_bytes
 from kvkeep.errors import ConfigError, KVKeepError
 from kvkeep.tiers.base import KEY_BYTES, Buffer, Got, Key, Put, Tier

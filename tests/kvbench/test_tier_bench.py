@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kvkeep.bench import raw
+from kvbench import raw
 from kvkeep.cli import main
 from kvkeep.tiers import fs as fs_module
 

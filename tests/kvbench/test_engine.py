@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from kvkeep.bench import engine
-from kvkeep.bench.engine import VllmServer
+from kvbench import engine
+from kvbench.engine import VllmServer
 
 STAND_IN = """#!{python}
 import http.server, os, signal, sys

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from kvkeep.bench import copy as bench
+from kvbench import copy as bench
 from kvkeep.cli import main
 from kvkeep.errors import KVKeepError
 from kvkeep.transfer.reference import ReferenceTransfer
