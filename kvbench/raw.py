@@ -34,9 +34,11 @@ class Shape:
     count: int
     depth: int
     """Chunks under way at a time."""
-    memory: tuple[int, ...] = ()
-    """Descriptors of what the tier reads into, `depth` pieces of memory, each of some chunks and a few pages;
-    what is in it is not kept."""
+    sources: tuple[int, ...] = ()
+    """Descriptors of what the tier writes from, `depth` pieces of memory, each of some chunks and a few
+    pages; what is in it is not kept."""
+    targets: tuple[int, ...] = ()
+    """The same of what it reads into."""
 
 
 class Raw(Protocol):
@@ -61,8 +63,8 @@ class Raw(Protocol):
 class Fio:
     """fio on a directory: one process per chunk under way, each with a file of its own.
 
-    Its buffers lie in the tier's memory: how a buffer's pages lie decides how fast a device reads into it
-    (what malloc got was filled at a third of the speed), and that is chance.
+    Its buffers lie in the tier's memory, on both ways: how a buffer's pages lie decides how fast a device
+    moves it (up to three times), and that is chance.
     """
 
     def __init__(self, directory: str, shape: Shape, direct: bool) -> None:
@@ -79,7 +81,10 @@ class Fio:
         }
         self._command = ["fio", "--output-format=json", "--name=global", *_options(common, "--")]
         own = f"mmapshared:/proc/{os.getpid()}/fd"
-        self._jobs = [f"--name=raw{job} --mem={own}/{shape.memory[job]}".split() for job in range(jobs)]
+        self._jobs = {
+            verb: [f"--name=raw{job} --mem={own}/{fds[job]}".split() for job in range(jobs)]
+            for verb, fds in (("write", shape.sources), ("read", shape.targets))
+        }
 
     def put(self) -> float:
         return self._run("write")
@@ -96,7 +101,7 @@ class Fio:
 
     def _run(self, verb: str) -> float:
         done = subprocess.run(
-            [*self._command, f"--rw={verb}", *itertools.chain(*self._jobs)],
+            [*self._command, f"--rw={verb}", *itertools.chain(*self._jobs[verb])],
             capture_output=True,
             text=True,
             timeout=600,

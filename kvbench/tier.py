@@ -2,7 +2,8 @@
 
 Random data in touched memory; each round puts one batch under new keys, gets it into other memory and
 compares every byte, and does as much with the raw medium, now one first and now the other: whatever else
-the machine does falls on both. What was put is deleted at the end.
+the machine does falls on both. What was put is deleted at the end. Each verb begins after a rest: virtual
+disks allow bursts and then much less, and a raw program's start would be a rest that the tier does not get.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ from kvkeep.tiers.wrap import innermost
 
 __all__ = ["add_arguments", "run"]
 
+_REST = 0.5  # seconds; a start of fio takes about as long
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `kvkeep bench tier`."""
@@ -58,16 +61,19 @@ class Bed:
 
     def __init__(self, shape: Shape) -> None:
         self.shape, self.nbytes = shape, shape.chunk_bytes * shape.count
-        self.sent = self._chunks([arena(self.nbytes, huge=True)])
+        self.sources, self.targets = self._pieces(), self._pieces()
+        self.sent, self.back = self._chunks(self.sources), self._chunks(self.targets)
         for chunk in self.sent:
             chunk[:] = os.urandom(len(chunk))
-        self.fds = tuple(os.memfd_create("kvkeep-bench") for _ in range(shape.depth))
-        each = -(-shape.count // shape.depth) * shape.chunk_bytes + 4 * mmap.PAGESIZE
-        self.back = self._chunks([arena(each, fd, huge=True) for fd in self.fds])
 
-    def _chunks(self, pieces: list[mmap.mmap]) -> list[Buffer]:
+    def _pieces(self) -> tuple[int, ...]:
+        return tuple(os.memfd_create("kvkeep-bench") for _ in range(self.shape.depth))
+
+    def _chunks(self, fds: tuple[int, ...]) -> list[Buffer]:
         """Chunks that lie in the pieces in turn."""
-        size, views = self.shape.chunk_bytes, [memoryview(piece) for piece in pieces]
+        size = self.shape.chunk_bytes
+        each = -(-self.shape.count // self.shape.depth) * size + 4 * mmap.PAGESIZE
+        views = [memoryview(arena(each, fd, huge=True)) for fd in fds]
         places = [divmod(number, len(views)) for number in range(self.shape.count)]
         return [views[piece][at * size : (at + 1) * size] for at, piece in places]
 
@@ -82,7 +88,7 @@ class Bed:
 
     def close(self) -> None:
         """Let go of the memory's descriptors."""
-        for fd in self.fds:
+        for fd in self.sources + self.targets:
             os.close(fd)
 
 
@@ -98,7 +104,11 @@ def run(args: argparse.Namespace) -> int:
     try:
         make = RAW.get(url.scheme.removeprefix("faulty+"))
         bed = Bed(shape)
-        raw = make(url, innermost(opened.tier), replace(shape, memory=bed.fds)) if make else None
+        raw = (
+            make(url, innermost(opened.tier), replace(shape, sources=bed.sources, targets=bed.targets))
+            if make
+            else None
+        )
         figures = _measure(opened.tier, raw, bed, args.rounds)
         bed.close()
     finally:
@@ -135,12 +145,14 @@ def _measure(tier: Tier, raw: Raw | None, bed: Bed, rounds: int) -> dict[str, ob
 def _turn(tier: Tier, bed: Bed, seconds: Samples, cpu: Samples) -> list[Key]:
     keys = bed.keys()
     bed.spoil()
+    time.sleep(_REST)
     began, worked = time.perf_counter(), time.process_time()
     stored = tier.put(keys, bed.sent)
     seconds.put.append(time.perf_counter() - began)
     cpu.put.append(time.process_time() - worked)
     if stored.count(Put.STORED) != len(keys):
         raise KVKeepError(f"only {stored.count(Put.STORED)} of {len(keys)} were stored: give it more room")
+    time.sleep(_REST)
     began, worked = time.perf_counter(), time.process_time()
     got = tier.get(keys, bed.back)
     seconds.get.append(time.perf_counter() - began)
@@ -151,7 +163,9 @@ def _turn(tier: Tier, bed: Bed, seconds: Samples, cpu: Samples) -> list[Key]:
 
 
 def _raw_turn(raw: Raw, seconds: Samples) -> None:
+    time.sleep(_REST)
     seconds.put.append(raw.put())
+    time.sleep(_REST)
     seconds.get.append(raw.get())
     raw.forget()
 

@@ -7,10 +7,16 @@ from pathlib import Path
 import pytest
 
 from kvbench import raw
+from kvbench import tier as bench
 from kvkeep.cli import main
 from kvkeep.tiers import fs as fs_module
 
 FEW = ["--chunk-bytes", "64KiB", "--count", "9", "--rounds", "2", "--depth", "4"]
+
+
+@pytest.fixture(autouse=True)
+def no_rests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "_REST", 0)
 
 
 @pytest.mark.parametrize("program", ["fio", "pread"])
