@@ -40,6 +40,7 @@ class Host:
             ("link", "set", "lo", "up"),
             ("addr", "add", f"{self.address}/24", "dev", "eth0"),
             ("link", "set", "eth0", "up"),
+            ("route", "add", "default", "via", self.store),
         ):
             _ip("-n", self.name, *words)
 
@@ -64,6 +65,17 @@ def hosts(count: int) -> Iterator[list[Host]]:
     finally:
         for host in made:
             host.stop()
+
+
+@contextmanager
+def common_address() -> Iterator[str]:
+    """An address of this host that all of them reach, for servers that tell clients where they are."""
+    address = f"10.78.{os.getpid() % 250}.1"
+    _ip("addr", "add", f"{address}/32", "dev", "lo")
+    try:
+        yield address
+    finally:
+        _ip("addr", "del", f"{address}/32", "dev", "lo")
 
 
 def _ip(*words: str) -> None:

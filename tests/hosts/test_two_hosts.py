@@ -16,7 +16,7 @@ import pytest
 from kvbench.engine import VllmServer, connector_args
 from kvkeep.wire.client import Connection
 from tests.engines.vllm.conftest import tiny_model  # noqa: F401 (a fixture)
-from tests.hosts.network import Host, hosts
+from tests.hosts.network import Host, common_address, hosts
 from tests.tiers import weed
 from tests.tiers.place import Proxy
 
@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(600)]
 ARGS = ["--dtype", "float32", "--max-model-len", "4096", "--block-size", "32"]
 ENVIRON = {"VLLM_CPU_KVCACHE_SPACE": "1"}
 HIT = 576
-TIERS = ["fs", "redis", "s3"]
+TIERS = ["fs", "redis", "s3", "mooncake"]
 
 
 def prompt(seed: int, length: int = 700) -> list[int]:
@@ -74,6 +74,15 @@ def store(name: str, network: list[Host], folder: Path) -> Iterator[Store]:
                     f"&endpoint=http://{host.store}:{ports[host]}"
                 )
             )
+    elif name == "mooncake":
+        from tests.tiers.moon import Master, Node
+
+        folder.mkdir()
+        with common_address() as address, contextlib.ExitStack() as stack:
+            master = Master(folder / "master.log", address)
+            stack.callback(master.kill)
+            stack.callback(Node(master.address, 1 << 30, folder / "node.log", address).kill)
+            yield Store(lambda host: f"mooncake://{master.address}?timeout=1s")
 
 
 class Site:

@@ -23,17 +23,17 @@ def binary(name: str) -> str:
 class Master:
     """Keeps the books; `port` is its own for good, so that it can be started again."""
 
-    def __init__(self, log: Path) -> None:
-        self.port, self._log = free_port(), log
+    def __init__(self, log: Path, host: str = "127.0.0.1") -> None:
+        self.host, self.port, self._log = host, free_port(), log
         self._process: subprocess.Popen[bytes] | None = None
         self.start()
 
     @property
     def address(self) -> str:
-        return f"127.0.0.1:{self.port}"
+        return f"{self.host}:{self.port}"
 
     def start(self) -> None:
-        words = [binary("mooncake_master"), f"--rpc_port={self.port}", "--rpc_address=127.0.0.1"]
+        words = [binary("mooncake_master"), f"--rpc_port={self.port}", f"--rpc_address={self.host}"]
         words += ["--metrics_host=127.0.0.1", f"--metrics_port={free_port()}"]
         words += ["--default_kv_lease_ttl=2s"]  # not 10, so that tests need not wait for it
         self._run(words)
@@ -44,7 +44,7 @@ class Master:
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline and self._process.poll() is None:
             try:
-                socket.create_connection(("127.0.0.1", self.port), 1).close()
+                socket.create_connection((self.host, self.port), 1).close()
                 return
             except OSError:
                 time.sleep(0.05)
@@ -70,10 +70,10 @@ class Master:
 class Node(Master):
     """A process whose memory the store uses."""
 
-    def __init__(self, master: str, nbytes: int, log: Path) -> None:
-        self._words = [binary("mooncake_client"), f"--master_server_address={master}", "--host=127.0.0.1"]
+    def __init__(self, master: str, nbytes: int, log: Path, host: str = "127.0.0.1") -> None:
+        self._words = [binary("mooncake_client"), f"--master_server_address={master}", f"--host={host}"]
         self._words += ["--metadata_server=P2PHANDSHAKE", f"--global_segment_size={nbytes >> 20}MB"]
-        super().__init__(log)
+        super().__init__(log, host)
 
     def start(self) -> None:
         self._run([*self._words, f"--port={self.port}"])
