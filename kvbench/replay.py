@@ -112,6 +112,7 @@ class Replayer:
         self._free = np.arange(records)[::-1].copy()
         self._free_count = records
         self._evictable = np.ones(records, np.bool_)
+        self._marked = np.zeros(records, np.bool_)
         self._stored = np.zeros(records, np.bool_)  # the keeper's belief: the disk may have dropped it since
         self._epoch = 0
         self._hits = self._disk_hits = self._saved = self._disk_read = self._policy_ns = 0
@@ -134,7 +135,7 @@ class Replayer:
             end = local + len(leased)
             self._evictable[fetched] = True
             self._evictable[leased] = False
-            self._disk_hits += int(np.isin(fetched, leased).sum())
+            self._disk_hits += int(self._among(fetched, leased).sum())
         self._hits += len(leased)
         self._save(chain, end if len(leased) else 0)
         self._evictable[leased] = True
@@ -203,7 +204,7 @@ class Replayer:
         victims = self._timed(self._policy.victims, short, self._evictable)
         # Leased blocks alone always fit, so there are victims enough.
         assert len(victims) == short, f"{self._policy.name} found no room"
-        own = np.isin(victims, records)
+        own = self._among(victims, records)
         self._drop(victims[~own], True)
         self._drop(victims[own], False)
         return np.where(self._block_of[records] >= 0, records, -1)
@@ -224,6 +225,13 @@ class Replayer:
         self._stored[records] = False
         return records
 
+    def _among(self, records: Ids, others: Ids) -> Flags:
+        """Which of the records are among the others; np.isin took a quarter of all time."""
+        self._marked[others] = True
+        flags: Flags = self._marked[records]
+        self._marked[others] = False
+        return flags
+
     def _timed(self, call: Callable[..., _R], *args: object) -> _R:
         start = time.perf_counter_ns()
         result = call(*args)
@@ -240,5 +248,7 @@ def _runs(positions: Ids) -> list[tuple[int, int]]:
     """First and stop of each run of positions that follow on each other."""
     if not len(positions):
         return []
+    if positions[-1] - positions[0] + 1 == len(positions):  # as nearly always
+        return [(int(positions[0]), int(positions[-1]) + 1)]
     cuts = [0, *(np.flatnonzero(np.diff(positions) != 1) + 1).tolist(), len(positions)]
     return [(int(positions[start]), int(positions[stop - 1]) + 1) for start, stop in pairwise(cuts)]
