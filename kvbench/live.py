@@ -35,7 +35,9 @@ def live_replay(
 ) -> Live:
     """Replay all requests, one after the other; the next one comes once tiers have what they shall get."""
     print_ = fingerprint({"bench": "simulate", "block_tokens": trace.block_tokens})
-    space = connection.open_namespace(print_, "bench simulate", [(CHUNK_BYTES, None)], 1, 1)
+    space = connection.open_namespace(
+        print_, "bench simulate", [(CHUNK_BYTES, None)], 1, 1, trace.block_tokens
+    )
     keys = b"".join(blake3(b"block %d" % block).digest(KEY_BYTES) for block in range(trace.unique))
     hits = 0
     for chain, asked, local in zip(trace.chains, trace.asked, trace.local, strict=True):

@@ -112,6 +112,8 @@ def as_table(summary: Summary, results: list[Result]) -> Table:
         f"{speeds.disk_gbps:g} from disk",
         box=box.SIMPLE,
         padding=(0, 1, 0, 0),
+        pad_edge=False,
+        show_edge=False,
     )
     for heading in (
         "policy",
