@@ -23,7 +23,7 @@ from kvbench.simulate_report import Answer, Result, Summary, as_json, as_table, 
 from kvbench.trace import FORMAT, Trace, TraceError, read_trace
 from kvkeep.config import parse_bytes
 from kvkeep.errors import ConfigError
-from kvkeep.keeper.arena import Arena
+from kvkeep.keeper.arena import ALIGNMENT, MIN_SLABS, Arena
 from kvkeep.keeper.policy import DEFAULT_POLICY, make_policy
 from kvkeep.layout import chunk_blocks
 from kvkeep.tiers.seal import SEAL_BYTES
@@ -94,7 +94,16 @@ class Sizes(NamedTuple):
 
     def disk(self, nbytes: int) -> int:
         """Blocks that a directory of this capacity has room for: each value is a slot, in whole pages."""
-        return self.blocks(nbytes // (-(-(self._chunk_bytes + SEAL_BYTES) // 4096) * 4096))
+        return self.blocks(nbytes // self._value_bytes)
+
+    @property
+    def least(self) -> int:
+        """The smallest arena, in bytes, that holds a block; a directory of so many holds one too."""
+        return math.ceil(self.block_tokens / self.chunk_tokens / MIN_SLABS) * MIN_SLABS * self._value_bytes
+
+    @property
+    def _value_bytes(self) -> int:
+        return math.ceil((self._chunk_bytes + SEAL_BYTES) / ALIGNMENT) * ALIGNMENT
 
     @property
     def _chunk_bytes(self) -> int:
@@ -205,7 +214,7 @@ def run(args: argparse.Namespace) -> int:
             return 2
         sizes = Sizes.choose(trace, args.bytes_per_token, args.chunk_tokens, args.model)
         speeds = Speeds(args.prefill_tokens_per_s, args.memory_gbps, args.disk_gbps)
-        cells = list(_cells(args, trace.unique * sizes.block_bytes))
+        cells = list(_cells(args, trace.unique * sizes.block_bytes, sizes.least))
         task = progress.add_task("", total=(len(cells) + 1) * len(trace.chains))
         progress.update(task, description="room for everything")
         best = Replayer(make_policy(DEFAULT_POLICY, trace.unique), trace, trace.unique).run(
@@ -236,9 +245,11 @@ def _read(path: Path, progress: Progress) -> Trace:
     return trace
 
 
-def _cells(args: argparse.Namespace, distinct_bytes: float) -> Iterator[Cell]:
+def _cells(args: argparse.Namespace, distinct_bytes: float, least: int) -> Iterator[Cell]:
     for policy, disk, memory in product(args.policies, args.disk, args.memory):
-        yield Cell(policy, *(round(size if size >= 0 else -size * distinct_bytes) for size in (memory, disk)))
+        # A share may be less than any keeper can have; a size is taken as it was given.
+        sizes = (size if size >= 0 else max(least, -size * distinct_bytes) for size in (memory, disk))
+        yield Cell(policy, *map(round, sizes))
 
 
 def _sizes(text: str) -> list[float]:
