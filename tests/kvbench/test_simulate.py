@@ -152,6 +152,7 @@ def test_sizes() -> None:
     assert bench.Sizes.choose(trace, None, None, "smollm2").chunk_tokens == 48
     with pytest.raises(ConfigError, match="less than one block"):
         sizes.disk(1 << 20)
+    assert sizes.memory(sizes.least, tiers=True) == (1, 1)
 
 
 def run(*arguments: str) -> int:
@@ -163,16 +164,8 @@ def run(*arguments: str) -> int:
 def test_json_answer_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path / "t.jsonl", conversations())
     picture = tmp_path / "t.png"
-    options = [
-        "--memory",
-        "2%,30%,100%",
-        "--disk",
-        "0,200%",
-        "--bytes-per-token",
-        "64",
-        "--policies",
-        "lru,arc",
-    ]
+    options = ["--memory", "10%,30%,100%", "--disk", "0,200%", "--policies", "lru,arc"]
+    options += ["--bytes-per-token", "7", "--chunk-tokens", "512"]
     assert run(str(path), "--json", "--plot", str(picture), *options) == 0
     out, err = capsys.readouterr()
     said = json.loads(out)
@@ -181,7 +174,7 @@ def test_json_answer_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[s
     rows = said["results"]
     assert len(rows) == 12
     assert (rows[0]["policy"], rows[0]["disk_bytes"]) == ("lru", 0)
-    assert rows[0]["memory_bytes"] == round(0.02 * said["distinct_bytes"])
+    assert rows[0]["memory_bytes"] == round(0.1 * said["distinct_bytes"])
     for row in rows:
         assert 0 <= row["disk_hit_ratio"] <= row["hit_ratio"] <= said["best_hit_ratio"] + 1e-9
         assert row["loaded_bytes"] == pytest.approx(row["hit_ratio"] * said["blocks"] * said["block_bytes"])
@@ -193,7 +186,7 @@ def test_json_answer_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[s
     printed = " ".join(capsys.readouterr().out.split())
     assert "90 % of the best possible hit ratio" in printed
     assert "without disk" in printed
-    assert run(str(path), *options[:3], "0", "--bytes-per-token", "64", "--memory", "2%") == 0
+    assert run(str(path), *options, "--disk", "0", "--memory", "0.1%") == 0
     assert "not reached" in capsys.readouterr().out
 
 
