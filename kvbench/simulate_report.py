@@ -111,7 +111,7 @@ def as_table(summary: Summary, results: list[Result]) -> Table:
         f"request, at {speeds.prefill_tokens_per_s:g} tokens/s, {speeds.memory_gbps:g} GB/s from memory, "
         f"{speeds.disk_gbps:g} from disk",
         box=box.SIMPLE,
-        padding=(0, 1, 0, 0),
+        padding=0,
         pad_edge=False,
         show_edge=False,
     )
@@ -122,7 +122,7 @@ def as_table(summary: Summary, results: list[Result]) -> Table:
         "hits",
         "of disk",
         "loaded",
-        "disk read",
+        "read",
         "written",
         "TTFT saved",
     ):
