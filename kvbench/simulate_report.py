@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Answer", "Result", "Summary", "as_json", "as_table", "save_plot"]
 
+_COLUMNS = ("policy", "memory", "disk", "hits", "of disk", "loaded", "read", "written", "TTFT saved")
+
 
 class Result(NamedTuple):
     """One case: what would have been hit, moved and saved. Field names are those of the JSON."""
@@ -115,17 +117,7 @@ def as_table(summary: Summary, results: list[Result]) -> Table:
         pad_edge=False,
         show_edge=False,
     )
-    for heading in (
-        "policy",
-        "memory",
-        "disk",
-        "hits",
-        "of disk",
-        "loaded",
-        "read",
-        "written",
-        "TTFT saved",
-    ):
+    for heading in _COLUMNS:
         table.add_column(heading, justify="right", no_wrap=True)
     for result in results:
         below = (

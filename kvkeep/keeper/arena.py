@@ -46,9 +46,7 @@ class Arena:
     def __init__(self, nbytes: int) -> None:
         slab = min(_SLAB_BYTES, nbytes // MIN_SLABS // ALIGNMENT * ALIGNMENT)
         if slab < ALIGNMENT:
-            raise ConfigError(
-                f"memory of {nbytes} bytes is too small: give at least {MIN_SLABS * ALIGNMENT}"
-            )
+            raise ConfigError(f"memory of {nbytes} bytes is too small: give at least {MIN_SLABS * ALIGNMENT}")
         self.slab_bytes = slab
         self.nbytes = nbytes // slab * slab
         self.free_slabs = list(range(self.nbytes // slab - 1, -1, -1))

@@ -34,7 +34,8 @@ log = logging.getLogger("kvkeep.keeper")
 
 FILE_BYTES = 256 << 20
 """At this size a file becomes FILE.1, in the place of an older one, and a new one is begun."""
-_MOST_NOTED = 64 << 20  # bytes of keys; requests that come on top are not recorded
+_MOST_NOTED = 64 << 20  # bytes; requests that come on top are not recorded
+_REQUEST_BYTES = 512  # that a request takes beside its keys
 _HOLD = 60.0  # seconds that a line waits for what its request saves of its answer
 _EVERY = 0.5
 _ID_BYTES = 6  # numbers of 48 bits: JSON's readers take 53 without loss
@@ -75,7 +76,7 @@ class Recorder:
         self._by_ticket = dict[int, _Request]()
         self._noted = self._taken = 0  # bytes, each counted by one side alone
         self._lines = self._dropped = self._size = 0
-        self._recording = True
+        self._recording = True  # until it cannot write
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, name="kvkeep-record", daemon=True)
         try:
@@ -100,7 +101,7 @@ class Recorder:
             return
         else:
             request = _Request(self._clock(), self._spaces[space], keys, local, ticket, [epoch])
-            self._noted += len(keys)
+            self._noted += len(keys) + _REQUEST_BYTES
             self._requests.append(request)
             if ticket:
                 self._by_ticket[ticket] = request
@@ -146,7 +147,7 @@ class Recorder:
             self._by_ticket.pop(request.ticket, None)
             for epoch in request.epochs:
                 self._by_epoch.pop(epoch, None)
-            self._taken += len(request.keys) + len(request.output)
+            self._taken += len(request.keys) + len(request.output) + _REQUEST_BYTES
             if self._recording:
                 self._write(request)
 
@@ -191,7 +192,7 @@ class Recorder:
         self._lines += 1
 
     def _begin(self) -> int:
-        with contextlib.suppress(FileNotFoundError):
+        if self._path.is_file():  # nothing else is moved out of the way
             self._path.rename(f"{self._path}.1")
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         fd = os.open(self._path, flags, 0o600)

@@ -119,7 +119,7 @@ def test_ids_are_salted(start: Callable[..., Recorder], tmp_path: Path) -> None:
 def test_memory_is_bounded(
     start: Callable[..., Recorder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(record, "_MOST_NOTED", 64)
+    monkeypatch.setattr(record, "_MOST_NOTED", 4 * (16 + 512))
     recorder = start()
     for epoch in range(1, 12):
         recorder.looked_up(3, keys(epoch), 0, epoch, 0, 0)
@@ -200,6 +200,9 @@ def test_a_keeper_records_what_it_is_asked(keeper_process, tmp_path: Path) -> No
 def test_a_file_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot record"):
         Recorder(str(tmp_path / "nowhere" / "seen"))
+    with pytest.raises(ConfigError, match="File exists"):
+        Recorder(str(tmp_path))
+    assert tmp_path.is_dir(), "it was moved out of the way"
     command = [sys.executable, "-m", "kvkeep.cli", "serve", "--memory", "16MiB", "--record", "/nowhere/seen"]
     command += ["--socket", str(tmp_path / "keeper.sock")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
