@@ -144,11 +144,11 @@ def simulate(
     disk = Disk(sizes.disk(cell.disk), trace.unique, second_touch) if cell.disk else None
     replayer = Replayer(make_policy(cell.policy, capacity), trace, room, disk, speeds.worth(sizes))
     replay = replayer.run(trace, request_done)
-    moved = [
+    loaded, kept, read, written = (
         round(blocks * sizes.block_bytes)
         for blocks in (replay.hits, replay.saved, replay.disk_read, replay.disk_written)
-    ]
-    reading = moved[0] / (speeds.memory_gbps * 1e9) + moved[2] / (speeds.disk_gbps * 1e9)
+    )
+    reading = loaded / (speeds.memory_gbps * 1e9) + read / (speeds.disk_gbps * 1e9)
     saved = replay.hits * sizes.block_tokens / speeds.prefill_tokens_per_s - reading
     computed = trace.input_tokens - sum(trace.local) * sizes.block_tokens
     prefill = computed / speeds.prefill_tokens_per_s
@@ -158,7 +158,10 @@ def simulate(
         cell.disk,
         replay.hits / trace.blocks,
         replay.disk_hits / trace.blocks,
-        *moved,
+        loaded,
+        kept,
+        read,
+        written,
         saved / len(trace.chains),
         saved / prefill if prefill > 0 else 0.0,
     )
@@ -220,7 +223,7 @@ def run(args: argparse.Namespace) -> int:
         best = Replayer(make_policy(DEFAULT_POLICY, trace.unique), trace, trace.unique).run(
             trace, lambda: progress.advance(task)
         )
-        results = []
+        results = list[Result]()
         for cell in cells:
             progress.update(task, description=f"{cell.policy}, {len(results) + 1} of {len(cells)}")
             touch = args.write == "second-touch"
