@@ -57,6 +57,8 @@ class KeeperConfig:
     """URLs of the places below memory, the fastest first."""
     drain: float = 30.0
     """Seconds that the end of the keeper waits, at most, for chunks to be written to the tiers."""
+    record: str | None = None
+    """File to record requests to, for `kvkeep bench simulate`: ids and lengths, no text."""
 
     def __post_init__(self) -> None:
         machine = _machine_bytes()

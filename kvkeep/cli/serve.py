@@ -35,11 +35,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--drain", help="seconds that the end waits for chunks to be written to the tiers (default: 30)"
     )
+    parser.add_argument(
+        "--record", metavar="FILE", help="record requests for `kvkeep bench simulate`: ids and lengths only"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Serve; returns 0 after SIGTERM or SIGINT, or when the last client of an embedded keeper left."""
-    names = ("socket", "memory", "policy", "prefault", "huge_pages", "linger", "tiers", "drain")
+    names = ("socket", "memory", "policy", "prefault", "huge_pages", "linger", "tiers", "drain", "record")
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
     settings = config.load(config.KeeperConfig, {"socket": config.default_socket(), **given})
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")

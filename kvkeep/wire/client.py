@@ -108,10 +108,11 @@ class Connection:
         groups: Sequence[tuple[int, int | None]],
         parts: int,
         readers: int,
+        chunk_tokens: int = 0,
     ) -> int:
         """Handle of a namespace; `groups`: (bytes per chunk, window in chunks or None) each."""
         specs = [msg.GroupSpec(size, window) for size, window in groups]
-        request = msg.OpenNamespace(fingerprint, label[:512], specs, parts, readers)
+        request = msg.OpenNamespace(fingerprint, label[:512], specs, parts, readers, chunk_tokens)
         return self._call(request, msg.Namespace).namespace
 
     def lookup(

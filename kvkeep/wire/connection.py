@@ -142,6 +142,10 @@ class ServerConnection(asyncio.Protocol):
                 asked = Asked(session, space, keys, request.first, request.recompute, request.patience)
                 ticket = movers.fetch(asked, found)
             movers.kick()
+        if self._server.recorder is not None:
+            self._server.recorder.looked_up(
+                space.number, keys, request.first, found.epoch, ticket, request.ticket
+            )
         return msg.Found(
             found.lease, found.chunks, found.epoch, [_int64(row) for row in found.offsets], ticket
         )
@@ -165,6 +169,8 @@ class ServerConnection(asyncio.Protocol):
                 for number in filter(None, (number for number, _ in out)):
                     self._keeper.abort(session, number)  # the client will never learn of it
                 raise
+            if self._server.recorder is not None:
+                self._server.recorder.saved(item.epoch, item.first, item.keys)
             out.append((done.reservation, [_int64(row) for row in done.offsets]))
         return msg.Reserved(out)
 
@@ -172,11 +178,13 @@ class ServerConnection(asyncio.Protocol):
         if not self._keeper.knows(request.fingerprint) and len(self._keeper.namespaces) >= _MAX_NAMESPACES:
             raise RequestRefused(f"more than {_MAX_NAMESPACES} namespaces: restart this keeper")
         groups = [GroupSpec(group.slot_bytes, group.window_chunks) for group in request.groups]
-        return msg.Namespace(
-            self._keeper.open_namespace(
-                request.fingerprint, request.label, groups, request.parts, request.readers
-            ).number
+        space = self._keeper.open_namespace(
+            request.fingerprint, request.label, groups, request.parts, request.readers
         )
+        if self._server.recorder is not None:
+            nbytes = sum(group.slot_bytes for group in groups)
+            self._server.recorder.opened(space.number, request.chunk_tokens, nbytes)
+        return msg.Namespace(space.number)
 
     def _space(self, number: int) -> Namespace:
         if number >= len(self._keeper.namespaces):

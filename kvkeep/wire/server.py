@@ -26,6 +26,7 @@ from kvkeep.tiers.open import open_tiers
 from kvkeep.tiers.seal import SEAL_BYTES
 from kvkeep.wire.connection import ServerConnection
 from kvkeep.wire.listen import arena, listen
+from kvkeep.wire.record import Recorder
 
 __all__ = ["KeeperServer"]
 
@@ -53,6 +54,7 @@ class KeeperServer:
         self.arena_fd = arena(self.keeper.arena.nbytes, config.huge_pages)
         self._memory = mmap.mmap(self.arena_fd, self.keeper.arena.nbytes) if tiers else None
         self.movers = None if self._memory is None else Movers(self.keeper, tiers, self._memory, self._post)
+        self.recorder: Recorder | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def run(self, ready: Callable[[], None] = lambda: None) -> None:
@@ -62,9 +64,15 @@ class KeeperServer:
         inode = path.stat().st_ino
         threading.Thread(target=self._prefault, name="kvkeep-prefault", daemon=True).start()
         loop = self._loop = asyncio.get_running_loop()
-        server = await loop.create_unix_server(lambda: ServerConnection(self), sock=listener)
-        ready()
+        server = await loop.create_unix_server(
+            lambda: ServerConnection(self), sock=listener, start_serving=False
+        )
         try:
+            if self.config.record is not None:
+                self.recorder = Recorder(self.config.record)
+                self.recorder.start()
+            await server.start_serving()
+            ready()
             await self._until_done()
         finally:
             server.close()
@@ -73,6 +81,8 @@ class KeeperServer:
             with contextlib.suppress(FileNotFoundError):
                 if path.stat().st_ino == inode:  # a successor may have bound the path already
                     path.unlink()
+            if self.recorder is not None:
+                self.recorder.close()
             if self.movers is not None:
                 await self._drain(self.movers)
 
@@ -107,6 +117,7 @@ class KeeperServer:
             "connections": len(self.connections),
             "protocol_errors": self.errors,
             "counters": _asdict(keeper.counters),
+            "recorded": None if self.recorder is None else self.recorder.figures(),
             "tiers": [] if self.movers is None else self.movers.figures(),
             "namespaces": [
                 {
