@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import httpx
@@ -72,7 +71,7 @@ def vllm_command(python: str, model: str, port: int, args: Sequence[str] = ()) -
     return [*command, "--enforce-eager", *args]
 
 
-class VllmServer:
+class VllmServer(ServerProcess):
     """`python -m vllm.entrypoints.openai.api_server` on a free loopback port."""
 
     def __init__(
@@ -84,41 +83,21 @@ class VllmServer:
         environ: Mapping[str, str] | None = None,
         python: str = sys.executable,
     ) -> None:
-        self.model = str(model)
-        self.log = log
         port = free_port()
-        self._client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=600.0)
         log.unlink(missing_ok=True)
-        self._process = ServerProcess(
-            vllm_command(python, self.model, port, args),
+        super().__init__(
+            vllm_command(python, str(model), port, args),
             self._healthy,
             log=log,
             name="vLLM",
             environ={**CPU_ENVIRONMENT, "VLLM_CPU_KVCACHE_SPACE": "2", **(environ or {})},
         )
-
-    def __enter__(self) -> VllmServer:
-        try:
-            self._process.__enter__()
-        except BaseException:
-            self._client.close()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
-
-    @property
-    def pids(self) -> list[int]:
-        """Process ids of the server and its descendants, without Python's resource tracker."""
-        return self._process.pids
+        self._client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=600.0)
 
     def stop(self) -> None:
         """End the engine and all its processes: asked first, killed after a while."""
         self._client.close()
-        self._process.stop()
+        super().stop()
 
     def complete(self, prompt: str | list[int], max_tokens: int = 16, **params: Any) -> Answer:
         """One streamed, greedy completion."""

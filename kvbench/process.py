@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import TypeVar
 
 from kvkeep.config import child_environment
 from kvkeep.errors import KVKeepError
@@ -20,6 +21,9 @@ __all__ = ["EngineFailed", "ServerProcess", "ended", "free_port", "signal_group"
 
 _START_S = 240.0
 _STOP_S, _KILL_S = 20.0, 5.0
+
+
+_S = TypeVar("_S", bound="ServerProcess")
 
 
 class EngineFailed(KVKeepError):
@@ -49,7 +53,7 @@ class ServerProcess:
         self._start_s, self._stop_s = start_s, stop_s
         self._process: subprocess.Popen[bytes] | None = None
 
-    def __enter__(self) -> ServerProcess:
+    def __enter__(self: _S) -> _S:
         with self.log.open("ab") as log:
             try:
                 self._process = subprocess.Popen(
