@@ -1,0 +1,162 @@
+"""What a comparison says: tables for the terminal, and one HTML file that needs nothing beside itself."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+import msgspec
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from kvbench.compare.figures import Figure, Range, Reading, Row, rows
+from kvbench.compare.picture import draw
+from kvbench.compare.plan import BUILT_IN, Plan, SetUp
+from kvbench.compare.records import Ledger, Run
+from kvbench.compare.runner import order
+
+__all__ = ["in_short", "shown", "tables", "write"]
+
+HTML, PICTURE, DATA = "report.html", "compare.png", "compare.json"
+_SHOWN = ("TTFT, p50", "ITL, mean")  # what the sentences are about
+_PAGE = jinja2.Environment(
+    autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+)
+
+
+class _Part(NamedTuple):
+    """What a report says of one set-up."""
+
+    name: str
+    what: str
+    command: str
+    environ: str
+    state: str
+    failures: list[Run]
+
+
+def write(ledger: Ledger, skipped: Mapping[str, str], broken_off: bool) -> Path:
+    """Write report.html, compare.png and compare.json into the comparison's directory."""
+    plan, runs = ledger.plan, sorted(ledger.runs.values(), key=lambda run: run.started)
+    table = rows(plan, runs)
+    picture = draw(plan, runs, f"{plan.workload}, scale {plan.scale:g}")
+    page = _PAGE.from_string((Path(__file__).parent / "report.html.j2").read_text(encoding="utf-8"))
+    html = page.render(
+        plan=plan,
+        title=f"{plan.workload}: {', '.join(plan.names())}",
+        partial=partial(ledger, skipped, broken_off),
+        sentences=in_short(plan, table),
+        picture=base64.b64encode(picture).decode(),
+        rates=[(rate, list(group)) for rate, group in groupby(table, key=lambda row: row.rate)],
+        parts=[
+            _part(name, setup, ledger, skipped) for name, setup in zip(plan.names(), plan.setups, strict=True)
+        ],
+        runs=runs,
+        machines=ledger.machines,
+        shown=shown,
+        ratio=_ratio,
+    )
+    (ledger.folder / PICTURE).write_bytes(picture)
+    (ledger.folder / DATA).write_bytes(msgspec.json.format(msgspec.json.encode(_data(ledger, table))))
+    path = ledger.folder / HTML
+    aside = path.with_suffix(".tmp")
+    aside.write_text(html, encoding="utf-8")
+    aside.replace(path)
+    return path
+
+
+def partial(ledger: Ledger, skipped: Mapping[str, str], broken_off: bool) -> str:
+    """What a partial report lacks; empty for a whole one."""
+    wanted = [one for one in order(ledger.plan) if one[1].setup not in skipped]
+    done = sum(ledger.done(*one) for one in wanted)
+    if done == len(wanted):
+        return ""
+    return f"{done} of {len(wanted)} runs" + (", broken off" if broken_off else "")
+
+
+def in_short(plan: Plan, table: list[Row]) -> list[str]:
+    """A sentence for each set-up and rate, for the two figures that users feel."""
+    first, found = plan.names()[0], []
+    for row in table:
+        if row.figure.title not in _SHOWN or row.setup == first or row.ratio is None:
+            continue
+        where = f"{row.figure.title} at {row.rate:g} requests/s: {row.setup}"
+        if row.reading is Reading.SAME:
+            found.append(f"{where}: no difference from {first} shown ({_ratio(row.ratio)} of it).")
+            continue
+        low, middle, high = sorted((row.ratio.low, row.ratio.median, row.ratio.high))
+        word = "higher"
+        if middle < 1:
+            word, (low, middle, high) = "lower", (1 / high, 1 / middle, 1 / low)
+        spread = f"{low:.3g} … {high:.3g}" if row.reading is not Reading.ONCE else "one round, no spread"
+        found.append(f"{where} {middle:.3g} times {word} than {first} ({spread}).")
+    return found
+
+
+def tables(plan: Plan, table: list[Row], console: Console) -> None:
+    """Print one table per rate."""
+    for rate, group in groupby(table, key=lambda row: row.rate):
+        title = f"{escape(plan.workload)}, scale {plan.scale:g}, {rate:g} requests/s"
+        first = escape(plan.names()[0])
+        page = Table(
+            title=title, caption=f"median over rounds (least … greatest); ratios to {first} by round"
+        )
+        for heading in ("", "set-up", "figure", f"× {first}", ""):
+            page.add_column(heading)
+        title = ""
+        for row in group:
+            if row.figure.title != title:
+                page.add_section()
+            heading, title = ("" if row.figure.title == title else row.figure.title), row.figure.title
+            reading = "" if row.reading is Reading.FIRST else row.reading.value.partition(":")[0]
+            values = f"{shown(row.figure, row.values)}  n={row.rounds}" if row.values else "–"
+            page.add_row(heading, escape(row.setup), values, _ratio(row.ratio) if reading else "", reading)
+        console.print(page)
+
+
+def shown(figure: Figure, values: Range | None) -> str:
+    """A figure's median and spread."""
+    if values is None:
+        return "–"
+    return f"{figure.text(values.median)} ({figure.text(values.low)} … {figure.text(values.high)})"
+
+
+def _ratio(ratio: Range | None) -> str:
+    return "–" if ratio is None else f"{ratio.median:.3g} ({ratio.low:.3g} … {ratio.high:.3g})"
+
+
+def _part(name: str, setup: str | SetUp, ledger: Ledger, skipped: Mapping[str, str]) -> _Part:
+    mine = [run for run in ledger.runs.values() if run.setup == name]
+    planned = ledger.plan.rounds * len(ledger.plan.rates)
+    whole = sum(not run.why for run in mine)
+    command = next((run.engine for run in mine if run.engine), "")
+    if isinstance(setup, SetUp):
+        what, environ = "a command of the plan's", ", ".join(sorted(setup.env))
+        command = command or setup.command
+    else:
+        what, environ = BUILT_IN[setup], ""
+    state = f"skipped: {skipped[name]}" if name in skipped else f"{whole} of {planned} runs"
+    return _Part(name, what, command, environ, state, [run for run in mine if run.why])
+
+
+def _data(ledger: Ledger, table: list[Row]) -> dict[str, Any]:
+    """All of it, for other programs."""
+    figures = [
+        {
+            "rate": row.rate,
+            "figure": row.figure.title,
+            "unit": row.figure.unit,
+            "setup": row.setup,
+            "rounds": row.rounds,
+            "values": row.values and row.values._asdict(),
+            "ratio": row.ratio and row.ratio._asdict(),
+            "reading": row.reading.name.lower(),
+        }
+        for row in table
+    ]
+    return {"plan": ledger.plan, "machines": ledger.machines, "table": figures}
