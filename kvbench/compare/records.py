@@ -82,15 +82,11 @@ class Ledger:
         self.folder, self.plan = folder, plan
         head, path = _Head(plan, []), folder / "plan.json"
         if path.exists() and not resume:
-            raise ConfigError(
-                f"{folder} holds a comparison: --resume goes on with it, or name another directory"
-            )
+            raise ConfigError(f"{folder} holds a comparison: go on with --resume, or name another directory")
         if path.exists():
             head = _decode(path, _Head)
             if (other := _first_difference(head.plan, plan)) is not None:
-                raise ConfigError(
-                    f"{folder} holds a comparison with another `{other}`: name another directory"
-                )
+                raise ConfigError(f"{folder} holds one with another `{other}`: name another directory")
         if not head.machines or head.machines[-1].lasting() != machine.lasting():
             head.machines.append(machine)
         self.machines = head.machines

@@ -46,16 +46,15 @@ def write(ledger: Ledger, skipped: Mapping[str, str], broken_off: bool) -> Path:
     table = rows(plan, runs)
     picture = draw(plan, runs, f"{plan.workload}, scale {plan.scale:g}")
     page = _PAGE.from_string((Path(__file__).parent / "report.html.j2").read_text(encoding="utf-8"))
+    named = zip(plan.names(), plan.setups, strict=True)
     html = page.render(
         plan=plan,
         title=f"{plan.workload}: {', '.join(plan.names())}",
         partial=partial(ledger, skipped, broken_off),
         sentences=in_short(plan, table),
         picture=base64.b64encode(picture).decode(),
-        rates=[(rate, list(group)) for rate, group in groupby(table, key=lambda row: row.rate)],
-        parts=[
-            _part(name, setup, ledger, skipped) for name, setup in zip(plan.names(), plan.setups, strict=True)
-        ],
+        tables=_by_figure(table),
+        parts=[_part(name, setup, ledger, skipped) for name, setup in named],
         runs=runs,
         machines=ledger.machines,
         shown=shown,
@@ -98,24 +97,29 @@ def in_short(plan: Plan, table: list[Row]) -> list[str]:
     return found
 
 
+def _by_figure(table: list[Row]) -> list[tuple[float, list[tuple[str, list[Row]]]]]:
+    """Rate by rate, figure by figure."""
+    found = []
+    for rate, of_rate in groupby(table, key=lambda row: row.rate):
+        figures = groupby(of_rate, key=lambda row: row.figure.title)
+        found.append((rate, [(title, list(group)) for title, group in figures]))
+    return found
+
+
 def tables(plan: Plan, table: list[Row], console: Console) -> None:
     """Print one table per rate."""
-    for rate, group in groupby(table, key=lambda row: row.rate):
+    first = escape(plan.names()[0])
+    for rate, figures in _by_figure(table):
         title = f"{escape(plan.workload)}, scale {plan.scale:g}, {rate:g} requests/s"
-        first = escape(plan.names()[0])
-        page = Table(
-            title=title, caption=f"median over rounds (least … greatest); ratios to {first} by round"
-        )
-        for heading in ("", "set-up", "figure", f"× {first}", ""):
+        page = Table(title=title, caption=f"median (least … greatest) over rounds; × {first}: round by round")
+        for heading in ("", "set-up", "median", "n", f"× {first}", ""):
             page.add_column(heading)
-        title = ""
-        for row in group:
-            if row.figure.title != title:
-                page.add_section()
-            heading, title = ("" if row.figure.title == title else row.figure.title), row.figure.title
-            reading = "" if row.reading is Reading.FIRST else row.reading.value.partition(":")[0]
-            values = f"{shown(row.figure, row.values)}  n={row.rounds}" if row.values else "–"
-            page.add_row(heading, escape(row.setup), values, _ratio(row.ratio) if reading else "", reading)
+        for name, group in figures:
+            page.add_section()
+            for number, row in enumerate(group):
+                cells = ("" if number else name, escape(row.setup), shown(row.figure, row.values))
+                reading = "" if row.reading is Reading.FIRST else row.reading.value.partition(":")[0]
+                page.add_row(*cells, str(row.rounds), _ratio(row.ratio) if reading else "", reading)
         console.print(page)
 
 

@@ -39,7 +39,7 @@ def skipped(plan: Plan) -> dict[str, str]:
     return {name: why for name, setup in named if (why := lacks(setup, plan))}
 
 
-def run_all(ledger: Ledger, say: Callable[[str], None], after_each: Callable[[], None]) -> None:
+def run_all(ledger: Ledger, say: Callable[[str], None], after_each: Callable[[], object]) -> None:
     """All runs that the ledger does not have yet. A set-up that does not start is not tried again here."""
     plan, unable = ledger.plan, set(skipped(ledger.plan))
     setups = dict(zip(plan.names(), plan.setups, strict=True))
