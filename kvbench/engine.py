@@ -84,6 +84,7 @@ class VllmServer(ServerProcess):
         python: str = sys.executable,
     ) -> None:
         port = free_port()
+        self.url = f"http://127.0.0.1:{port}"
         log.unlink(missing_ok=True)
         super().__init__(
             vllm_command(python, str(model), port, args),
@@ -92,7 +93,7 @@ class VllmServer(ServerProcess):
             name="vLLM",
             environ={**CPU_ENVIRONMENT, "VLLM_CPU_KVCACHE_SPACE": "2", **(environ or {})},
         )
-        self._client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=600.0)
+        self._client = httpx.Client(base_url=self.url, timeout=600.0)
 
     def stop(self) -> None:
         """End the engine and all its processes: asked first, killed after a while."""

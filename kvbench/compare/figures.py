@@ -10,7 +10,7 @@ from typing import NamedTuple
 from kvbench.compare.plan import Plan
 from kvbench.compare.records import Case, Run, Summary
 
-__all__ = ["FIGURES", "Figure", "Range", "Reading", "Row", "rows"]
+__all__ = ["FIGURES", "Figure", "Range", "Reading", "Row", "digits", "rows"]
 
 
 class Figure(NamedTuple):
@@ -22,23 +22,10 @@ class Figure(NamedTuple):
     of: Callable[[Summary], float | None]
     lower_is_better: bool = True
 
-    def text(self, value: float) -> str:
-        """The value with its unit, to three digits."""
-        if self.unit != "s":
-            return f"{value:,.0f} {self.unit}" if value >= 100 else f"{value:.3g} {self.unit}"
-        return f"{value * 1000:.3g} ms" if value < 0.9995 else f"{value:.3g} s"
-
-
-FIGURES = (
-    Figure("TTFT, mean", "s", lambda one: one.ttft_s.mean),
-    Figure("TTFT, p50", "s", lambda one: one.ttft_s.p50),
-    Figure("TTFT, p95", "s", lambda one: one.ttft_s.p95),
-    Figure("ITL, mean", "s", lambda one: one.itl_s.mean),
-    Figure("ITL, p95", "s", lambda one: one.itl_s.p95),
-    Figure("latency, p50", "s", lambda one: one.latency_s.p50),
-    Figure("latency, p95", "s", lambda one: one.latency_s.p95),
-    Figure("output", "tokens/s", lambda one: one.output_tokens_per_s, lower_is_better=False),
-)
+    def text(self, values: Range) -> str:
+        """Median and spread with one unit, to three digits."""
+        unit, factor = (self.unit, 1) if self.unit != "s" or values.median >= 1 else ("ms", 1000)
+        return f"{Range(*(value * factor for value in values)).text()} {unit}"
 
 
 class Range(NamedTuple):
@@ -54,6 +41,27 @@ class Range(NamedTuple):
         values = list(values)
         return cls(median(values), min(values), max(values)) if values else None
 
+    def text(self) -> str:
+        """To three digits."""
+        return f"{digits(self.median)} ({digits(self.low)} … {digits(self.high)})"
+
+
+def digits(value: float) -> str:
+    """Three digits, and never as 1e+03."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+FIGURES = (
+    Figure("TTFT, mean", "s", lambda one: one.ttft_s.mean),
+    Figure("TTFT, p50", "s", lambda one: one.ttft_s.p50),
+    Figure("TTFT, p95", "s", lambda one: one.ttft_s.p95),
+    Figure("ITL, mean", "s", lambda one: one.itl_s.mean),
+    Figure("ITL, p95", "s", lambda one: one.itl_s.p95),
+    Figure("latency, p50", "s", lambda one: one.latency_s.p50),
+    Figure("latency, p95", "s", lambda one: one.latency_s.p95),
+    Figure("output", "tokens/s", lambda one: one.output_tokens_per_s, lower_is_better=False),
+)
+
 
 class Reading(Enum):
     """What a ratio's spread lets one say."""
@@ -61,8 +69,8 @@ class Reading(Enum):
     FIRST = "compared with"
     BETTER = "better"
     WORSE = "worse"
-    SAME = "no difference shown: the spread covers 1"
-    ONCE = "one round: no spread"
+    SAME = "no difference shown"
+    ONCE = "one round"
     NONE = "nothing to compare"
 
 

@@ -14,13 +14,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from kvbench.compare.figures import Figure, Range, Reading, Row, rows
+from kvbench.compare.figures import Range, Reading, Row, digits, rows
 from kvbench.compare.picture import draw
 from kvbench.compare.plan import BUILT_IN, Plan, SetUp
 from kvbench.compare.records import Ledger, Run
 from kvbench.compare.runner import order
 
-__all__ = ["in_short", "shown", "tables", "write"]
+__all__ = ["in_short", "partial", "tables", "write"]
 
 HTML, PICTURE, DATA = "report.html", "compare.png", "compare.json"
 _SHOWN = ("TTFT, p50", "ITL, mean")  # what the sentences are about
@@ -57,8 +57,6 @@ def write(ledger: Ledger, skipped: Mapping[str, str], broken_off: bool) -> Path:
         parts=[_part(name, setup, ledger, skipped) for name, setup in named],
         runs=runs,
         machines=ledger.machines,
-        shown=shown,
-        ratio=_ratio,
     )
     (ledger.folder / PICTURE).write_bytes(picture)
     (ledger.folder / DATA).write_bytes(msgspec.json.format(msgspec.json.encode(_data(ledger, table))))
@@ -79,29 +77,34 @@ def partial(ledger: Ledger, skipped: Mapping[str, str], broken_off: bool) -> str
 
 
 def in_short(plan: Plan, table: list[Row]) -> list[str]:
-    """A sentence for each set-up and rate, for the two figures that users feel."""
-    first, found = plan.names()[0], []
-    for row in table:
-        if row.figure.title not in _SHOWN or row.setup == first or row.ratio is None:
-            continue
-        where = f"{row.figure.title} at {row.rate:g} requests/s: {row.setup}"
-        if row.reading is Reading.SAME:
-            found.append(f"{where}: no difference from {first} shown ({_ratio(row.ratio)} of it).")
-            continue
-        low, middle, high = sorted((row.ratio.low, row.ratio.median, row.ratio.high))
-        word = "higher"
-        if middle < 1:
-            word, (low, middle, high) = "lower", (1 / high, 1 / middle, 1 / low)
-        spread = f"{low:.3g} … {high:.3g}" if row.reading is not Reading.ONCE else "one round, no spread"
-        found.append(f"{where} {middle:.3g} times {word} than {first} ({spread}).")
+    """A sentence for each set-up and figure that users feel, over the rates."""
+    first, found = plan.names()[0], list[str]()
+    for title in _SHOWN:
+        for name in plan.names()[1:]:
+            mine = [row for row in table if (row.figure.title, row.setup) == (title, name) and row.ratio]
+            if mine:
+                said = "; ".join(f"at {row.rate:g}/s {_said(row)}" for row in mine)
+                found.append(f"{title}, {name} against {first}: {said}.")
     return found
 
 
+def _said(row: Row) -> str:
+    assert row.ratio is not None
+    if row.reading is Reading.SAME:
+        return f"no difference shown ({row.ratio.text()} of it)"
+    low, high = row.ratio.low, row.ratio.high
+    word, ratio = "higher", row.ratio
+    if ratio.median < 1:
+        word, ratio = "lower", Range(1 / ratio.median, 1 / high, 1 / low)
+    once = row.reading is Reading.ONCE
+    return f"{digits(ratio.median) if once else ratio.text()} times {word}{', one round' if once else ''}"
+
+
 def _by_figure(table: list[Row]) -> list[tuple[float, list[tuple[str, list[Row]]]]]:
-    """Rate by rate, figure by figure."""
+    """Rate by rate, figure by figure; without set-ups that have no value there."""
     found = []
     for rate, of_rate in groupby(table, key=lambda row: row.rate):
-        figures = groupby(of_rate, key=lambda row: row.figure.title)
+        figures = groupby((row for row in of_rate if row.values), key=lambda row: row.figure.title)
         found.append((rate, [(title, list(group)) for title, group in figures]))
     return found
 
@@ -111,27 +114,20 @@ def tables(plan: Plan, table: list[Row], console: Console) -> None:
     first = escape(plan.names()[0])
     for rate, figures in _by_figure(table):
         title = f"{escape(plan.workload)}, scale {plan.scale:g}, {rate:g} requests/s"
-        page = Table(title=title, caption=f"median (least … greatest) over rounds; × {first}: round by round")
+        page = Table(
+            title=title, caption=f"median (least … greatest) over n rounds; × {first}: round by round"
+        )
         for heading in ("", "set-up", "median", "n", f"× {first}", ""):
-            page.add_column(heading)
+            page.add_column(heading, overflow="fold")
         for name, group in figures:
             page.add_section()
             for number, row in enumerate(group):
-                cells = ("" if number else name, escape(row.setup), shown(row.figure, row.values))
-                reading = "" if row.reading is Reading.FIRST else row.reading.value.partition(":")[0]
-                page.add_row(*cells, str(row.rounds), _ratio(row.ratio) if reading else "", reading)
+                ratio = row.ratio.text() if row.ratio and row.reading is not Reading.FIRST else ""
+                values = row.figure.text(row.values) if row.values else "–"
+                reading = "" if row.reading is Reading.FIRST else row.reading.value
+                cells = ("" if number else name, escape(row.setup), values, str(row.rounds))
+                page.add_row(*cells, ratio, reading)
         console.print(page)
-
-
-def shown(figure: Figure, values: Range | None) -> str:
-    """A figure's median and spread."""
-    if values is None:
-        return "–"
-    return f"{figure.text(values.median)} ({figure.text(values.low)} … {figure.text(values.high)})"
-
-
-def _ratio(ratio: Range | None) -> str:
-    return "–" if ratio is None else f"{ratio.median:.3g} ({ratio.low:.3g} … {ratio.high:.3g})"
 
 
 def _part(name: str, setup: str | SetUp, ledger: Ledger, skipped: Mapping[str, str]) -> _Part:

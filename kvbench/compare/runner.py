@@ -43,7 +43,7 @@ def run_all(ledger: Ledger, say: Callable[[str], None], after_each: Callable[[],
     """All runs that the ledger does not have yet. A set-up that does not start is not tried again here."""
     plan, unable = ledger.plan, set(skipped(ledger.plan))
     setups = dict(zip(plan.names(), plan.setups, strict=True))
-    todo = [one for one in order(plan) if not ledger.done(*one)]
+    todo = [one for one in order(plan) if one[1].setup not in unable and not ledger.done(*one)]
     for number, (turn, case) in enumerate(todo, 1):
         if case.setup in unable:
             continue
