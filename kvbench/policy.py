@@ -60,9 +60,7 @@ def read_trace(path: Path) -> Trace:
     chains = [np.array(request.hash_ids, dtype=np.int64) for request in read_requests(path)]
     blocks = np.concatenate(chains) if chains else np.empty(0, dtype=np.int64)
     if not len(blocks):
-        raise TraceError(
-            f"the trace {path} is empty: no request in it has a block. Give a file of {FORMAT}."
-        )
+        raise TraceError(f"the trace {path} is empty: no request in it has a block. Give a file of {FORMAT}.")
     unique, dense = np.unique(blocks, return_inverse=True)
     ends = np.cumsum([len(chain) for chain in chains])[:-1]
     return Trace(np.split(dense, ends), len(unique))

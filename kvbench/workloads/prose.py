@@ -7,7 +7,6 @@ not across its versions.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import random
 from collections.abc import Iterable, Iterator
 from functools import cache, lru_cache
@@ -38,6 +37,11 @@ class Prose:
         self.chars_per_token = chars_per_token
         self.passage = lru_cache(_CACHED_PASSAGES)(self._passage)
         """Cached `_passage`: many requests share their documents."""
+
+    def calibrate(self, chars_per_token: float) -> None:
+        """Make what follows to the measure of a server's own tokenizer."""
+        self.chars_per_token = chars_per_token
+        self.passage.cache_clear()
 
     def text(self, parts: Iterable[str | Passage]) -> str:
         """Literal text and passages, joined."""
@@ -90,7 +94,9 @@ def paragraphs() -> list[str]:
 def _take(words: Iterator[str], opening: str, chars: int) -> str:
     """`opening` and words up to `chars` characters; nothing if the words end before."""
     size, taken = len(opening), [opening]
-    for word in itertools.takewhile(lambda _: size < chars, words):
+    while size < chars:
+        if (word := next(words, None)) is None:
+            return ""
         taken.append(word)
         size += len(word) + 1
-    return " ".join(taken) if size >= chars else ""
+    return " ".join(taken)
