@@ -87,7 +87,7 @@ class VllmServer:
         self._python = python
         self._process: subprocess.Popen[bytes] | None = None
         self._port = _free_port()
-        self._client = httpx.Client(base_url=f"http://127.0.0.1:{self._port}", timeout=600.0)
+        self._client = httpx.Client(base_url=self.url, timeout=600.0)
 
     def __enter__(self) -> VllmServer:
         command = [self._python, "-m", "vllm.entrypoints.openai.api_server", "--model", self.model]
@@ -112,6 +112,11 @@ class VllmServer:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+
+    @property
+    def url(self) -> str:
+        """Where it answers."""
+        return f"http://127.0.0.1:{self._port}"
 
     @property
     def pids(self) -> list[int]:

@@ -138,6 +138,8 @@ def _report(args: argparse.Namespace, summaries: list[dict[str, Any]], console: 
         if not one["kept_schedule"]:
             late = f"1 % of requests were late by {one['lateness_s']['p99']:.3f} s or more"
             console.print(f"[red]the schedule was not kept[/red]: {late}; this machine cannot generate it")
+        for error, count in one["failures"].items():
+            console.print(f"{count} requests failed: {error}", markup=False)
         if one["partial"]:
             console.print(f"[red]partial[/red]: {one['stopped']}; {one['requests']} of {one['planned']} sent")
     if args.output and len(summaries) > 1:

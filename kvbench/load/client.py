@@ -18,6 +18,7 @@ from kvkeep.errors import ConfigError
 __all__ = ["Answer", "Endpoint", "Server"]
 
 _LOOK_SECONDS = 10.0
+_KEEP_SECONDS = 3.0  # uvicorn closes idle connections after 5: a request must not meet that
 _FAILURES = (aiohttp.ClientError, OSError, TimeoutError, asyncio.TimeoutError, StreamError)
 _LABELS = {"system": "", "user": "User: ", "assistant": "Assistant:"}
 
@@ -69,7 +70,7 @@ class Server:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # an open loop bounds no connections
         key = self.endpoint.key
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60),
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_SECONDS),
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=aiohttp.ClientTimeout(total=self.endpoint.timeout),
             read_bufsize=1 << 20,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from kvbench.load.record import INTERRUPTED, Record
 __all__ = ["Slo", "kept_schedule", "parse_slo", "spread", "summarize"]
 
 _LATE_SECONDS, _LATE_SHARE = 0.02, 0.1
+_FAILURES = 5
 _BOUNDS = ("ttft", "itl", "tpot", "latency")
 
 
@@ -72,6 +74,7 @@ def summarize(records: Sequence[Record], rate: float, slo: Slo | None, stopped: 
     return {
         "requests": len(records),
         "errors": sum(one.error not in ("", INTERRUPTED) for one in records),
+        "failures": _failures(records),
         "unfinished": sum(one.error == INTERRUPTED for one in records),
         "short_answers": sum(one.short for one in good),
         "ttft_s": spread(one.ttft_s for one in good),
@@ -95,6 +98,11 @@ def summarize(records: Sequence[Record], rate: float, slo: Slo | None, stopped: 
         "partial": bool(stopped),
         "stopped": stopped or None,
     }
+
+
+def _failures(records: Sequence[Record]) -> dict[str, int]:
+    """The most common errors and how often each came."""
+    return dict(Counter(one.error for one in records if one.error).most_common(_FAILURES))
 
 
 def _goodput(good: Sequence[Record], seconds: float, slo: Slo | None) -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 
 from aiohttp import web
@@ -54,8 +55,7 @@ class Fake:
         if fault == "refuses" and not probing:
             return web.Response(status=500, text="out of memory")
         if fault == "dies" and not probing and len(self.bodies) > 4:
-            sys.stdout.flush()
-            sys.exit(0)
+            os._exit(0)
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
         chat = request.path.endswith("chat/completions")
