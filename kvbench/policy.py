@@ -13,23 +13,18 @@ import sys
 import time
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
-import msgspec
 import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from kvbench.traces import FORMAT, TraceError, read_requests
 from kvkeep.keeper.policy import DEFAULT_POLICY, POLICIES, Policy, make_policy
 from kvkeep.keeper.policy.base import Ids
 
 BELADY = "belady"
-_FORMAT = "JSON lines with timestamp, input_length, output_length and hash_ids (a list of integers from 0)"
-
-
-class TraceError(Exception):
-    """The trace cannot be replayed; the message says what to do about it."""
 
 
 class Trace(NamedTuple):
@@ -60,48 +55,15 @@ class Result(NamedTuple):
     ns_per_block: float | None
 
 
-class _Request(msgspec.Struct):
-    timestamp: float
-    input_length: int
-    output_length: int
-    hash_ids: list[Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]]
-
-
 def read_trace(path: Path) -> Trace:
     """Read a trace. TraceError if it is missing, malformed or has no blocks."""
-    decoder = msgspec.json.Decoder(_Request)
-    chains = []
-    try:
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    chains.append(_chain(decoder, line, f"{path}, line {number}"))
-    except OSError as error:
-        raise TraceError(
-            f"cannot read the trace {path}: {error.strerror}. Give the path of a file of {_FORMAT}."
-        ) from error
+    chains = [np.array(request.hash_ids, dtype=np.int64) for request in read_requests(path)]
     blocks = np.concatenate(chains) if chains else np.empty(0, dtype=np.int64)
     if not len(blocks):
-        raise TraceError(
-            f"the trace {path} is empty: no request in it has a block. Give a file of {_FORMAT}."
-        )
+        raise TraceError(f"the trace {path} is empty: no request in it has a block. Give a file of {FORMAT}.")
     unique, dense = np.unique(blocks, return_inverse=True)
     ends = np.cumsum([len(chain) for chain in chains])[:-1]
     return Trace(np.split(dense, ends), len(unique))
-
-
-def _chain(decoder: "msgspec.json.Decoder[_Request]", line: bytes, where: str) -> Ids:
-    try:
-        ids = decoder.decode(line).hash_ids
-    except msgspec.DecodeError as error:
-        raise TraceError(
-            f"{where}: {error}. Correct the line or give another file; expected: {_FORMAT}."
-        ) from error
-    if len(set(ids)) != len(ids):
-        raise TraceError(
-            f"{where}: hash_ids names a block twice. Correct it: an id stands for all text up to its block."
-        )
-    return np.array(ids, dtype=np.int64)
 
 
 class Replayer:
@@ -222,7 +184,7 @@ def measure(trace: Trace, policy: str, fraction: float) -> Result:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `kvkeep bench policy`."""
-    parser.add_argument("trace", metavar="TRACE", type=Path, help=f"the trace: {_FORMAT}")
+    parser.add_argument("trace", metavar="TRACE", type=Path, help=f"the trace: {FORMAT}")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument(
         "--policies",

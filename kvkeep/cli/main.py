@@ -25,6 +25,7 @@ _BENCHES = {
     "lookup": ("kvbench.lookup", "hashing and lookup of long prompts through the socket"),
     "tier": ("kvbench.tier", "a tier below memory against its raw medium"),
     "policy": ("kvbench.policy", "eviction policies on a request trace"),
+    "serve": ("kvbench.serve", "what users of an OpenAI-compatible server feel, under load"),
     "compare": ("kvbench.compare.command", "a workload over several set-ups in turn: table, picture, report"),
 }
 
