@@ -17,7 +17,7 @@ from typing import TypeVar
 from kvkeep.config import child_environment
 from kvkeep.errors import KVKeepError
 
-__all__ = ["EngineFailed", "ServerProcess", "ended", "free_port", "signal_group", "tail"]
+__all__ = ["EngineFailed", "ServerProcess", "ended", "free_port", "signal_group", "tail", "without_passwords"]
 
 _START_S = 240.0
 _STOP_S, _KILL_S = 20.0, 5.0
@@ -120,11 +120,16 @@ class ServerProcess:
 
 
 def tail(log: Path, lines: int = 15) -> str:
-    """A log's last lines, for a message; passwords in URLs are left out."""
+    """A log's last lines, for a message."""
     with log.open("rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 400 * lines))
         last = file.read().decode(errors="replace").splitlines()[-lines:]
-    return "its log ends with:\n" + re.sub(r"(://[^/\s:@]*):[^/\s@]+@", r"\1:***@", "\n".join(last))
+    return "its log ends with:\n" + without_passwords("\n".join(last))
+
+
+def without_passwords(text: str) -> str:
+    """Text whose URLs have none."""
+    return re.sub(r"(://[^/\s:@]*):[^/\s@]+@", r"\1:***@", text)
 
 
 def free_port() -> int:

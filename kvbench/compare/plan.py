@@ -7,7 +7,7 @@ import os
 import re
 import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 from urllib.parse import urlsplit
 
 import msgspec
@@ -208,5 +208,5 @@ def _wrong(path: Path, tree: yaml.Node | None, keys: list[str | int], message: s
         if below is None:
             break
         node = below
-    where: Any = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys).lstrip(".")
+    where = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys).lstrip(".")
     return ConfigError(f"{path}:{line + 1}: {where + ': ' if where else ''}{message}")

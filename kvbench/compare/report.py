@@ -19,6 +19,7 @@ from kvbench.compare.picture import draw
 from kvbench.compare.plan import BUILT_IN, Plan, SetUp
 from kvbench.compare.records import Ledger, Run
 from kvbench.compare.runner import order
+from kvbench.process import without_passwords
 
 __all__ = ["in_short", "partial", "tables", "write"]
 
@@ -49,6 +50,7 @@ def write(ledger: Ledger, skipped: Mapping[str, str], broken_off: bool) -> Path:
     named = zip(plan.names(), plan.setups, strict=True)
     html = page.render(
         plan=plan,
+        load=without_passwords(f"{plan.load} {plan.load_args}"),
         title=f"{plan.workload}: {', '.join(plan.names())}",
         partial=partial(ledger, skipped, broken_off),
         sentences=in_short(plan, table),
@@ -137,7 +139,7 @@ def _part(name: str, setup: str | SetUp, ledger: Ledger, skipped: Mapping[str, s
     command = next((run.engine for run in mine if run.engine), "")
     if isinstance(setup, SetUp):
         what, environ = "a command of the plan's", ", ".join(sorted(setup.env))
-        command = command or setup.command
+        command = command or without_passwords(setup.command)
     else:
         what, environ = BUILT_IN[setup], ""
     state = f"skipped: {skipped[name]}" if name in skipped else f"{whole} of {planned} runs"
@@ -159,4 +161,4 @@ def _data(ledger: Ledger, table: list[Row]) -> dict[str, Any]:
         }
         for row in table
     ]
-    return {"plan": ledger.plan, "machines": ledger.machines, "table": figures}
+    return {"workload": ledger.plan.workload, "machines": ledger.machines, "table": figures}

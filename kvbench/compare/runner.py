@@ -15,7 +15,7 @@ from kvbench.compare.launch import Running, fill, lacks, launch
 from kvbench.compare.machine import now
 from kvbench.compare.plan import Plan, SetUp
 from kvbench.compare.records import Case, Ledger, Run, Summary, read_summary
-from kvbench.process import EngineFailed, ended, signal_group, tail
+from kvbench.process import EngineFailed, ended, signal_group, tail, without_passwords
 from kvkeep.config import child_environment
 from kvkeep.errors import KVKeepError
 
@@ -65,7 +65,7 @@ def _run(ledger: Ledger, turn: int, case: Case, setup: str | SetUp) -> tuple[Run
     began, began_at, started, command, summary, why = time.monotonic(), now(), False, "", None, ""
     try:
         with launch(setup, ledger.plan, folder) as running:
-            started, command = True, running.engine
+            started, command = True, without_passwords(running.engine)
             summary = _load(ledger.plan, turn, case, running, folder)
     except KVKeepError as error:
         why = str(error)

@@ -135,15 +135,21 @@ def test_broken_off_it_stops_its_servers_and_leaves_a_marked_report(
 def test_commands_before_and_after(bench: Bench) -> None:
     touch = f"{sys.executable} -c \"open('{bench.folder}/%s', 'a').write('{{port}} ')\""
     hooks = {"before": [touch % "before"], "after": [touch % "after"], "env": {"SECRET": "hunter2", "N": 3}}
+    last = hooks["after"]
     bench.write(
-        bench.setup("a"), bench.setup("b", **hooks), bench.setup("c", before=["false"], after=hooks["after"])
+        bench.setup("a"),
+        bench.setup("b", **hooks),
+        bench.setup("c", before=["false"], after=last),
+        bench.setup("d", after=["false", *last]),
     )
     assert main(bench.arguments) == WHOLE["partial"]
     before = (bench.folder / "before").read_text().split()
     after = (bench.folder / "after").read_text().split()
     assert after[:1] == before  # the same port
-    assert len(after) == 2  # c's too, though its first command failed
+    assert len(after) == 3  # after what had failed, too
     assert "before: false ended with status 1" in bench.report()
+    assert "after: false ended with status 1" in bench.report()
+    assert bench.table()["TTFT, p50", "d"]["values"] is None
     assert "hunter2" not in bench.report()
     assert "environment: <code>N, SECRET</code>" in bench.report()
 

