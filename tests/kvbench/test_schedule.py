@@ -9,12 +9,12 @@ from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
-from tests.kvbench.virtual import run_virtually
 
 from kvbench.load.client import Answer
 from kvbench.load.record import INTERRUPTED, Record
 from kvbench.load.schedule import Run, due_times, openings
 from kvbench.workloads import Message, Prose, Request
+from tests.kvbench.virtual import run_virtually
 
 SYSTEM = (Message("system", ("You help.",)),)
 
