@@ -111,9 +111,11 @@ class Run:
     async def _dispatch(self) -> None:
         now = asyncio.get_running_loop().time
         for number, (request, due) in enumerate(zip(self._requests, self._times, strict=True)):
+            # Made ahead of its time where that can be, but not while the request before is being sent.
+            await asyncio.sleep((self._start + due - now()) / 2)
             before = self._last.get(request.user)
             waits = before is not None and not before.done()
-            body = None if waits else self._body(request)  # made ahead of its time where that can be
+            body = None if waits else self._body(request)
             await asyncio.sleep(self._start + due - now())
             task = asyncio.create_task(self._one(number, request, due, body, before))
             self._tasks.add(task)

@@ -75,10 +75,13 @@ def test_events_may_come_in_any_pieces() -> None:
     ],
 )
 def test_what_is_no_answer(data: bytes, complaint: str) -> None:
-    stream = AnswerStream()
-    with pytest.raises(StreamError, match=complaint):
+    def read() -> None:
+        stream = AnswerStream()
         stream.feed(data, 0.0)
         stream.finish()
+
+    with pytest.raises(StreamError, match=complaint):
+        read()
 
 
 def test_an_answer_without_text_has_a_time() -> None:
