@@ -16,7 +16,7 @@ from kvbench.compare.figures import rows
 from kvbench.compare.machine import observe
 from kvbench.compare.plan import read
 from kvbench.compare.records import Ledger
-from kvbench.compare.report import in_short, partial, tables, write
+from kvbench.compare.report import in_short, partial, remarks, tables, write
 from kvbench.compare.runner import run_all, skipped
 
 __all__ = ["add_arguments", "run"]
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     console = Console()
     table = rows(plan, ledger.runs.values())
     tables(plan, table, console)
-    for sentence in in_short(plan, table):
+    for sentence in in_short(plan, table) + remarks(ledger.runs.values()):
         console.print(escape(sentence), highlight=False, soft_wrap=True)
     lacking = partial(ledger, missing, broken_off)
     if lacking:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from kvbench.compare.records import Ledger, Run
 from kvbench.compare.runner import order
 from kvbench.process import without_passwords
 
-__all__ = ["in_short", "partial", "tables", "write"]
+__all__ = ["in_short", "partial", "remarks", "tables", "write"]
 
 HTML, PICTURE, DATA = "report.html", "compare.png", "compare.json"
 _SHOWN = ("TTFT, p50", "ITL, mean")  # what the sentences are about
@@ -54,6 +54,7 @@ def write(ledger: Ledger, skipped: Mapping[str, str], broken_off: bool) -> Path:
         title=f"{plan.workload}: {', '.join(plan.names())}",
         partial=partial(ledger, skipped, broken_off),
         sentences=in_short(plan, table),
+        remarks=remarks(runs),
         picture=base64.b64encode(picture).decode(),
         tables=_by_figure(table),
         parts=[_part(name, setup, ledger, skipped) for name, setup in named],
@@ -87,6 +88,21 @@ def in_short(plan: Plan, table: list[Row]) -> list[str]:
             if mine:
                 said = "; ".join(f"at {row.rate:g}/s {_said(row)}" for row in mine)
                 found.append(f"{title}, {name} against {first}: {said}.")
+    return found
+
+
+def remarks(runs: Iterable[Run]) -> list[str]:
+    """What makes figures of whole runs say less than they seem to."""
+    found = []
+    for run in runs:
+        if run.why or run.summary is None:
+            continue
+        where = f"{run.setup} at {run.rate:g}/s, round {run.round}"
+        if run.summary.errors:
+            failed = f"{run.summary.errors} of {run.summary.requests} requests failed"
+            found.append(f"{where}: {failed}; its figures are of the others.")
+        if not run.summary.kept_schedule:
+            found.append(f"{where}: the load was not sent in time, see the table of runs.")
     return found
 
 

@@ -132,6 +132,19 @@ def test_broken_off_it_stops_its_servers_and_leaves_a_marked_report(
     assert not left
 
 
+def test_failed_requests_are_pointed_out(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    bench.write(bench.setup("a"), bench.setup("b", how="overloaded"))
+    assert main(bench.arguments) == WHOLE["whole"]
+    printed = capsys.readouterr().out
+    for said in (
+        "b at 1/s, round 1: 3 of 10 requests failed; its figures are of the others.",
+        "b at 1/s, round 1: the load was not sent in time, see the table of runs.",
+    ):
+        assert said in printed
+        assert said in bench.report()
+    assert printed.count("failed") == 1
+
+
 def test_commands_before_and_after(bench: Bench) -> None:
     touch = f"{sys.executable} -c \"open('{bench.folder}/%s', 'a').write('{{port}} ')\""
     hooks = {"before": [touch % "before"], "after": [touch % "after"], "env": {"SECRET": "hunter2", "N": 3}}
