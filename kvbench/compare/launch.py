@@ -76,10 +76,10 @@ def launch(setup: str | SetUp, plan: Plan, folder: Path) -> Iterator[Running]:
     Raises EngineFailed where any part of it does not start; the others are ended by then.
     """
     with contextlib.ExitStack() as stack:
-        make = tempfile.TemporaryDirectory
-        data = Path(stack.enter_context(make(prefix="data-", dir=folder, ignore_cleanup_errors=True)))
+        place = tempfile.TemporaryDirectory(prefix="data-", dir=folder, ignore_cleanup_errors=True)
+        data = Path(stack.enter_context(place))
         if isinstance(setup, SetUp):
-            yield stack.enter_context(_custom(setup, plan, folder, data))
+            yield stack.enter_context(_custom(setup, plan, folder, data.resolve()))
             return
         beside = stack.enter_context(_BESIDE[setup](plan, folder, data.resolve()))
         port = free_port()
@@ -98,34 +98,38 @@ def launch(setup: str | SetUp, plan: Plan, folder: Path) -> Iterator[Running]:
 @contextlib.contextmanager
 def _custom(setup: SetUp, plan: Plan, folder: Path, data: Path) -> Iterator[Running]:
     values = {"port": free_port(), "folder": data, "model": plan.model}
-    environ = plan.engine_environment() | {
-        name: fill(str(value), values) for name, value in setup.env.items()
-    }
-    ready, command = fill(setup.ready, values), fill(setup.command, values)
+    own = {name: fill(str(value), values) for name, value in setup.env.items()}
+    environ, ready = plan.engine_environment() | own, fill(setup.ready, values)
+    command = _words(setup.command, values)
     parts = urlsplit(ready)
     url = fill(setup.url, values) or f"{parts.scheme}://{parts.netloc}"
     try:
         for hook in setup.before:
-            _run_hook("before", fill(hook, values), folder, environ)
-        with _server(shlex.split(command), ready, setup.name, folder, environ, plan.start_s) as server:
-            yield Running(url, setup.model_name or plan.model_name, [server], command)
+            _run_hook("before", _words(hook, values), folder, environ)
+        with _server(command, ready, setup.name, folder, environ, plan.start_s) as server:
+            yield Running(url, setup.model_name or plan.model_name, [server], shlex.join(command))
     finally:
         failures = []
         for hook in setup.after:
             try:
-                _run_hook("after", fill(hook, values), folder, environ)
+                _run_hook("after", _words(hook, values), folder, environ)
             except EngineFailed as error:  # the others still run
                 failures.append(error)
         if failures and sys.exc_info()[0] is None:
             raise failures[0]
 
 
-def _run_hook(kind: str, command: str, folder: Path, environ: Mapping[str, str]) -> None:
-    log = folder / f"{kind}.log"
+def _words(command: str, values: Mapping[str, object]) -> list[str]:
+    """Split first: a path that is filled in is one word, whatever it holds."""
+    return [fill(word, values) for word in shlex.split(command)]
+
+
+def _run_hook(kind: str, command: list[str], folder: Path, environ: Mapping[str, str]) -> None:
+    log, name = folder / f"{kind}.log", f"{kind}: {shlex.join(command)}"
     try:
         with log.open("ab") as out:
             done = subprocess.run(
-                shlex.split(command),
+                command,
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
@@ -134,16 +138,16 @@ def _run_hook(kind: str, command: str, folder: Path, environ: Mapping[str, str])
                 check=False,
             )
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise EngineFailed(f"{kind}: {command}: {error}") from error
+        raise EngineFailed(f"{name}: {error}") from error
     if done.returncode:
-        raise EngineFailed(f"{kind}: {command} ended with status {done.returncode}; {tail(log)}")
+        raise EngineFailed(f"{name} ended with status {done.returncode}; {tail(log)}")
 
 
 def _server(
     command: list[str], ready: str, name: str, folder: Path, environ: Mapping[str, str], start_s: float
 ) -> ServerProcess:
     def answers() -> bool:
-        with contextlib.suppress(httpx.HTTPError):
+        with contextlib.suppress(httpx.HTTPError, httpx.InvalidURL):
             return httpx.get(ready, timeout=2.0, trust_env=False).status_code == httpx.codes.OK
         return False
 

@@ -150,7 +150,7 @@ def _problems(plan: Plan) -> list[tuple[list[str | int], str]]:
                 found.append((["model"], f"{setup} needs `model`: a directory with a model's config.json"))
             continue
         for key, text in [("ready", setup.ready), *([("url", setup.url)] if setup.url else [])]:
-            if urlsplit(text).scheme not in ("http", "https") or not urlsplit(text).netloc:
+            if not _is_url(text):
                 found.append(
                     ([*here, key], f"not a URL: {text!r}; write it as http://127.0.0.1:{{port}}/health")
                 )
@@ -167,6 +167,14 @@ def _problems(plan: Plan) -> list[tuple[list[str | int], str]]:
         except ConfigError as error:
             found.append(([key], str(error)))
     return found
+
+
+def _is_url(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+    except ValueError:
+        return False
+    return parts.scheme in ("http", "https") and bool(parts.netloc)
 
 
 def _unsplittable(command: str) -> str:

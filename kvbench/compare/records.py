@@ -35,7 +35,6 @@ class Summary(msgspec.Struct, frozen=True):
     ttft_s: Spread
     itl_s: Spread
     latency_s: Spread
-    prompt_tokens_per_s: float | None
     output_tokens_per_s: float | None
     lateness_s: Spread = Spread()
     short_answers: int = 0
@@ -106,7 +105,7 @@ class Ledger:
         """Where a run's files go."""
         slug = re.sub(r"[^\w.-]+", "-", case.setup)[:40]
         number = self.plan.names().index(case.setup) + 1
-        return self.folder / "runs" / f"round{turn}-rate{case.rate:g}-{number}-{slug}"
+        return self.folder / "runs" / f"round{turn}-rate{case.rate:.12g}-{number}-{slug}"
 
     def keep(self, run: Run) -> None:
         """Write a run down."""

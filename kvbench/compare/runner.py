@@ -76,7 +76,7 @@ def _run(ledger: Ledger, turn: int, case: Case, setup: str | SetUp) -> tuple[Run
 def _load(plan: Plan, turn: int, case: Case, running: Running, folder: Path) -> Summary:
     """Run the load against a set-up. Raises KVKeepError where it, or the set-up, does not live through it."""
     values = {"python": sys.executable, "url": running.url, "name": running.model_name}
-    values |= {"workload": plan.workload, "scale": f"{plan.scale:g}", "rate": f"{case.rate:g}"}
+    values |= {"workload": plan.workload, "scale": f"{plan.scale:g}", "rate": f"{case.rate:.12g}"}
     values |= {"seed": str(plan.seed + turn - 1), "output": str(folder)}
     words = [fill(word, values) for word in [*shlex.split(plan.load), *shlex.split(plan.load_args)]]
     log = folder / "load.log"
@@ -100,7 +100,10 @@ def _load(plan: Plan, turn: int, case: Case, running: Running, folder: Path) -> 
         raise EngineFailed(why)
     if process.returncode:
         raise KVKeepError(f"the load ended with status {process.returncode}; {tail(log)}")
-    return read_summary(folder / "summary.json")
+    summary = read_summary(folder / "summary.json")
+    if summary.partial:
+        raise KVKeepError(f"the load was cut short; {tail(log)}")
+    return summary
 
 
 def _watch(process: subprocess.Popen[bytes], running: Running, seconds: float) -> str:

@@ -43,6 +43,7 @@ def written(folder: Path, text: str) -> Path:
         ("kv_cache_gib: 1", "kv_cache_gib: 1\nmemory: lots", 4, "memory: not a size: 'lots'"),
         ("kv_cache_gib: 1", "kv_cache_gib: 1\nload: it's", 4, "load: not a command line: No closing quot"),
         ("    ready", "    redy", 7, r"setups\[0\].redy: unknown key 'redy': did you mean 'ready'?"),
+        ("http://127.0.0.1:{port}/health", "'http://['", 7, r"setups\[0\].ready: not a URL"),
         ("http://127", "127", 7, r"setups\[0\].ready: not a URL"),
         ("serve {port}", "'serve \"'", 6, r"setups\[0\].command: not a command line"),
         (
@@ -114,7 +115,7 @@ def test_the_page_names_all_built_in_set_ups() -> None:
 
 def summary(ttft: float | None) -> Summary:
     spread = Spread(ttft, ttft, ttft, ttft, ttft)
-    return Summary("w", 1, 0, spread, Spread(), spread, 1.0, None)
+    return Summary("w", 1, 0, spread, Spread(), spread, None)
 
 
 def test_ratios_are_of_rounds_that_both_have(tmp_path: Path) -> None:
