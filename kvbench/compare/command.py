@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     console = Console()
     table = rows(plan, ledger.runs.values())
     tables(plan, table, console)
-    for sentence in in_short(plan, table) + remarks(ledger.runs.values()):
+    for sentence in in_short(plan, table) + remarks(ledger.runs.values(), missing):
         console.print(escape(sentence), highlight=False, soft_wrap=True)
     lacking = partial(ledger, missing, broken_off)
     if lacking:

@@ -54,7 +54,7 @@ def write(ledger: Ledger, skipped: Mapping[str, str], broken_off: bool) -> Path:
         title=f"{plan.workload}: {', '.join(plan.names())}",
         partial=partial(ledger, skipped, broken_off),
         sentences=in_short(plan, table),
-        remarks=remarks(runs),
+        remarks=remarks(runs, skipped),
         picture=base64.b64encode(picture).decode(),
         tables=_by_figure(table),
         parts=[_part(name, setup, ledger, skipped) for name, setup in named],
@@ -91,9 +91,9 @@ def in_short(plan: Plan, table: list[Row]) -> list[str]:
     return found
 
 
-def remarks(runs: Iterable[Run]) -> list[str]:
-    """What makes figures of whole runs say less than they seem to."""
-    found = []
+def remarks(runs: Iterable[Run], skipped: Mapping[str, str]) -> list[str]:
+    """What is not there, and what makes figures of whole runs say less than they seem to."""
+    found = [f"{name} is skipped: {why}." for name, why in skipped.items()]
     for run in runs:
         if run.why or run.summary is None:
             continue

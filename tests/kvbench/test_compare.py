@@ -145,6 +145,16 @@ def test_failed_requests_are_pointed_out(bench: Bench, capsys: pytest.CaptureFix
     assert printed.count("failed") == 1
 
 
+def test_a_set_up_that_this_machine_lacks_is_skipped(
+    bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (bench.folder / "config.json").touch()
+    bench.write(bench.setup("a"), "lmcache", model=str(bench.folder), lmcache="nowhere")
+    assert main(bench.arguments) == WHOLE["whole"]
+    said = "lmcache is skipped: no LMCache in nowhere: make it with benchmarks/lmcache/setup.sh"
+    assert all(said in text for text in (*capsys.readouterr(), bench.report()))
+
+
 def test_commands_before_and_after(bench: Bench) -> None:
     touch = f"{sys.executable} -c \"open('{bench.folder}/%s', 'a').write('{{port}} ')\""
     hooks = {"before": [touch % "before"], "after": [touch % "after"], "env": {"SECRET": "hunter2", "N": 3}}
