@@ -18,14 +18,14 @@ class Figure(NamedTuple):
 
     title: str
     unit: str
-    """s or tokens/s."""
+    """s, or none where the title has it."""
     of: Callable[[Summary], float | None]
     lower_is_better: bool = True
 
     def text(self, values: Range) -> str:
         """Median and spread with one unit, to three digits."""
         unit, factor = (self.unit, 1) if self.unit != "s" or values.median >= 1 else ("ms", 1000)
-        return f"{Range(*(value * factor for value in values)).text()} {unit}"
+        return f"{Range(*(value * factor for value in values)).text()} {unit}".rstrip()
 
 
 class Range(NamedTuple):
@@ -43,7 +43,7 @@ class Range(NamedTuple):
 
     def text(self) -> str:
         """To three digits."""
-        return f"{digits(self.median)} ({digits(self.low)} … {digits(self.high)})"
+        return f"{digits(self.median)} ({digits(self.low)}…{digits(self.high)})"
 
 
 def digits(value: float) -> str:
@@ -59,7 +59,7 @@ FIGURES = (
     Figure("ITL, p95", "s", lambda one: one.itl_s.p95),
     Figure("latency, p50", "s", lambda one: one.latency_s.p50),
     Figure("latency, p95", "s", lambda one: one.latency_s.p95),
-    Figure("output", "tokens/s", lambda one: one.output_tokens_per_s, lower_is_better=False),
+    Figure("output tokens/s", "", lambda one: one.output_tokens_per_s, lower_is_better=False),
 )
 
 
@@ -69,7 +69,7 @@ class Reading(Enum):
     FIRST = "compared with"
     BETTER = "better"
     WORSE = "worse"
-    SAME = "no difference shown"
+    SAME = "covers 1"
     ONCE = "one round"
     NONE = "nothing to compare"
 

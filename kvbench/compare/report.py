@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jinja2
 import msgspec
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -132,9 +133,8 @@ def tables(plan: Plan, table: list[Row], console: Console) -> None:
     first = escape(plan.names()[0])
     for rate, figures in _by_figure(table):
         title = f"{escape(plan.workload)}, scale {plan.scale:g}, {rate:g} requests/s"
-        page = Table(
-            title=title, caption=f"median (least … greatest) over n rounds; × {first}: round by round"
-        )
+        caption = f"median (least … greatest) over n rounds; × {first}: round by round"
+        page = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, padding=0)
         for heading in ("", "set-up", "median", "n", f"× {first}", ""):
             page.add_column(heading, overflow="fold")
         for name, group in figures:
