@@ -30,14 +30,14 @@ def bench(tmp_path: Path) -> Bench:
 def test_rounds_are_interleaved_and_ratios_are_taken_round_by_round(
     bench: Bench, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bench.write(bench.setup("a", 1.0, "A"), bench.setup("b", 0.25, "B"), bench.setup("c", 1.0, "C"), rounds=3)
+    bench.write(bench.setup("a", 1.0, "A"), bench.setup("b", 0.25, "B"), bench.setup("c", 1.0, "C"), rounds=2)
     assert main(bench.arguments) == WHOLE["whole"]
     order = [mark.split()[0] for mark in bench.marks()]
-    assert order == ["A", "B", "C", "B", "C", "A", "C", "A", "B"]
-    assert [mark.split()[2] for mark in bench.marks()] == list("000111222")  # a round has one seed
+    assert order == ["A", "B", "C", "B", "C", "A"]
+    assert [mark.split()[2] for mark in bench.marks()] == list("000111")  # a round has one seed
     table = bench.table()
-    assert table["TTFT, p50", "a"]["values"] == {"median": 2.0, "low": 1.0, "high": 3.0}
-    assert table["TTFT, p50", "b"]["values"] == {"median": 0.5, "low": 0.25, "high": 0.75}
+    assert table["TTFT, p50", "a"]["values"] == {"median": 1.5, "low": 1.0, "high": 2.0}
+    assert table["TTFT, p50", "b"]["values"] == {"median": 0.375, "low": 0.25, "high": 0.5}
     # Exact, though times differ from round to round.
     assert table["TTFT, p50", "b"]["ratio"] == {"median": 0.25, "low": 0.25, "high": 0.25}
     assert table["output tokens/s", "b"]["ratio"]["median"] == 4.0
@@ -210,15 +210,14 @@ def test_the_report_is_well_formed_and_needs_nothing_else(bench: Bench) -> None:
     assert (bench.output / "compare.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("width", [360, 1200])
-def test_the_report_in_a_browser(bench: Bench, width: int) -> None:
+def test_the_report_in_a_browser(bench: Bench) -> None:
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if not browser:
         pytest.skip("no headless browser here: apt-get install chromium")
     bench.write(bench.setup("a"), bench.setup("b", 0.25), rounds=2)
     assert main(bench.arguments) == WHOLE["whole"]
     picture = bench.folder / "screen.png"
-    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900"]
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=800,900"]
     command += [f"--user-data-dir={bench.folder}/profile", "--host-resolver-rules=MAP * ~NOTFOUND"]
     command += [f"--screenshot={picture}", "--dump-dom", str(bench.output / "report.html")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
