@@ -145,6 +145,15 @@ def test_failed_requests_are_pointed_out(bench: Bench, capsys: pytest.CaptureFix
     assert printed.count("failed") == 1
 
 
+def test_without_its_extra_it_says_what_to_install(bench: Bench) -> None:
+    code = f"import sys; sys.modules['yaml'] = None; from kvkeep.cli import main; main({bench.arguments})"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr == "kvkeep: compare needs the module yaml: pip install 'kvkeep[bench]'\n"
+
+
 def test_a_set_up_that_this_machine_lacks_is_skipped(
     bench: Bench, capsys: pytest.CaptureFixture[str]
 ) -> None:
