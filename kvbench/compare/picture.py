@@ -59,7 +59,9 @@ def _panel(axes: Any, plan: Plan, whole: list[tuple[Case, Summary]], panel: Figu
             label = None  # once in the legend
     if least and min(least) > 0:
         axes.set_yscale("log")
+        low, high = axes.get_ylim()
         axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}" if high < 10 * low else "")
     axes.set_xticks(range(len(plan.rates)), [f"{rate:g}" for rate in plan.rates])
     axes.set_xlim(-0.6, len(plan.rates) - 0.4)
     axes.set_xlabel("requests per second")
