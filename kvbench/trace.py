@@ -15,7 +15,7 @@ import numpy as np
 
 from kvkeep.keeper.policy.base import Ids
 
-__all__ = ["FORMAT", "Trace", "TraceError", "read_trace"]
+__all__ = ["FORMAT", "Trace", "TraceError", "TraceRequest", "read_requests", "read_trace"]
 
 FORMAT = "JSON lines with timestamp, input_length, output_length and hash_ids (a list of integers from 0)"
 _MOONCAKE_TOKENS = 512
@@ -57,10 +57,12 @@ _Id = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 _Count = Annotated[int, msgspec.Meta(ge=1, le=2**40)]
 
 
-class _Request(msgspec.Struct):
+class TraceRequest(msgspec.Struct, frozen=True):
+    """One request: `timestamp` in ms, lengths in tokens."""
+
     timestamp: float
     input_length: Annotated[int, msgspec.Meta(ge=0, le=2**40)]
-    output_length: int
+    output_length: Annotated[int, msgspec.Meta(ge=0, le=2**40)]
     hash_ids: list[_Id]
     output_ids: list[_Id] = []
     local: Annotated[int, msgspec.Meta(ge=0)] = 0
@@ -69,12 +71,22 @@ class _Request(msgspec.Struct):
 
 
 def read_trace(path: Path, line_read: Callable[[int], object] = lambda nbytes: None) -> Trace:
-    """Read a trace. TraceError if it is missing, malformed or has no blocks.
+    """Read a trace as chains of blocks. TraceError if it is missing, malformed or has no blocks."""
+    requests = read_requests(path, line_read)
+    if not any(request.hash_ids for request in requests):
+        raise TraceError(f"the trace {path} is empty: no request in it has a block. Give a file of {FORMAT}.")
+    return _dense(requests)
+
+
+def read_requests(
+    path: Path, line_read: Callable[[int], object] = lambda nbytes: None
+) -> list[TraceRequest]:
+    """Read a trace's requests, in the file's order. TraceError if it is missing or malformed.
 
     `line_read` is told the length of each line, for those who show progress.
     """
-    decoder = msgspec.json.Decoder(_Request)
-    requests = list[_Request]()
+    decoder = msgspec.json.Decoder(TraceRequest)
+    requests = list[TraceRequest]()
     try:
         with path.open("rb") as lines:
             for number, line in enumerate(lines, 1):
@@ -87,12 +99,10 @@ def read_trace(path: Path, line_read: Callable[[int], object] = lambda nbytes: N
         raise TraceError(
             f"cannot read the trace {path}: {error.strerror}. Give the path of a file of {FORMAT}."
         ) from error
-    if not any(request.hash_ids for request in requests):
-        raise TraceError(f"the trace {path} is empty: no request in it has a block. Give a file of {FORMAT}.")
-    return _dense(requests)
+    return requests
 
 
-def _dense(requests: list[_Request]) -> Trace:
+def _dense(requests: list[TraceRequest]) -> Trace:
     chains = [request.hash_ids + request.output_ids for request in requests]
     blocks = np.fromiter(joined.from_iterable(chains), np.int64)
     unique, dense = np.unique(blocks, return_inverse=True)
@@ -108,7 +118,7 @@ def _dense(requests: list[_Request]) -> Trace:
     )
 
 
-def _parse(decoder: "msgspec.json.Decoder[_Request]", line: bytes, where: str) -> _Request:
+def _parse(decoder: "msgspec.json.Decoder[TraceRequest]", line: bytes, where: str) -> TraceRequest:
     try:
         request = decoder.decode(line)
     except msgspec.DecodeError as error:
@@ -126,7 +136,7 @@ def _parse(decoder: "msgspec.json.Decoder[_Request]", line: bytes, where: str) -
     return request
 
 
-def _check_blocks(first: list[_Request], request: _Request, where: str) -> None:
+def _check_blocks(first: list[TraceRequest], request: TraceRequest, where: str) -> None:
     if first and (first[0].block_tokens, first[0].block_bytes) != (request.block_tokens, request.block_bytes):
         raise TraceError(
             f"{where}: blocks of another size than those before: more than one model. Give each model's "
