@@ -72,7 +72,8 @@ def test_a_run(fake: Fake, bench: Callable[..., Any], tmp_path: Path) -> None:
     assert counted == [12, 0, 0, 96]
     assert found["prompt_tokens"] == sum(words) + 7 * 12
     assert found["cached_tokens"] == sum(count // 2 for count in words)
-    assert all(85 <= count <= 115 for count in words)  # 100 tokens, by the server's own count
+    assert sum(words) / 12 == pytest.approx(100, rel=0.1)  # tokens, by the server's own count
+    assert all(70 <= count <= 130 for count in words)
     assert found["lengths_by"] == "tokenize"
     assert (found["planned"], found["partial"], found["warm_up"]) == (12, False, 0)
     assert found["goodput"]["requests"] == 12
@@ -178,10 +179,13 @@ def test_a_signal_leaves_a_partial_result(
 ) -> None:
     words = [sys.executable, "-m", "kvkeep.cli", "bench", "serve", "unique", "--url", fake.url, "--json"]
     words += ["--model", "hangs", "--output", str(tmp_path), "--rate", "100", "--scale", "0.05"]
-    child = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_until(lambda: len(fake.asked()) > 4, 60)  # two probes, then requests that hang
-    os.kill(child.pid, number)
-    out, err = child.communicate(timeout=60)
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        try:
+            wait_until(lambda: len(fake.asked()) > 4, 60)  # two probes, then requests that hang
+            os.kill(child.pid, number)
+            out, err = child.communicate(timeout=60)
+        finally:
+            child.kill()
     found = json.loads(out)
     assert (child.returncode, found["stopped"]) == (130, "interrupted")
     assert found["unfinished"] == found["requests"] == len(rows(tmp_path)) > 0
