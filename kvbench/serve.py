@@ -63,12 +63,15 @@ def run(args: argparse.Namespace) -> int:
     console = Console(stderr=True, highlight=False)
     summaries: list[dict[str, Any]] = []
     rates = args.rate or [workload.rate]
-    for rate in rates:
-        folder = args.output and (args.output if len(rates) == 1 else args.output / f"rate-{rate:g}")
-        summaries.append(asyncio.run(_measure(args, workload, rate, folder, console)))
-        if summaries[-1]["partial"]:
-            break
-    _report(args, summaries, console)
+    try:
+        for rate in rates:
+            folder = args.output and (args.output if len(rates) == 1 else args.output / f"rate-{rate:g}")
+            summaries.append(asyncio.run(_measure(args, workload, rate, folder, console)))
+            if summaries[-1]["partial"]:
+                break
+    finally:  # a server that was gone at the next rate takes nothing from those before
+        if summaries:
+            _report(args, summaries, console)
     if any(one["stopped"] == "interrupted" for one in summaries):
         return _INTERRUPTED_EXIT
     return 1 if any(one["partial"] or not one["requests_per_s"] for one in summaries) else 0

@@ -27,6 +27,8 @@ def draw_cdf(path: Path, records: Sequence[Record], title: str) -> None:
     for axis, (label, values) in zip(axes, panels.items(), strict=True):
         axis.ecdf(np.array(values or [0.0]))
         axis.set(xlabel=label, ylabel="share of requests" if axis is axes[0] else "", ylim=(0, 1))
+        axis.set_xlim(left=0)
+        axis.locator_params(axis="x", nbins=5)
     figure.savefig(path, dpi=120)
 
 
@@ -35,7 +37,8 @@ def draw_rates(path: Path, summaries: Sequence[dict[str, Any]], title: str) -> N
     figure, axes = _panels(2, title)
     for axis, name, label in zip(axes, ("ttft_s", "itl_s"), ("TTFT (s)", "ITL (s)"), strict=True):
         for percentile in _PERCENTILES:
-            points = [(one["rate"], one[name][percentile]) for one in summaries if one[name][percentile]]
+            points = [(one["rate"], one[name][percentile]) for one in summaries]
+            points = [point for point in points if point[1] is not None]
             axis.plot(*zip(*points, strict=True) if points else ((), ()), marker="o", label=percentile)
         axis.set(xlabel="requests per second", ylabel=label, ylim=(0, None))
         axis.legend()

@@ -94,7 +94,7 @@ class Fake:
 
 
 async def main() -> None:
-    runner = web.AppRunner(Fake().application())
+    runner = web.AppRunner(Fake().application(), shutdown_timeout=0.1, handler_cancellation=True)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,9 +16,11 @@ from typing import Any
 
 import pytest
 
+from kvbench.workloads import WORKLOADS
 from kvkeep.cli.main import main
 
 FAKE = Path(__file__).with_name("fake_openai.py")
+PAGE = Path(__file__).parents[2] / "docs" / "bench-serve.md"
 QUICK = ("--arrivals", "fixed", "--rate", "500")
 
 
@@ -64,7 +67,7 @@ def rows(folder: Path) -> list[dict[str, str]]:
 
 def test_a_run(fake: Fake, bench: Callable[..., Any], tmp_path: Path) -> None:
     status, found, said = bench("unique", *QUICK, "--scale", "0.05", "--requests", "12", "--slo", "ttft=60s")
-    assert (status, said) == (0, "")
+    assert (status, "failed" in said) == (0, False)
     assert json.loads((tmp_path / "out" / "summary.json").read_text()) == found
     asked = [body for body in fake.asked() if body["max_tokens"] == 8]
     words = [len(body["prompt"].split()) for body in asked]
@@ -72,7 +75,8 @@ def test_a_run(fake: Fake, bench: Callable[..., Any], tmp_path: Path) -> None:
     assert counted == [12, 0, 0, 96]
     assert found["prompt_tokens"] == sum(words) + 7 * 12
     assert found["cached_tokens"] == sum(count // 2 for count in words)
-    assert all(85 <= count <= 115 for count in words)  # 100 tokens, by the server's own count
+    assert sum(words) / 12 == pytest.approx(100, rel=0.1)  # tokens, by the server's own count
+    assert all(70 <= count <= 130 for count in words)
     assert found["lengths_by"] == "tokenize"
     assert (found["planned"], found["partial"], found["warm_up"]) == (12, False, 0)
     assert found["goodput"]["requests"] == 12
@@ -86,6 +90,17 @@ def test_a_run(fake: Fake, bench: Callable[..., Any], tmp_path: Path) -> None:
     assert (tmp_path / "out" / "cdf.png").read_bytes().startswith(b"\x89PNG")
     assert {(body["stream"], body["temperature"]) for body in asked} == {(True, 0)}
     assert not any("ignore_eos" in body for body in asked)
+    page = PAGE.read_text()
+    told = re.search(r"^\| in `summary.json`.*?\n\n", page, re.MULTILINE | re.DOTALL)
+    cells = [line.split("|")[1] for line in told[0].splitlines()[2:] if line]
+    assert re.findall(r"`(\w+)`", " ".join(cells)) == [*dict.fromkeys(found)]
+    columns = re.search(r"^`requests.csv` has a row per request: (.*)$", page, re.MULTILINE)[1]
+    assert re.findall(r"`(\w+_?\w*)`(?=[, (.])", re.sub(r"\([^)]*\)", "", columns)) == list(table[0])
+
+
+def test_the_page_has_all_workloads() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| .* \| (?:([\d.]+)/s|the trace's) \|$", PAGE.read_text(), re.MULTILINE)
+    assert {name: float(rate or 0) for name, rate in rows} == {n: w.rate for n, w in WORKLOADS.items()}
 
 
 def test_rounds_hold_the_servers_answers(fake: Fake, bench: Callable[..., Any]) -> None:
@@ -139,7 +154,7 @@ def test_lengths_without_a_tokenizer(fake: Fake, bench: Callable[..., Any]) -> N
 def test_what_fails_is_counted(
     fake: Fake, bench: Callable[..., Any], tmp_path: Path, fault: str, failures: dict[str, int]
 ) -> None:
-    options = ("--model", fault, "--timeout", "0.5", "--requests", "6", "--scale", "0.05")
+    options = ("--model", fault, "--timeout", "2", "--requests", "6", "--scale", "0.05")
     status, found, said = bench("unique", *QUICK, *options)
     assert (status, found["errors"], found["partial"]) == (1, 6, False)
     assert found["failures"] == failures
@@ -168,8 +183,8 @@ def test_a_server_that_dies_leaves_a_partial_result(
     assert found["requests"] < found["planned"] == 200
     assert "partial: the server no longer answers" in said
     answered = [row for row in rows(tmp_path / "out") if not row["error"]]
-    assert len(answered) == 2  # as many as this fault lets through
-    assert found["output_tokens"] == 2 * 64
+    assert len(answered) <= 2  # as many as this fault lets through
+    assert found["output_tokens"] == 64 * len(answered)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -178,10 +193,13 @@ def test_a_signal_leaves_a_partial_result(
 ) -> None:
     words = [sys.executable, "-m", "kvkeep.cli", "bench", "serve", "unique", "--url", fake.url, "--json"]
     words += ["--model", "hangs", "--output", str(tmp_path), "--rate", "100", "--scale", "0.05"]
-    child = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_until(lambda: len(fake.asked()) > 4, 60)  # two probes, then requests that hang
-    os.kill(child.pid, number)
-    out, err = child.communicate(timeout=60)
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        try:
+            wait_until(lambda: len(fake.asked()) > 4, 60)  # two probes, then requests that hang
+            os.kill(child.pid, number)
+            out, err = child.communicate(timeout=60)
+        finally:
+            child.kill()
     found = json.loads(out)
     assert (child.returncode, found["stopped"]) == (130, "interrupted")
     assert found["unfinished"] == found["requests"] == len(rows(tmp_path)) > 0
@@ -189,7 +207,7 @@ def test_a_signal_leaves_a_partial_result(
 
 
 def test_a_rate_that_this_machine_cannot_generate(bench: Callable[..., Any]) -> None:
-    status, found, said = bench("unique", "--rate", "100000", "--requests", "150")
+    status, found, said = bench("short_documents", "--rate", "100000", "--requests", "600")
     assert (status, found["kept_schedule"], found["errors"]) == (0, False, 0)
     assert found["sent_rate"] < 50_000
     assert "the schedule was not kept" in said
