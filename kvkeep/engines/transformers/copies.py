@@ -19,7 +19,8 @@ _STAGE_BYTES = 64 << 20
 def as_blocks(states: torch.Tensor, tokens: int) -> torch.Tensor:
     """[heads, columns, size] as [whole blocks, 1, heads, tokens, size], a view."""
     count = states.shape[1] // tokens
-    return states[:, : count * tokens].unflatten(1, (count, tokens)).transpose(0, 1)[:, None]
+    blocks: torch.Tensor = states[:, : count * tokens].unflatten(1, (count, tokens))
+    return blocks.transpose(0, 1)[:, None]
 
 
 def make_copier(layers: Sequence[tuple[str, torch.Tensor]], arena: mmap.mmap, threads: int) -> Transfer:

@@ -127,7 +127,7 @@ def weights_digest(model: Any) -> str:
         raw = tensor.detach().reshape(-1).view(torch.uint8)
         whole = len(raw) // _STRIPE * _STRIPE
         for part in (raw[:whole].view(-1, _STRIPE)[:, :_SAMPLE], raw[whole:][:_SMALL]):
-            hasher.update(part.contiguous().cpu().numpy())
+            hasher.update(part.contiguous().cpu().numpy().tobytes())
     return "live:" + str(hasher.hexdigest())
 
 

@@ -16,6 +16,9 @@ class FullLayer(DynamicLayer):
     """All columns, in a store that has room for more: no copy of the whole at each step, nor behind a
     loaded prefix."""
 
+    keys: torch.Tensor
+    values: torch.Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self._stores: list[torch.Tensor | None] = [None, None]
@@ -25,7 +28,8 @@ class FullLayer(DynamicLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append [rows, heads, columns, size]; returns all columns, as views."""
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
-            return super().update(key_states, value_states)  # gradients do not flow through a store
+            super().update(key_states, value_states)  # gradients do not flow through a store
+            return self.keys, self.values
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.keys = self._append(0, self.keys, key_states)

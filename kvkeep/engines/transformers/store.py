@@ -96,6 +96,8 @@ class Store:
         self._arena = opened.connection.map_arena()
         self._keeper = opened
         prepare_mapping(self._arena, opened.connection.arena_fd)
+        if self.shapes[0].device.type == "cpu":
+            make_copier([("", torch.empty(1, 1, 1))], self._arena, 1)  # compiles now, not in the first batch
 
     def _attached(self) -> Opened | None:
         """The keeper, if we have one now."""
