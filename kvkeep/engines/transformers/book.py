@@ -64,7 +64,7 @@ class Book:
 
         A row whose earlier mask has changed has KV that depends on both masks: it has no name.
         """
-        self._agree &= (mask[:, : self.columns] == self._mask).all(1)
+        self._agree = self._agree & (mask[:, : self.columns] == self._mask).all(1)
         self._mask = mask
         self._ids = torch.cat([self._ids, ids], 1)
         self._positions = torch.cat([self._positions, positions.expand(ids.shape)], 1)

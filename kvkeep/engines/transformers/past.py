@@ -124,8 +124,11 @@ class PrefixCache(DynamicCache):
         self, ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor | None
     ) -> str | None:
         self._fit(ids)
-        if mask is not None and mask.shape[1] == ids.shape[1]:
-            self.reset()  # all is given again, as generate() does for a prefill in pieces: compute it
+        again = mask is not None and mask.shape[1] == ids.shape[1]
+        if mask is None and positions is not None:
+            again = not positions.reshape(-1)[0]
+        if again:  # all is given, as generate() does with drafts and for a prefill in pieces: compute it
+            self.reset()
             return None
         begun, loaded = self.begun, self.loaded
         told = slice(loaded, min(begun.columns, loaded + ids.shape[1]))
