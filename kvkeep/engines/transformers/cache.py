@@ -72,6 +72,11 @@ class KVKeepCache:
         """Sums since the start."""
         return self._errors if self._store is None else self._store.stats
 
+    @property
+    def chunk_tokens(self) -> int:
+        """Tokens of a chunk: what is found is cut to these. 0 where the cache is off."""
+        return 0 if self._store is None else self._store.chunk_tokens
+
     # What a program calls
 
     def begin(
