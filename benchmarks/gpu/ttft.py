@@ -1,6 +1,6 @@
 """Time to first token in transformers, random weights: recompute against load from the arena, and from disk.
 
-    python benchmarks/gpu/ttft.py [--tokens 2048 8192 32768] [--device cuda] [--disk FOLDER] [--tiny] [--json FILE]
+    python benchmarks/gpu/ttft.py [--tokens 2048 8192 32768] [--device cuda] [--disk FOLDER] [--tiny]
 
 `measure` is what the GPU check calls. The shape is Llama-3.1-8B's; weights do not matter to time. A first
 token is a forward over what is not held, to the argmax on the host; a load includes lookup and copy.
