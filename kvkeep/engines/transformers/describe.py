@@ -18,7 +18,16 @@ from kvkeep.errors import LayoutError
 from kvkeep.identity import encode_extra
 from kvkeep.layout import chunk_blocks
 
-__all__ = ["Group", "LayerShape", "describe", "group_layers", "model_state", "probe"]
+__all__ = [
+    "Group",
+    "LayerShape",
+    "ModelState",
+    "describe",
+    "group_layers",
+    "model_state",
+    "probe",
+    "weights_digest",
+]
 
 _UNIT = 16  # tokens; chunks are a multiple, as they are of an engine's block elsewhere
 _STRIPE, _SAMPLE, _SMALL = 1 << 20, 4096, 1 << 16
@@ -51,7 +60,8 @@ class Group(NamedTuple):
 
 
 def probe(model: Any) -> list[LayerShape]:
-    """Run one token to see what each layer caches. Raises LayoutError for what we cannot serve."""
+    """Run two rows of two tokens to see what each layer caches, and that what comes later does not change
+    it. Raises LayoutError for what we cannot serve."""
     config = model.config.get_text_config(decoder=True)
     rope = json.dumps(getattr(config, "rope_parameters", None) or {}, default=str)
     if any(kind in rope for kind in _ROPE_BY_LENGTH):
@@ -61,12 +71,15 @@ def probe(model: Any) -> list[LayerShape]:
     cache = DynamicCache(config=config)
     decoder = model.get_decoder()
     with torch.no_grad():
-        device = decoder.get_input_embeddings().weight.device
-        decoder(torch.zeros((1, 1), dtype=torch.long, device=device), past_key_values=cache, use_cache=True)
+        ids = torch.tensor([[1, 2], [1, 3]], device=decoder.get_input_embeddings().weight.device)
+        decoder(ids, past_key_values=cache, use_cache=True)
     kinds = set(getattr(config, "layer_types", None) or ())
     if not cache.layers or kinds - {"full_attention", "sliding_attention"}:
         raise LayoutError(f"layers of kinds {sorted(kinds)} are not supported")
-    return [_shape(layer) for layer in cache.layers]
+    shapes = [_shape(layer) for layer in cache.layers]
+    if not cache.layers[-1].keys[0, :, 0].allclose(cache.layers[-1].keys[1, :, 0], 1e-3, 1e-3):
+        raise LayoutError("this model attends to later tokens too")
+    return shapes
 
 
 def _shape(layer: Any) -> LayerShape:
@@ -86,9 +99,7 @@ def group_layers(shapes: list[LayerShape]) -> list[Group]:
     return [Group(window, layers) for window, layers in members.items()]
 
 
-def describe(
-    model: Any, shapes: list[LayerShape], chunk_tokens: int | None, model_id: str | None
-) -> dict[str, Any]:
+def describe(model: Any, shapes: list[LayerShape], chunk_tokens: int | None, weights: str) -> dict[str, Any]:
     """The namespace. `chunk_tokens` None: the fewest 16 tokens that reach about 1 MiB.
 
     How attention is computed, and on which device, is not in it: it changes KV by rounding only, as the
@@ -98,8 +109,8 @@ def describe(
     unit = _UNIT * sum(shape.token_bytes for shape in shapes)
     return {
         "engine": f"transformers-{transformers.__version__}",
-        "weights": model_id or weights_digest(model),
-        "adapters": adapters(model),
+        "weights": weights,
+        "modes": list(model_state(model).modes),
         "config": json.dumps(_stable(config.to_dict()), sort_keys=True, default=str),
         "chunk_tokens": chunk_tokens or _UNIT * chunk_blocks(unit),
         "layers": [[*s.keys, *s.values, str(s.dtype), s.window] for s in shapes],
@@ -131,18 +142,23 @@ def weights_digest(model: Any) -> str:
     return "live:" + str(hasher.hexdigest())
 
 
-def adapters(model: Any) -> list[str]:
-    """Which adapters act on each module that has some (PEFT): they can be switched with equal weights."""
-    found = []
+class ModelState(NamedTuple):
+    """What tells that a model is no longer what it was; cheap."""
+
+    tensors: tuple[tuple[int, int], ...]
+    """Changes when a weight is replaced or written to."""
+    modes: tuple[str, ...]
+    """What else changes KV with equal weights: autocast, and which adapters (PEFT) act on each module."""
+
+
+def model_state(model: Any) -> ModelState:
+    """As it is now, for the thread that asks."""
+    marks = tuple((t.data_ptr(), -1 if t.is_inference() else t._version) for _, t in _tensors(model))
+    kind = model.device.type
+    modes = [str(torch.get_autocast_dtype(kind))] if torch.is_autocast_enabled(kind) else []
     for name, module in model.named_modules():
         merged = getattr(module, "merged_adapters", None)
         if isinstance(merged, list):
             state = [getattr(module, what, None) for what in ("active_adapters", "disable_adapters")]
-            found.append(f"{name} {state} {merged}")
-    return found
-
-
-def model_state(model: Any) -> tuple[object, ...]:
-    """Changes when a weight is replaced or written to, or an adapter is switched; cheap."""
-    marks = [(t.data_ptr(), -1 if t.is_inference() else t._version) for _, t in _tensors(model)]
-    return (*marks, *adapters(model))
+            modes.append(f"{name} {state} {merged}")
+    return ModelState(marks, tuple(modes))

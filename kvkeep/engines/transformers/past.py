@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from kvkeep.engines.transformers.cache import KVKeepCache
-    from kvkeep.engines.transformers.describe import LayerShape
+    from kvkeep.engines.transformers.describe import LayerShape, ModelState
 
 __all__ = ["Begun", "PrefixCache", "expected_positions"]
 
@@ -60,8 +60,8 @@ class PrefixCache(DynamicCache):
         """Per row, chunks that were loaded or have been offered to the keeper."""
         self.epochs: list[int] = [0] * len(begun.ids)
         self.saved_columns = 0
-        self.state: object = None
-        """Of the model's weights when this was begun."""
+        self.state: ModelState | None = None
+        """Of the model when this was begun."""
         self._last = 0
 
     @property

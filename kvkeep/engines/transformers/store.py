@@ -11,21 +11,30 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from kvkeep.config import EngineConfig
 from kvkeep.engines.link import Identity, Link, Opened
 from kvkeep.engines.transformers.book import Named, name_rows
 from kvkeep.engines.transformers.copies import as_blocks, make_copier
-from kvkeep.engines.transformers.describe import Group, describe, group_layers, model_state, probe
+from kvkeep.engines.transformers.describe import (
+    Group,
+    describe,
+    group_layers,
+    model_state,
+    probe,
+    weights_digest,
+)
 from kvkeep.engines.transformers.past import PrefixCache
 from kvkeep.errors import KeeperUnavailable, KVKeepError, LayoutError
 from kvkeep.identity import KEY_BYTES, ChainHasher, encode_extra, fingerprint
+from kvkeep.transfer import Transfer
 from kvkeep.transfer.base import prepare_mapping
-from kvkeep.wire.client import Found
+from kvkeep.wire.client import Found, Reserved
 from kvkeep.wire.launch import embedded_socket
 from kvkeep.wire.messages import Reservation
 
@@ -45,11 +54,21 @@ class Stats:
     """Tokens that were loaded, and used."""
     loaded_bytes: int = 0
     load_seconds: float = 0.0
-    saved_tokens: int = 0
     saved_bytes: int = 0
     save_seconds: float = 0.0
     keeper_losses: int = 0
     errors: int = 0
+
+
+class _Offer(NamedTuple):
+    """Chunks of one row that may be written; its tokens begin at column `start`."""
+
+    item: Reservation
+    row: int
+    start: int
+
+
+_States = Sequence[tuple[torch.Tensor, torch.Tensor]]
 
 
 class Store:
@@ -62,11 +81,12 @@ class Store:
         self.groups = group_layers(self.shapes)
         self._model = model
         self._state = model_state(model)
+        self._weights = config.model_id or weights_digest(model)
         self._lock = threading.Lock()
         self._pid, self._engine_id = os.getpid(), f"transformers-{uuid.uuid4().hex}"
         self._keeper: Opened | None = None
         self._arena: mmap.mmap | None = None
-        description = describe(model, self.shapes, config.chunk_tokens, config.model_id)
+        description = describe(model, self.shapes, config.chunk_tokens, self._weights)
         self.chunk_tokens = int(description["chunk_tokens"])
         self._fingerprint = fingerprint(description)
         self._link = self._make_link()
@@ -114,7 +134,9 @@ class Store:
         with self._lock:
             if past.state == self._state:
                 return
-            again = describe(self._model, self.shapes, self.chunk_tokens, self.config.model_id)
+            if past.state.tensors != self._state.tensors and not self.config.model_id:
+                self._weights = weights_digest(self._model)
+            again = describe(self._model, self.shapes, self.chunk_tokens, self._weights)
             self._state, self._fingerprint = past.state, fingerprint(again)
             keeper = self._attached()
             if keeper is not None:
@@ -141,21 +163,23 @@ class Store:
 
     def lose(self, error: KVKeepError) -> None:
         """Go on without the keeper, and look for the next one in the background."""
-        if self._keeper is None:
-            return
-        log.warning("kvkeep: lost the keeper (%s); generating without it, and looking for it", error)
-        self.stats.keeper_losses += 1
-        self._keeper.connection.close()
-        epoch, self._keeper, self._arena = self._keeper.epoch, None, None
-        self._link.reopen(epoch + 1)
+        with self._lock:
+            if self._keeper is None:
+                return
+            log.warning("kvkeep: lost the keeper (%s); generating without it, and looking for it", error)
+            self.stats.keeper_losses += 1
+            self._keeper.connection.close()
+            epoch, self._keeper, self._arena = self._keeper.epoch, None, None
+            self._link.reopen(epoch + 1)
 
     def close(self) -> None:
         """Let go of the keeper; a private one ends by itself."""
-        self._link.stop()
-        for opened in (self._link.fresh(), self._keeper):
-            if opened is not None:
-                opened.connection.close()
-        self._keeper = self._arena = None
+        with self._lock:
+            self._link.stop()
+            for opened in (self._link.fresh(), self._keeper):
+                if opened is not None:
+                    opened.connection.close()
+            self._keeper = self._arena = None
 
     # Load
 
@@ -221,7 +245,7 @@ class Store:
     def _keys(self, row: Named, salt: str | None, chunks: int) -> bytes:
         hasher = ChainHasher(self._fingerprint, self.chunk_tokens)
         tokens = row.tokens[: chunks * self.chunk_tokens].tolist()
-        extras = [None if salt is None or i else encode_extra(salt) for i in range(chunks)]
+        extras = None if salt is None else [None if i else encode_extra(salt) for i in range(chunks)]
         hasher.extend(tokens, extras)
         return hasher.keys(0, chunks)
 
@@ -234,12 +258,11 @@ class Store:
         first = link.lookup(keeper.namespace, keys, 0, recompute, config.probe_wait)
         if not first.ticket:
             return first
-        began, stage = time.monotonic(), 0
-        while stage != _DONE and time.monotonic() - began < (
-            config.load_wait if stage else config.probe_wait
-        ):
+        began, stage, patience = time.monotonic(), 0, config.probe_wait
+        while stage != _DONE and time.monotonic() - began < patience:
             time.sleep(_POLL_EVERY)
             stage = link.poll([first.ticket])[0]
+            patience = config.load_wait if stage else config.probe_wait
         second = link.lookup(keeper.namespace, keys, 0, recompute, config.probe_wait, first.ticket)
         if first.lease:
             link.release(first.lease)
@@ -248,49 +271,40 @@ class Store:
     def _fill_group(
         self, past: PrefixCache, number: int, group: Group, rows: list[Named], best: list[Found], columns: int
     ) -> None:
-        size, height = self.chunk_tokens, len(rows)
+        size = self.chunk_tokens
         seen = columns if group.window is None else min(columns, group.window - 1)
         firsts = [max(0, columns - seen - row.start) // size for row in rows]
-        base = min(
-            [columns - seen, *(row.start + first * size for row, first in zip(rows, firsts, strict=True))]
-        )
+        begins = [row.start + first * size for row, first in zip(rows, firsts, strict=True)]
+        base = min(columns - seen, *begins)  # the column that the tensors begin with
         room = (past.begun.columns if group.window is None else columns) + max(size, 256) - base
-        states: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for shape in (self.shapes[layer] for layer in group.layers):
-            make = [(height, heads, room, dim) for heads, dim in (shape.keys, shape.values)]
-            states.append(tuple(torch.empty(s, dtype=shape.dtype, device=shape.device) for s in make))  # type: ignore[arg-type]
+        states = [self._empty(layer, len(rows), room) for layer in group.layers]
         for i, row in enumerate(rows):
+            padding = max(0, min(row.start, columns) - base)
             for tensor in (one for pair in states for one in pair):
-                tensor[i, :, : max(0, min(row.start, columns) - base)] = (
-                    0  # padding: masked, but must be finite
-                )
+                tensor[i, :, :padding] = 0  # masked, but must be finite
             last = -(-(columns - row.start) // size)
             if last > firsts[i]:
-                self._load_row(
-                    states, i, number, best[i], range(firsts[i], last), row.start + firsts[i] * size - base
-                )
+                self._load_row(states, i, begins[i] - base, best[i].offsets[number][firsts[i] : last])
         for layer, (keys, values) in zip(group.layers, states, strict=True):
-            if group.window is not None:
+            if group.window is None:
+                past.layers[layer].fill(keys, values, columns)
+            else:
                 cut = slice(columns - seen - base, columns - base)
-                keys, values = keys[:, :, cut].clone(), values[:, :, cut].clone()  # noqa: PLW2901
-            past.layers[layer].fill(keys, values, columns)
+                past.layers[layer].fill(keys[:, :, cut].clone(), values[:, :, cut].clone(), columns)
 
-    def _load_row(
-        self,
-        states: Sequence[tuple[torch.Tensor, torch.Tensor]],
-        row: int,
-        group: int,
-        found: Found,
-        chunks: range,
-        column: int,
-    ) -> None:
-        offsets = found.offsets[group][chunks.start : chunks.stop].astype(np.int64)
-        if len(offsets) != len(chunks) or (offsets < 0).any():
+    def _empty(self, layer: int, height: int, room: int) -> tuple[torch.Tensor, torch.Tensor]:
+        shape = self.shapes[layer]
+        (k_heads, k_size), (v_heads, v_size) = shape.keys, shape.values
+        keys = torch.empty((height, k_heads, room, k_size), dtype=shape.dtype, device=shape.device)
+        return keys, torch.empty((height, v_heads, room, v_size), dtype=shape.dtype, device=shape.device)
+
+    def _load_row(self, states: _States, row: int, column: int, places: npt.NDArray[np.int64]) -> None:
+        if (places < 0).any():
             raise LayoutError("the keeper leased less than it said")
         copier = self._copier(states, row, column)
-        self.stats.loaded_bytes += copier.load(0, offsets, np.arange(len(chunks)))
+        self.stats.loaded_bytes += copier.load(0, places.astype(np.int64), np.arange(len(places)))
 
-    def _copier(self, states: Sequence[tuple[torch.Tensor, torch.Tensor]], row: int, column: int) -> Any:
+    def _copier(self, states: _States, row: int, column: int) -> Transfer:
         assert self._arena is not None
         views = [as_blocks(tensor[row, :, column:], self.chunk_tokens) for pair in states for tensor in pair]
         named = [(str(index), view) for index, view in enumerate(views)]
@@ -302,15 +316,10 @@ class Store:
         """Offer the keeper what `past` has beyond what was offered before. Raises KVKeepError."""
         if past.closed or past.book is None or past.book.columns == past.saved_columns:
             return
-        if any(
-            layer.get_seq_length() != past.book.columns for layer in past.layers
-        ) or not self._as_described(past):
-            past.closed = True  # a forward that failed half way, or did something that we do not follow
+        if not (self._as_described(past) and self.unchanged(past)):
+            past.closed = True  # a forward that failed half way, or something that we do not follow
             return
         past.saved_columns = past.book.columns
-        if not self.unchanged(past):
-            past.closed = True
-            return
         with self._lock:
             keeper = self._attached()
             if keeper is None:
@@ -320,23 +329,23 @@ class Store:
             if not made:
                 return
             began = time.perf_counter()
-            reserved = keeper.connection.reserve(keeper.namespace, [item for item, *_ in made])
-            for (item, row, start), (number, offsets) in zip(made, reserved, strict=True):
-                past.saved[row] = item.first + len(item.keys) // KEY_BYTES
-                if number:
-                    self._write(past, row, start, item.first, offsets, number, keeper)
+            reserved = keeper.connection.reserve(keeper.namespace, [offer.item for offer in made])
+            for offer, result in zip(made, reserved, strict=True):
+                past.saved[offer.row] = offer.item.first + len(offer.item.keys) // KEY_BYTES
+                if result.reservation:
+                    self._write(past, offer, result, keeper)
             self.stats.save_seconds += time.perf_counter() - began
 
     def _as_described(self, past: PrefixCache) -> bool:
-        return all(
-            layer.keys.dtype == shape.dtype
-            and layer.keys.device == shape.device
-            and (layer.keys.shape[1], layer.keys.shape[3]) == shape.keys
-            and (layer.values.shape[1], layer.values.shape[3]) == shape.values
-            for layer, shape in zip(past.layers, self.shapes, strict=True)
-        )
+        assert past.book is not None
+        for layer, shape in zip(past.layers, self.shapes, strict=True):
+            found = _shape_of(layer.keys), _shape_of(layer.values), layer.keys.dtype, layer.values.dtype
+            expected = shape.keys, shape.values, shape.dtype, shape.dtype
+            if found != expected or layer.get_seq_length() != past.book.columns:
+                return False
+        return True
 
-    def _offer(self, past: PrefixCache, index: int, row: Named) -> tuple[Reservation, int, int] | None:
+    def _offer(self, past: PrefixCache, index: int, row: Named) -> _Offer | None:
         count = len(row.tokens)
         if not self.config.save_decoded:
             count = min(count, past.begun.columns - row.start)
@@ -346,33 +355,28 @@ class Store:
         keys = self._keys(row, past.begun.salt, last)[first * KEY_BYTES :]
         starts = row.start + np.arange(first, last) * self.chunk_tokens
         wanted = [(starts >= self._held(past, group)).astype(np.uint8).tobytes() for group in self.groups]
-        return Reservation(keys, wanted, first, past.epochs[index]), index, row.start
+        return _Offer(Reservation(keys, wanted, first, past.epochs[index]), index, row.start)
 
     def _held(self, past: PrefixCache, group: Group) -> int:
         return int(past.layers[group.layers[0]].held()[0])
 
-    def _write(
-        self,
-        past: PrefixCache,
-        row: int,
-        start: int,
-        first: int,
-        offsets: list[Any],
-        number: int,
-        keeper: Opened,
-    ) -> None:
-        done = False
+    def _write(self, past: PrefixCache, offer: _Offer, reserved: Reserved, keeper: Opened) -> None:
+        done, link = False, keeper.connection
         try:
-            for group, places in zip(self.groups, offsets, strict=True):
+            for group, places in zip(self.groups, reserved.offsets, strict=True):
                 given = np.flatnonzero(places >= 0)
                 if len(given):
-                    begin = start + (first + int(given[0])) * self.chunk_tokens - self._held(past, group)
-                    states = [past.layers[layer].held()[1:] for layer in group.layers]
-                    states = [(keys.detach(), values.detach()) for keys, values in states]
-                    copier = self._copier(states, row, begin)
+                    first = offer.item.first + int(given[0])
+                    column = offer.start + first * self.chunk_tokens - self._held(past, group)
+                    held = [past.layers[layer].held() for layer in group.layers]
+                    states = [(keys.detach(), values.detach()) for _, keys, values in held]
+                    copier = self._copier(states, offer.row, column)
                     self.stats.saved_bytes += copier.save(0, places[given], given - given[0])
             done = True
         finally:
-            link = keeper.connection
             if not link.closed:
-                link.commit(number, 0) if done else link.abort(number)
+                link.commit(reserved.reservation, 0) if done else link.abort(reserved.reservation)
+
+
+def _shape_of(states: torch.Tensor) -> tuple[int, int]:
+    return states.shape[1], states.shape[3]
