@@ -301,17 +301,60 @@ def test_a_fork_uses_its_parents_keeper(kit: Any, tie: Callable[..., Any], wait_
     assert cache.stats.keeper_losses == 0
 
 
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        pytest.param(
+            "Llama",
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+            id="rope",
+        ),
+        pytest.param("Gemma3", {"use_bidirectional_attention": True}, id="attends to later tokens"),
+    ],
+)
 def test_a_model_that_cannot_be_served(
-    kit: Any, tie: Callable[..., Any], caplog: pytest.LogCaptureFixture
+    kind: str, changes: Any, kit: Any, tie: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    rope = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}
-    odd, batch = kit.model("Llama", seed=35, **rope), kit.batch(kit.tokens(1, 100))
+    odd, batch = kit.model(kind, seed=35, **changes), kit.batch(kit.tokens(1, 100))
     with caplog.at_level(logging.WARNING):
         cache = tie(odd)
     assert "off for this model" in caplog.text
     for _ in range(2):
         kit.assert_alike(kit.answer(odd, batch, cache.begin(*batch)), kit.answer(odd, batch))
     assert cache.stats.errors == 1
+
+
+def test_autocast(kit: Any, tie: Callable[..., Any]) -> None:
+    model, batch = kit.model("Llama", seed=39), kit.batch(kit.tokens(1, 100))
+    cache = tie(model)
+    kit.answer(model, batch, cache.begin(*batch))
+    past = cache.begin(*batch)
+    assert past.loaded == 96
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(ValueError, match="has changed since begin"):
+            kit.answer(model, batch, past)
+        for _ in range(2):
+            with cache.begin(*batch) as past:
+                assert past.loaded == 0  # its KV is of another type than the model's was at the start
+                kit.answer(model, batch, past)
+    assert cache.begin(*batch).loaded == 96
+    assert cache.stats.errors == 0
+
+
+def test_chunks_that_only_a_tier_holds(
+    kit: Any, keeper_process: Callable[..., Any], tie: Callable[..., Any], tmp_path: Path
+) -> None:
+    model, batch = kit.model("Gemma3", seed=40), kit.batch(kit.tokens(1, 100), kit.tokens(2, 90))
+    without = kit.answer(model, batch)
+    tier = f"fs://{tmp_path}/kv?capacity=64MiB"
+    for loaded in (0, 90):
+        keeper = keeper_process("--tier", tier, memory="64MiB")
+        cache = tie(model, socket=keeper.socket, probe_wait=20.0, load_wait=20.0)
+        past = cache.begin(*batch)
+        assert past.loaded == loaded
+        kit.assert_alike(kit.answer(model, batch, past), without)
+        cache.close()
+        keeper.close()
 
 
 def test_an_unexpected_error_turns_it_off(
