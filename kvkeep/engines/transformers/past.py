@@ -31,9 +31,10 @@ class Begun:
         self.ids, self.mask, self.salt = ids, mask, salt
         self.columns = ids.shape[1]
 
-    def repeat(self, times: int) -> None:
-        """As beams and several answers do."""
-        self.ids, self.mask = (tensor.repeat_interleave(times, 0) for tensor in (self.ids, self.mask))
+    def select(self, rows: torch.Tensor) -> None:
+        """Make these the rows, in this order; they may repeat."""
+        rows = rows.to(self.ids.device)
+        self.ids, self.mask = self.ids[rows], self.mask[rows]
 
 
 class PrefixCache(DynamicCache):
@@ -63,11 +64,12 @@ class PrefixCache(DynamicCache):
         self.state: ModelState | None = None
         """Of the model when this was begun."""
         self._last = 0
+        """Columns of the last forward; 0 before the first."""
 
     @property
     def at_start(self) -> bool:
         """Whether nothing has been computed yet."""
-        return self.book is None or self.book.columns == self.loaded
+        return not self._last
 
     def due(self, every: int) -> bool:
         """Whether to save before the next forward: there is much, or a sliding layer is about to let go."""
@@ -101,8 +103,8 @@ class PrefixCache(DynamicCache):
         if self.at_start and self.loaded and (problem := self._check_first(ids, mask, positions)):
             return problem
         if self.book is None:
-            self.book = Book(ids[:, :0], torch.ones_like(ids[:, :0], dtype=torch.bool), ids[:, :0])
             self._fit(ids)
+            self.book = Book(ids[:, :0], torch.ones_like(ids[:, :0], dtype=torch.bool), ids[:, :0])
         end = self.book.columns + ids.shape[1]
         real = torch.ones((len(ids), end), dtype=torch.bool, device=ids.device) if mask is None else mask != 0
         if real.shape != (len(ids), end) or (positions is not None and positions.dim() != 2):
@@ -119,6 +121,8 @@ class PrefixCache(DynamicCache):
         times, rest = divmod(len(ids), len(self.begun.ids))
         if times > 1 and not rest:
             self.batch_repeat_interleave(times)
+        if self.book is None and len(self.saved) != len(ids):  # reset, and used for others
+            self.saved, self.epochs = [0] * len(ids), [0] * len(ids)
 
     def _check_first(
         self, ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor | None
@@ -166,7 +170,8 @@ class PrefixCache(DynamicCache):
         if self.book is not None:
             self.book.crop(before - self.get_seq_length())
             self.loaded = min(self.loaded, self.book.columns)
-            self.saved_columns = min(self.saved_columns, self.book.columns)
+            # Other tokens may follow: offer all again, of which the keeper takes what it has not.
+            self.saved_columns, self.saved = 0, [0] * len(self.saved)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Beam search goes on with these rows."""
@@ -178,7 +183,6 @@ class PrefixCache(DynamicCache):
         """Each row several times."""
         self._forget_seen()
         super().batch_repeat_interleave(repeats)
-        self.begun.repeat(repeats)
         self._select(torch.arange(len(self.saved)).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
@@ -190,6 +194,8 @@ class PrefixCache(DynamicCache):
     def _select(self, rows: torch.Tensor) -> None:
         if self.book is not None:
             self.book.select(rows)
+        if self.at_start:
+            self.begun.select(rows)
         picked = torch.arange(len(self.saved))[rows.cpu()].tolist()
         self.saved = [self.saved[row] for row in picked]
         self.epochs = [self.epochs[row] for row in picked]

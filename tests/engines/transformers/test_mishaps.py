@@ -223,6 +223,33 @@ def test_what_cannot_be_followed_is_not_kept(kit: Any, tie: Callable[..., Any]) 
     assert cache.stats.errors == 0
 
 
+def test_a_cache_that_is_cut_and_used_again(kit: Any, tie: Callable[..., Any]) -> None:
+    model = kit.model("Llama", seed=41)
+    cache = tie(model)
+    text = kit.tokens(1, 100)
+    batch = kit.batch(text)
+    cache.save(kit.answer(model, batch, cache.begin(*batch)).past_key_values)
+    past = cache.begin(*batch)
+    kit.answer(model, batch, past)
+    past.crop(96 - past.get_seq_length())  # to what was loaded; other tokens follow
+    other = kit.batch(text[:96] + kit.tokens(2, 50))
+    kit.assert_alike(kit.answer(model, other, past), kit.answer(model, other))
+    cache.save(past)
+    past.reset()
+    several = kit.batch(*[kit.tokens(seed, 60) for seed in (3, 4, 5)])
+    kit.assert_alike(kit.answer(model, several, past), kit.answer(model, several))
+    cache.save(past)
+    for batch, loaded in ((other, 144), (several, 48)):
+        past = cache.begin(*batch)
+        assert past.loaded == loaded
+        kit.assert_alike(kit.answer(model, batch, past), kit.answer(model, batch))
+    picked = cache.begin(*several)
+    picked.batch_select_indices(torch.tensor([2, 0]))
+    fewer = kit.batch(*[kit.tokens(seed, 60) for seed in (5, 3)])
+    kit.assert_alike(kit.answer(model, fewer, picked), kit.answer(model, fewer))
+    assert cache.stats.errors == 0
+
+
 def test_a_forward_that_does_not_go_on_is_refused(kit: Any, tie: Callable[..., Any]) -> None:
     model = kit.model("Gemma3", seed=31)
     cache = tie(model)
