@@ -33,7 +33,9 @@ def test_staged_copies_equal_the_references(
 ) -> None:
     dtype = torch.float32 if kind == "f4" else torch.bfloat16
     rng = np.random.default_rng(heads * 100 + size)
-    states = [torch.randn(2, heads, tokens * count + 3, size + extra).to(dtype) for extra in (0, 2)]
+    states = [
+        torch.randn(2, heads, 2 + tokens * count + (tokens > 1), size + extra).to(dtype) for extra in (0, 2)
+    ]
     views = [(str(i), as_blocks(one[1, :, 2:], tokens)) for i, one in enumerate(states)]
     block = sum(view[0].numel() * view.element_size() for _, view in views)
     blocks = rng.permutation(count)[: rng.integers(1, count + 1)]
