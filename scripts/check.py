@@ -42,10 +42,16 @@ MAY_USE: dict[str, tuple[str, ...]] = {
     "kvkeep.wire.server": (*_LOW, "kvkeep.observe", "kvkeep.keeper", "kvkeep.tiers"),
     "kvkeep.engines": _ENGINE,
     "kvkeep.engines.vllm": (*_ENGINE, "vllm"),
+    "kvkeep.engines.transformers": (*_ENGINE, "transformers"),
     "kvkeep.cli": ("kvkeep",),
     "kvbench": ("kvbench", "kvkeep", "torch"),
-    "benchmarks": ("kvbench", "kvkeep"),  # as a user would: engines are processes
-    **dict.fromkeys(("demo", "scripts", "tests"), ("kvbench", "kvkeep", "torch", "vllm", "os")),
+    "benchmarks": ("kvbench", "kvkeep", "transformers"),  # as a user would: engines are processes
+    **dict.fromkeys(
+        ("benchmarks.gpu", "benchmarks.transformers_ttft"), ("kvbench", "kvkeep", "torch", "transformers")
+    ),
+    **dict.fromkeys(
+        ("demo", "scripts", "tests"), ("kvbench", "kvkeep", "torch", "vllm", "transformers", "os")
+    ),
 }
 _PICKLE = "no pickle anywhere (reading one runs its writer's code): msgspec, struct, or numpy without it"
 _ENVIRON = "make it a field in kvkeep/config.py"
@@ -54,6 +60,7 @@ GUARDED = {  # what is not here is free to import
     "kvbench": "the cache does not know what measures it",
     "torch": "move it to kvkeep/transfer",
     "vllm": "move it to kvkeep/engines/vllm",
+    "transformers": "move it to kvkeep/engines/transformers",
     **{f"os.{name}": _ENVIRON for name in ("environ", "environb", "getenv", "getenvb", "putenv")},
     **dict.fromkeys(("pickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"), _PICKLE),
 }

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 from kvkeep.config import EngineConfig
-from kvkeep.engines.vllm.link import Opened
+from kvkeep.engines.link import Opened
 from kvkeep.engines.vllm.requests import Tracked
 from kvkeep.engines.vllm.stats import KVKeepStats
 

@@ -14,9 +14,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 from kvkeep.config import EngineConfig
+from kvkeep.engines.link import Identity, Link, Opened
 from kvkeep.engines.vllm.describe import describe_model, group_window
 from kvkeep.engines.vllm.geometry import Geometry, arrange
-from kvkeep.engines.vllm.link import Identity, Link, Opened
 from kvkeep.engines.vllm.metadata import Copies, Handshake, Rank, Session, StepMeta, WorkerMeta
 from kvkeep.engines.vllm.reader import Reader, give_back
 from kvkeep.engines.vllm.report import Reporter

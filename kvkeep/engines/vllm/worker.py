@@ -13,8 +13,8 @@ import torch
 from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 
 from kvkeep.config import EngineConfig
+from kvkeep.engines.link import connect
 from kvkeep.engines.vllm.describe import describe_scales, describe_tensors
-from kvkeep.engines.vllm.link import connect
 from kvkeep.engines.vllm.metadata import Copies, Handshake, Rank, Session, StepMeta, WorkerMeta
 from kvkeep.engines.vllm.stats import KVKeepStats
 from kvkeep.errors import KeeperUnavailable, KVKeepError, LayoutError

@@ -1,4 +1,4 @@
-"""The scheduler side's tie to a keeper: found, lost, and found again in the background."""
+"""An engine's tie to a keeper: found, lost, and found again in the background."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kvkeep.wire.launch import embedded_socket, ensure_keeper
 
 __all__ = ["Identity", "Link", "Opened", "connect", "session_name"]
 
-log = logging.getLogger("kvkeep.vllm")
+log = logging.getLogger("kvkeep.engines")
 
 _RETRY_FIRST, _RETRY_MOST = 0.5, 10.0
 
@@ -56,19 +56,23 @@ class Identity:
 class Link:
     """Opens the namespace at start, and again in a thread of its own each time it was lost.
 
-    The scheduler calls `fresh` once a step: it costs an attribute read, never a wait.
+    The engine calls `fresh` once a step or request: it costs an attribute read, never a wait.
+    `arena`: whether this side copies too, and needs the arena's descriptor.
     """
 
-    def __init__(self, config: EngineConfig, engine_id: str, identity: Identity) -> None:
+    def __init__(
+        self, config: EngineConfig, engine_id: str, identity: Identity, *, arena: bool = False
+    ) -> None:
         self._config = config
         self._engine_id = engine_id
         self._identity = identity
+        self._arena = arena
         self._opened: Opened | None = None
         self._stop = threading.Event()
 
     def open(self, epoch: int) -> Opened:
         """Connect now. Raises KVKeepError."""
-        connection = connect(self._config, self._engine_id, epoch, arena=False)
+        connection = connect(self._config, self._engine_id, epoch, arena=self._arena)
         try:
             number = self._open_on(connection)
         except KVKeepError:
