@@ -78,9 +78,7 @@ def read_trace(path: Path, line_read: Callable[[int], object] = lambda nbytes: N
     return _dense(requests)
 
 
-def read_requests(
-    path: Path, line_read: Callable[[int], object] = lambda nbytes: None
-) -> list[TraceRequest]:
+def read_requests(path: Path, line_read: Callable[[int], object] = lambda nbytes: None) -> list[TraceRequest]:
     """Read a trace's requests, in the file's order. TraceError if it is missing or malformed.
 
     `line_read` is told the length of each line, for those who show progress.
