@@ -94,7 +94,7 @@ class Store:
     def _make_link(self) -> Link:
         specs = [(self._group_bytes(group), self._window_chunks(group)) for group in self.groups]
         label = f"{type(self._model).__name__} {self.shapes[0].dtype}"
-        who = Identity(self._fingerprint, label, specs, parts=1, readers=1)
+        who = Identity(self._fingerprint, label, specs, 1, 1, self.chunk_tokens)
         return Link(self.config, self._engine_id, who, arena=True)
 
     def _group_bytes(self, group: Group) -> int:
