@@ -253,11 +253,10 @@ class Keeper:
 
     def usage(self) -> tuple[Records, Records]:
         """Per namespace: readable chunks, all groups together, and bytes of slots that are taken."""
-        taken = np.flatnonzero(self.chunks.state != ChunkState.FREE)
-        spaces, count = self.chunks.namespace[taken], len(self.namespaces)
-        readable = self.chunks.state[taken] == ChunkState.COMMITTED
-        nbytes = np.bincount(spaces, self.slot_bytes(taken), count).astype(np.int64)
-        return np.bincount(spaces[readable], minlength=count), nbytes
+        readable, taken = self.chunks.tally()
+        sizes = np.array([kind.slot_bytes for kind in self._kinds], np.int64)[: taken.shape[1]]
+        rest = (0, len(self.namespaces) - len(readable))
+        return np.pad(readable, rest), np.pad(taken @ sizes, rest)
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless slots, bytes, leases and policies agree."""
