@@ -14,6 +14,7 @@ import os
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from kvkeep.config import KeeperConfig
 from kvkeep.keeper.keeper import Keeper
 from kvkeep.keeper.leases import ClaimKind
 from kvkeep.keeper.movers import Movers
+from kvkeep.observe.watch import Watch
 from kvkeep.tiers.open import open_tiers
 from kvkeep.tiers.seal import SEAL_BYTES
 from kvkeep.wire.connection import ServerConnection
@@ -46,7 +48,12 @@ class KeeperServer:
         self.identity = uuid.uuid4().hex
         self.started = time.time()
         self.prefaulted = 0
-        self.errors = 0
+        self.errors: Counter[str] = Counter()
+        """Clients dropped and requests refused, by kind."""
+        self.watch: Watch | None = None
+        """Told of every lookup, where somebody looks on."""
+        self.ready = False
+        """Whether clients are served: not before the socket is there, nor while what is held is drained."""
         self.connections: set[ServerConnection] = set()
         self._had_client = False
         self._stopping = asyncio.Event()
@@ -63,10 +70,12 @@ class KeeperServer:
         threading.Thread(target=self._prefault, name="kvkeep-prefault", daemon=True).start()
         loop = self._loop = asyncio.get_running_loop()
         server = await loop.create_unix_server(lambda: ServerConnection(self), sock=listener)
+        self.ready = True
         ready()
         try:
             await self._until_done()
         finally:
+            self.ready = False
             server.close()
             for connection in list(self.connections):
                 connection.close()
@@ -105,7 +114,7 @@ class KeeperServer:
             "reservations": keeper.claims.count(ClaimKind.RESERVATION),
             "sessions": keeper.claims.sessions,
             "connections": len(self.connections),
-            "protocol_errors": self.errors,
+            "protocol_errors": self.errors["protocol"] + self.errors["silent"],
             "counters": _asdict(keeper.counters),
             "tiers": [] if self.movers is None else self.movers.figures(),
             "namespaces": [
