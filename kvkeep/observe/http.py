@@ -109,7 +109,8 @@ class Web:
 
         try:
             loop = asyncio.get_running_loop()
-            self._listening = await loop.create_server(connected, self._host, self._port)
+            # As many are accepted at once, before the first of them is counted.
+            self._listening = await loop.create_server(connected, self._host, self._port, backlog=8)
         except OSError as error:
             await self.close()
             raise ConfigError(

@@ -2,6 +2,7 @@
 
 import hashlib
 import time
+
 from kvkeep.wire.client import Connection
 from kvkeep.wire.messages import Reservation
 
@@ -17,7 +18,9 @@ def keys_of(document: int, chunks: int) -> bytes:
 class Engine:
     """One engine with one model on one keeper."""
 
-    def __init__(self, connection: Connection, model: str = "SmolLM2-135M bfloat16 tp1", number: int = 7) -> None:
+    def __init__(
+        self, connection: Connection, model: str = "SmolLM2-135M bfloat16 tp1", number: int = 7
+    ) -> None:
         self.connection = connection
         self.space = connection.open_namespace(
             bytes([number]) * 32, model, [(CHUNK, None)], 1, 1, CHUNK_TOKENS
@@ -36,9 +39,7 @@ class Engine:
             found = link.lookup(self.space, keys, first, 0.0, 5.0, found.ticket, trace)
         if found.lease:
             link.release(found.lease, 0)
-        done = link.reserve(
-            self.space, [Reservation(keys, [b"\1" * chunks], 0, found.epoch)]
-        )[0]
+        done = link.reserve(self.space, [Reservation(keys, [b"\1" * chunks], 0, found.epoch)])[0]
         if done.reservation:
             link.commit(done.reservation, 0)
         return found.chunks
@@ -49,4 +50,3 @@ def traffic(engine: Engine, rounds: int = 3, documents: int = 6, chunks: int = 1
     for turn in range(rounds):
         for document in range(documents):
             engine.request(document, chunks + turn, first=2 * (document % 2) if turn else 0)
-
