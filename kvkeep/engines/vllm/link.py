@@ -50,6 +50,7 @@ class Identity:
     groups: Sequence[tuple[int, int | None]]
     parts: int
     readers: int
+    chunk_tokens: int
 
 
 class Link:
@@ -82,7 +83,9 @@ class Link:
 
     def _open_on(self, connection: Connection) -> int:
         who = self._identity
-        return connection.open_namespace(who.fingerprint, who.label, who.groups, who.parts, who.readers)
+        return connection.open_namespace(
+            who.fingerprint, who.label, who.groups, who.parts, who.readers, who.chunk_tokens
+        )
 
     def reopen(self, epoch: int) -> None:
         """Begin to look for a keeper in the background; `fresh` will tell."""

@@ -100,9 +100,8 @@ class SchedulerSide:
         self._description, self._fingerprint = description, fingerprint(description)
         self._session, slot = arrange(geometry, workers, max(1, self._kv_config.kv_tp_replicas))
         specs = list(zip(slot, geometry.window_chunks(), strict=True))
-        identity = Identity(
-            self._fingerprint, self._label(), specs, len(self._session.part), len(self._ranks)
-        )
+        parts, readers = len(self._session.part), len(self._ranks)
+        identity = Identity(self._fingerprint, self._label(), specs, parts, readers, geometry.chunk_tokens)
         self._link = Link(self.config, self._engine_id, identity)
         self._joined = {rank: 0 if workers[rank].attached else -1 for rank in self._ranks}
         log.info(
