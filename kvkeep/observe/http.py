@@ -25,14 +25,13 @@ from typing import Any
 
 import msgspec
 from aiohttp import web
-from prometheus_client import CONTENT_TYPE_LATEST
 
 from kvkeep.config import KeeperConfig
 from kvkeep.errors import ConfigError, RequestRefused, TierUnavailable
 from kvkeep.keeper.index import Records
 from kvkeep.keeper.namespaces import Namespace
 from kvkeep.keeper.pins import chain_records, pin, space_records, unpin
-from kvkeep.observe.metrics import Exporter, Served, arena_bytes
+from kvkeep.observe.metrics import CONTENT_TYPE, Exporter, Served, arena_bytes
 from kvkeep.observe.traces import Traces
 from kvkeep.observe.watch import SAMPLE_EVERY, Watch, tier_names
 from kvkeep.tiers.base import Usage
@@ -222,7 +221,7 @@ class Web:
         return _json(checks, 200 if self._served.ready else 503)
 
     async def _metrics(self, request: web.Request) -> web.Response:
-        return web.Response(body=self._exporter.text(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+        return web.Response(body=self._exporter.text(), headers={"Content-Type": CONTENT_TYPE})
 
     async def _state(self, request: web.Request) -> web.Response:
         figures = self._served.figures()

@@ -201,7 +201,7 @@ def test_each_query_finds_data_in_a_real_prometheus(busy, prometheus: httpx.Clie
             answer = prometheus.get("/api/v1/query", params={"query": query}).json()
             assert answer["status"] == "success", (panel, query, answer)
             values = [row["value"][1] for row in answer["data"]["result"]]
-            if values and all(value != "NaN" for value in values):
+            if any(value != "NaN" for value in values):
                 del missing[panel, query]
         return not missing
 
