@@ -64,41 +64,42 @@ def connect(place: str, child: subprocess.Popen[bytes], log: Path) -> Connection
 
 
 def cost(rounds: int, held: int, tokens: int) -> None:
-    """Blocks of lookups of two keepers in turn, one watched; medians of all, and of the blocks' ratios."""
+    """Blocks of lookups of three keepers in turn: two alike, which show the noise, and one that is watched."""
     memory = (held + held // 4 + 256) * 4096
-    with keeper(memory) as (plain, _), keeper(memory, "--http", "127.0.0.1:0") as (watched, _):
-        probes = {"without --http": Probe(plain, 16, [tokens]), "with": Probe(watched, 16, [tokens])}
-        times: dict[str, list[list[float]]] = {name: [] for name in probes}
+    kinds = {"without": [], "without, again": [], "with": ["--http", "127.0.0.1:0"]}
+    times: dict[str, list[list[float]]] = {name: [] for name in kinds}
+    with contextlib.ExitStack() as stack:
+        links = {name: stack.enter_context(keeper(memory, *options))[0] for name, options in kinds.items()}
+        probes = {name: Probe(link, 16, [tokens]) for name, link in links.items()}
         for probe in probes.values():
             probe.fill(held)
         for number in range(rounds):
             order = list(probes.items())
-            for name, probe in order if number % 2 else reversed(order):
+            for name, probe in order[number % 3 :] + order[: number % 3]:
                 prompt = probe.prompt(tokens, number % probe.variants)
                 block = [probe.round(prompt, tokens // 16) for _ in range(20)]
                 times[name].append([total - hashing for total, hashing in block])
+    first = np.median(np.array(times["without"]), axis=1)
+    print(f"{rounds} blocks of 20 lookups each, {tokens} tokens, {held} chunks held; hashing left out")
     for name, blocks in times.items():
-        all_ms = np.concatenate(blocks)
-        print(f"{name:15} median {np.median(all_ms):.3f} ms, p99 {np.percentile(all_ms, 99):.3f} ms")
-    first, second = (np.median(np.array(blocks), axis=1) for blocks in times.values())
-    ratios = second / first
-    low, high = np.percentile(ratios, [25, 75])
-    print(
-        f"with to without, blocks: median {np.median(ratios):.3f}, quartiles {low:.3f} to {high:.3f}; "
-        f"{rounds} blocks of 20 lookups each, {tokens} tokens, {held} chunks held"
-    )
+        every, ratios = np.concatenate(blocks), np.median(np.array(blocks), axis=1) / first
+        low, middle, high = np.percentile(ratios, [25, 50, 75])
+        print(
+            f"{name:15} median {np.median(every):.3f} ms, p99 {np.percentile(every, 99):.3f} ms; "
+            f"to the first, block by block: {middle:.3f} ({low:.3f} to {high:.3f})"
+        )
 
 
-def soak(lookups: int) -> list[tuple[int, int]]:
-    """Lookups, a third of them hits, saves and evictions; private memory at ten times, in bytes."""
-    marks = []
+def soak(lookups: int) -> None:
+    """Lookups, a third of them hits, saves and evictions; prints private memory at ten times."""
+    documents = [np.random.default_rng(number).bytes(16 * (4 + number % 5)) for number in range(500)]
     with keeper(64 << 20, "--http", "127.0.0.1:0") as (link, pid):
         space = link.open_namespace(bytes(32), "soak", [(16384, None)], 1, 1, 16)
         random = np.random.default_rng(1)
         for number in range(lookups):
             if number % (lookups // 10) == 0:
-                marks.append((number, private_bytes(pid)))
-            keys = random.bytes(16 * 4) if number % 3 else keys_of(number % 500)
+                show(number, pid)
+            keys = random.bytes(16 * 4) if number % 3 else documents[number % 500]
             found = link.lookup(space, keys)
             if found.lease:
                 link.release(found.lease, 0)
@@ -109,18 +110,14 @@ def soak(lookups: int) -> list[tuple[int, int]]:
                 if done.reservation:
                     link.commit(done.reservation, 0)
         link.status()  # its answer says that all before it has been dealt with
-        marks.append((lookups, private_bytes(pid)))
-    return marks
+        show(lookups, pid)
 
 
-def keys_of(document: int) -> bytes:
-    return np.random.default_rng(document).bytes(16 * (4 + document % 5))
-
-
-def private_bytes(pid: int) -> int:
+def show(number: int, pid: int) -> None:
     """Memory of the process beside the arena."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon:"))
+    private = next(int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))
+    print(f"{number:>10} lookups: {private / 1024:.2f} MiB of private memory", flush=True)
 
 
 def main() -> None:
@@ -135,9 +132,7 @@ def main() -> None:
         cost(args.rounds, args.held, args.tokens)
         return
     began = time.monotonic()
-    marks = soak(args.lookups)
-    for number, nbytes in marks:
-        print(f"{number:>10} lookups: {nbytes / 2**20:.2f} MiB of private memory")
+    soak(args.lookups)
     print(f"{args.lookups / (time.monotonic() - began):.0f} lookups/s")
 
 
