@@ -64,7 +64,7 @@ def connect(place: str, child: subprocess.Popen[bytes], log: Path) -> Connection
 
 
 def cost(rounds: int, held: int, tokens: int) -> None:
-    """Blocks of lookups of three keepers in turn: two alike, which show the noise, and one that is watched."""
+    """Blocks of lookups of three keepers in turn: two alike, to show the noise, and one that is watched."""
     memory = (held + held // 4 + 256) * 4096
     kinds = {"without": [], "without, again": [], "with": ["--http", "127.0.0.1:0"]}
     times: dict[str, list[list[float]]] = {name: [] for name in kinds}
