@@ -123,14 +123,16 @@ class Connection:
         recompute: float = 0.0,
         patience: float = 0.0,
         ticket: int = 0,
+        trace: str = "",
     ) -> Found:
         """Lease the longest usable run of chunks first, first+1, …; 16 bytes per key, from chunk 0.
 
         `recompute`: seconds that the engine takes to compute a chunk (0: not known; -1: memory only).
         `patience`: seconds that its request may wait to hear whether tiers have anything (0: no ticket).
-        `ticket`: of an earlier lookup, whose fetch this one settles.
+        `ticket`: of an earlier lookup, whose fetch this one settles. `trace`: the request's `traceparent`.
         """
-        reply = self._call(msg.Lookup(namespace, keys, first, recompute, patience, ticket), msg.Found)
+        request = msg.Lookup(namespace, keys, first, recompute, patience, ticket, trace)
+        reply = self._call(request, msg.Found)
         offsets = [np.frombuffer(row, "<i8") for row in reply.offsets]
         return Found(reply.lease, reply.chunks, reply.epoch, offsets, reply.ticket)
 

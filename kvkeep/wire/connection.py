@@ -7,6 +7,8 @@ import logging
 import os
 import socket
 import struct
+import time
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +18,7 @@ from kvkeep.errors import ConfigError, ProtocolError, RequestRefused
 from kvkeep.keeper.fetch import Stage
 from kvkeep.keeper.movers import Asked
 from kvkeep.keeper.namespaces import GroupSpec, Namespace
+from kvkeep.observe.watch import Seen
 from kvkeep.wire import messages as msg
 
 if TYPE_CHECKING:
@@ -47,6 +50,7 @@ class ServerConnection(asyncio.Protocol):
         peer = transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
         _, uid, _ = struct.unpack("3i", peer)
         if uid not in (os.getuid(), 0):
+            self._server.errors["user"] += 1
             log.warning("refused a connection of user %d: this keeper serves user %d", uid, os.getuid())
             self._refuse(f"this keeper belongs to user {os.getuid()}, you are {uid}")
             return
@@ -71,7 +75,7 @@ class ServerConnection(asyncio.Protocol):
         try:
             self._parse()
         except ProtocolError as error:
-            self._server.errors += 1
+            self._server.errors["protocol"] += 1
             log.warning("dropped a client: %s", error)
             self._refuse(str(error))
 
@@ -93,6 +97,7 @@ class ServerConnection(asyncio.Protocol):
         try:
             reply = self._answer(self._session, request)
         except (RequestRefused, ConfigError) as error:
+            self._server.errors["refused"] += 1
             one_way = isinstance(request, msg.Commit | msg.Abort | msg.Release | msg.Forget)
             if one_way:
                 log.debug("ignored %s: %s", type(request).__name__, error)
@@ -118,6 +123,8 @@ class ServerConnection(asyncio.Protocol):
                     self._server.movers.kick()
             case msg.Release():
                 keeper.release(session, request.lease, request.rank)
+                if self._server.watch is not None:
+                    self._server.watch.released(request.lease, read=request.rank is not None)
             case msg.Abort():
                 keeper.abort(session, request.reservation)
             case msg.OpenNamespace():
@@ -132,12 +139,13 @@ class ServerConnection(asyncio.Protocol):
         return None
 
     def _lookup(self, session: str, request: msg.Lookup) -> msg.Found:
+        began = time.perf_counter()
         space, keys, movers = self._space(request.namespace), _keys(request.keys), self._server.movers
         found = self._keeper.lookup(session, space, keys, request.first)
-        ticket = 0
+        ticket, landed = 0, Counter[int]()
         if movers is not None:
             if request.ticket:
-                movers.forget(session, request.ticket)
+                landed = movers.forget(session, request.ticket)
             elif found.chunks < len(keys) // 16 - request.first:
                 asked = Asked(session, space, keys, request.first, request.recompute, request.patience)
                 ticket = movers.fetch(asked, found)
@@ -146,6 +154,13 @@ class ServerConnection(asyncio.Protocol):
             self._server.recorder.looked_up(
                 space.number, keys, request.first, found.epoch, ticket, request.ticket
             )
+        if self._server.watch is not None:
+            seen = Seen(
+                session, space, keys, request.first, found, request.ticket, ticket, landed, request.trace
+            )
+            # Noted once the answer is out: the engine waits for that.
+            took = time.perf_counter() - began
+            asyncio.get_running_loop().call_soon(self._server.watch.looked_up, seen, took)
         return msg.Found(
             found.lease, found.chunks, found.epoch, [_int64(row) for row in found.offsets], ticket
         )
@@ -179,7 +194,12 @@ class ServerConnection(asyncio.Protocol):
             raise RequestRefused(f"more than {_MAX_NAMESPACES} namespaces: restart this keeper")
         groups = [GroupSpec(group.slot_bytes, group.window_chunks) for group in request.groups]
         space = self._keeper.open_namespace(
-            request.fingerprint, request.label, groups, request.parts, request.readers
+            request.fingerprint,
+            request.label,
+            groups,
+            request.parts,
+            request.readers,
+            request.chunk_tokens,
         )
         if self._server.recorder is not None:
             nbytes = sum(group.slot_bytes for group in groups)
@@ -229,6 +249,7 @@ class ServerConnection(asyncio.Protocol):
             return
         self._transport.write(frame)
         if self._transport.get_write_buffer_size() > _MAX_BACKLOG:
+            self._server.errors["unread"] += 1
             log.warning("dropped a client that does not read its answers")
             self.close()
 
@@ -240,7 +261,7 @@ class ServerConnection(asyncio.Protocol):
         self._buffer.clear()
 
     def _too_late(self) -> None:
-        self._server.errors += 1
+        self._server.errors["silent"] += 1
         log.warning("dropped a client that did not say hello within %g s", _HELLO_DEADLINE)
         self.close()
 

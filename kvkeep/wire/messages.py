@@ -88,7 +88,7 @@ class OpenNamespace(_Message):
     parts: Ranks
     readers: Ranks
     chunk_tokens: Annotated[int, msgspec.Meta(ge=0, le=2**31)] = 0
-    """Tokens per chunk, for people and recordings (0: not told)."""
+    """Tokens of a chunk, for recordings and for those who look at the keeper; 0: not known."""
 
 
 class Lookup(_Message):
@@ -106,6 +106,8 @@ class Lookup(_Message):
     takes longer."""
     ticket: Natural = 0
     """A ticket that this lookup settles: its request takes what has landed, and waits no more. 0: none."""
+    trace: Annotated[str, msgspec.Meta(max_length=64)] = ""
+    """The request's trace, as in W3C's header `traceparent`; empty: none."""
 
 
 class Reservation(msgspec.Struct, array_like=True, forbid_unknown_fields=True):

@@ -14,6 +14,7 @@ import os
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from kvkeep.config import KeeperConfig
 from kvkeep.keeper.keeper import Keeper
 from kvkeep.keeper.leases import ClaimKind
 from kvkeep.keeper.movers import Movers
+from kvkeep.observe.watch import Watch
 from kvkeep.tiers.open import open_tiers
 from kvkeep.tiers.seal import SEAL_BYTES
 from kvkeep.wire.connection import ServerConnection
@@ -47,7 +49,12 @@ class KeeperServer:
         self.identity = uuid.uuid4().hex
         self.started = time.time()
         self.prefaulted = 0
-        self.errors = 0
+        self.errors: Counter[str] = Counter()
+        """Clients dropped and requests refused, by kind."""
+        self.watch: Watch | None = None
+        """Told of every lookup, where somebody looks on."""
+        self.ready = False
+        """Whether clients are served: not before the socket is there, nor while what is held is drained."""
         self.connections: set[ServerConnection] = set()
         self._had_client = False
         self._stopping = asyncio.Event()
@@ -72,9 +79,11 @@ class KeeperServer:
                 self.recorder = Recorder(self.config.record)
                 self.recorder.start()
             await server.start_serving()
+            self.ready = True
             ready()
             await self._until_done()
         finally:
+            self.ready = False
             server.close()
             for connection in list(self.connections):
                 connection.close()
@@ -115,7 +124,7 @@ class KeeperServer:
             "reservations": keeper.claims.count(ClaimKind.RESERVATION),
             "sessions": keeper.claims.sessions,
             "connections": len(self.connections),
-            "protocol_errors": self.errors,
+            "protocol_errors": self.errors["protocol"] + self.errors["silent"],
             "counters": _asdict(keeper.counters),
             "recorded": None if self.recorder is None else self.recorder.figures(),
             "tiers": [] if self.movers is None else self.movers.figures(),
