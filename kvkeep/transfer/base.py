@@ -9,7 +9,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ from kvkeep.errors import LayoutError
 from kvkeep.layout import GroupLayout, LayerTensor, group_layout
 
 __all__ = [
+    "Move",
     "Offsets",
     "Transfer",
     "await_allocation",
@@ -31,6 +32,14 @@ Offsets = npt.NDArray[np.int64]
 _PREPARE_STEP = 16 << 20
 _MADV_POPULATE_WRITE = 23
 _LOOK_EVERY, _PATIENCE = 0.1, 10.0  # seconds
+
+
+class Move(NamedTuple):
+    """Blocks of one group: see `Transfer`."""
+
+    group: int
+    offsets: Offsets
+    blocks: Offsets
 
 
 class Transfer(ABC):

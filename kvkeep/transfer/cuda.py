@@ -19,12 +19,12 @@ import numpy.typing as npt
 import torch
 
 from kvkeep.layout import group_layout
-from kvkeep.transfer.base import Offsets, Transfer, describe_layers
+from kvkeep.transfer.base import Move, Offsets, Transfer, describe_layers
 from kvkeep.transfer.kernels import WORD
 from kvkeep.transfer.pinning import Pinning
-from kvkeep.transfer.streams import Backend, Copies, Event, merge, split
+from kvkeep.transfer.streams import Backend, Copies, Event, Pending, merge, split
 
-__all__ = ["CudaTransfer", "Move", "Pending"]
+__all__ = ["CudaTransfer"]
 
 _KERNEL_BELOW = 28 << 10
 """Bytes of a piece below which a kernel loads it; vLLM's figure for an H100. Not measured yet by us."""
@@ -34,39 +34,6 @@ _STAGES = 16
 """Steps in which a load arrives, at most: what the first one takes cannot be hidden. Not measured yet."""
 _STAGE_BYTES = 4 << 20
 """Bytes that a stage is worth. Not measured yet on a GPU."""
-
-
-class Move(NamedTuple):
-    """Blocks of one group: see `Transfer`."""
-
-    group: int
-    offsets: Offsets
-    blocks: Offsets
-
-
-class Pending:
-    """Copies under way. `wait` belongs to a thread that may wait."""
-
-    def __init__(self, nbytes: int, began: Event, ended: Event | Future[Event]) -> None:
-        self.nbytes = nbytes
-        self._began = began
-        self._ended = ended
-
-    @property
-    def event(self) -> Event:
-        """Their end. Blocks, and raises what went wrong, where pageable copies are still being submitted."""
-        return self._ended.result() if isinstance(self._ended, Future) else self._ended
-
-    def done(self) -> bool:
-        """Whether the bytes are there; never blocks."""
-        if isinstance(self._ended, Future) and not self._ended.done():
-            return False
-        return self.event.query()
-
-    def wait(self) -> float:
-        """Block until they are; returns the seconds that the device took. Raises DeviceError."""
-        self.event.synchronize()
-        return self._began.elapsed_time(self.event) / 1e3
 
 
 class _Reading(NamedTuple):

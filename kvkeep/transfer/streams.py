@@ -7,13 +7,14 @@ one that executes late and out of order. The names are CUDA's; torch's streams a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from concurrent.futures import Future
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from kvkeep.transfer.base import Offsets
 
-__all__ = ["Backend", "Copies", "Event", "Stream", "merge", "split"]
+__all__ = ["Backend", "Copies", "Event", "Pending", "Stream", "merge", "split"]
 
 
 class Event(Protocol):
@@ -80,6 +81,31 @@ class Backend(ABC):
     @abstractmethod
     def unregister(self, address: int) -> None:
         """Undo `register` of this address."""
+
+
+class Pending:
+    """Copies under way. `wait` belongs to a thread that may wait."""
+
+    def __init__(self, nbytes: int, began: Event, ended: Event | Future[Event]) -> None:
+        self.nbytes = nbytes
+        self._began = began
+        self._ended = ended
+
+    @property
+    def event(self) -> Event:
+        """Their end. Blocks, and raises what went wrong, where pageable copies are still being submitted."""
+        return self._ended.result() if isinstance(self._ended, Future) else self._ended
+
+    def done(self) -> bool:
+        """Whether the bytes are there; never blocks."""
+        if isinstance(self._ended, Future) and not self._ended.done():
+            return False
+        return self.event.query()
+
+    def wait(self) -> float:
+        """Block until they are; returns the seconds that the device took. Raises DeviceError."""
+        self.event.synchronize()
+        return self._began.elapsed_time(self.event) / 1e3
 
 
 def merge(copies: Copies) -> Copies:

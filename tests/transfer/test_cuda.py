@@ -22,9 +22,10 @@ import triton
 from kvbench.host_device import HostBackend
 from kvkeep.errors import DeviceError, LayoutError
 from kvkeep.transfer import base, choose, cuda, pinning
-from kvkeep.transfer.cuda import CudaTransfer, Move
+from kvkeep.transfer.base import Move
+from kvkeep.transfer.cuda import CudaTransfer
 from kvkeep.transfer.reference import ReferenceTransfer
-from kvkeep.transfer.streams import Copies, merge, split
+from kvkeep.transfer.streams import Copies, Pending, merge, split
 from tests.transfer.test_transfer import DTYPES, FORMS, paged
 from tests.transfer.test_transfer import random as random_tensor
 
@@ -195,8 +196,8 @@ class Engine:
         self.transfer = engine(self.groups, self.BLOCKS, self.arena, self.backend, pinned)
         self.truth = torch.stack([tensor for _, tensor in self.layers]).clone()  # [layer, block, 64]
         self.kept: dict[int, torch.Tensor] = {}
-        self.saving: list[tuple[cuda.Pending, dict[int, torch.Tensor]]] = []
-        self.leased: list[tuple[cuda.Pending, list[int]]] = []
+        self.saving: list[tuple[Pending, dict[int, torch.Tensor]]] = []
+        self.leased: list[tuple[Pending, list[int]]] = []
         self.checks: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.value = 1.0
 
@@ -226,7 +227,7 @@ class Engine:
             self.leased.append((pending, slots))
             for slot, block in zip(slots, loads, strict=True):
                 self.truth[:, block] = self.kept[slot]
-        for layer in range(self.LAYERS - (self.chance.random() < 0.3)):  # at times it leaves the last one out
+        for layer in range(self.LAYERS - (self.chance.random() < 0.5)):  # at times it leaves the last one out
             for name in (f"{layer}", f"alias {layer}"):
                 self.transfer.arrive(name)
             for block in fresh:
@@ -236,7 +237,8 @@ class Engine:
         self.leased = [(pending, slots) for pending, slots in self.leased if not pending.done()]
         taken = [slot for _, slots in [*self.saving, *self.leased] for slot in slots]
         free = sorted(set(range(self.SLOTS)) - set(self.kept) - set(taken))
-        chosen = self.chance.sample(range(self.BLOCKS), min(self.chance.randint(0, 5), len(free)))
+        whence = loads if loads and self.chance.random() < 0.5 else range(self.BLOCKS)
+        chosen = self.chance.sample(whence, min(self.chance.randint(0, 5), len(free), len(whence)))
         if chosen:
             slots = self.chance.sample(free, len(chosen))
             pending = self.transfer.start_save([self.move(self.chance.randint(0, 1), slots, chosen)])
