@@ -201,7 +201,7 @@ class WorkerSide:
         if meta.loads is None:
             return True
         joined = self._joined
-        if joined is None or joined.epoch != meta.epoch or joined.leaving:
+        if joined is None or joined.epoch != meta.epoch or (joined.device is not None and joined.leaving):
             raise KeeperUnavailable(f"told to load in session {meta.epoch}, which this rank has not joined")
         leases, reader = meta.loads.claims, self._reader
 
