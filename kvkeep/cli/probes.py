@@ -14,7 +14,10 @@ from typing import NamedTuple
 
 __all__ = [
     "Outcome",
+    "arena_nodes",
     "cpu_flags",
+    "gpu_nodes",
+    "graphics_driver",
     "importable",
     "installed",
     "meminfo",
@@ -66,6 +69,31 @@ def cpu_flags() -> set[str]:
     """Features of the first CPU."""
     found = re.search(r"^(?:flags|Features)\s*:(.*)$", read("/proc/cpuinfo"), re.MULTILINE)
     return set(found[1].split()) if found else set()
+
+
+def graphics_driver() -> str:
+    """Version of the NVIDIA driver; empty without one."""
+    found = re.search(r"Kernel Module\D+([\d.]+)", read("/proc/driver/nvidia/version"))
+    return found[1] if found else ""
+
+
+def gpu_nodes() -> dict[str, int]:
+    """The NUMA node of each NVIDIA GPU by its PCI address; -1 where the machine has only one."""
+    found = {}
+    for folder in Path("/proc/driver/nvidia/gpus").glob("*"):
+        text = read(f"/sys/bus/pci/devices/{folder.name}/numa_node").strip()
+        found[folder.name] = int(text) if text.lstrip("-").isdigit() else -1
+    return found
+
+
+def arena_nodes(pid: int) -> dict[int, int]:
+    """Pages of a keeper's arena by the NUMA node that they lie on."""
+    pages: dict[int, int] = {}
+    for line in read(f"/proc/{pid}/numa_maps").splitlines():
+        if "memfd:kvkeep" in line:
+            for node, count in re.findall(r"\bN(\d+)=(\d+)", line):
+                pages[int(node)] = pages.get(int(node), 0) + int(count)
+    return pages
 
 
 def read(path: str) -> str:
