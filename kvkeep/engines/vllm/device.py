@@ -27,7 +27,8 @@ def by_blocks(tensor: torch.Tensor, num_blocks: int) -> torch.Tensor:
     """A layer's cache with the engine's blocks first, where its kernels split each into smaller ones."""
     if tensor.device.type == "cpu" or not tensor.dim() or tensor.shape[0] % num_blocks:
         return tensor
-    return group_kernel_blocks(tensor, num_blocks)
+    grouped: torch.Tensor = group_kernel_blocks(tensor, num_blocks)
+    return grouped
 
 
 def kind_of(context: ForwardContext) -> str:

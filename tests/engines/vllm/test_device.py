@@ -42,7 +42,7 @@ def context(mode: CUDAGraphMode = CUDAGraphMode.PIECEWISE, metadata: Any = True)
 
 
 class Rank:
-    """One worker of an engine on the tests' device, and the engine's scheduler as far as the keeper sees it."""
+    """One worker of an engine on the tests' device, and its scheduler as far as the keeper sees it."""
 
     def __init__(self, keeper: Any, patch: pytest.MonkeyPatch, seed: int) -> None:
         self.keeper = keeper
@@ -120,7 +120,6 @@ def test_saved_behind_the_forward_and_loaded_beside_it(
     assert found.chunks == CHUNKS
     assert rank.side._device._order.of(kind_of(context())) == tuple(NAMES)
     assert rank.step(loads=rank.copies(found.offsets[0], fresh, found.lease))
-    assert len(set(map(id, rank.side._joined.device._arrivals.values()))) == 0  # the forward is behind them
     wait_until(lambda: not rank.figure("leases"), 20)
     for name, tensor in rank.layers.items():
         assert torch.equal(tensor[fresh], before[name][saved]), name
@@ -148,15 +147,12 @@ def test_a_connection_ends_after_the_copies(
         rank.side.stop()
         assert rank.side._joined.closed
         assert not rank.side._joined.connection.closed
-        assert not rank.side._joined._ending.join(0.2)
-        assert not rank.side._joined.connection.closed
+        assert rank.side._joined._ending.is_alive()
     finally:
         rank.backend._lock.release()
     rank.side.stop(wait=20)
     assert rank.side._joined.connection.closed
-    assert (
-        rank.figure("chunks") == rank.figure("reservations") == 1 * CHUNKS or rank.figure("reservations") == 1
-    )
+    assert rank.figure("reservations") == 1
     rank.link.close()
     wait_until(lambda: not rank.figure("reservations"), 20)
     assert rank.figure("chunks") == 0
@@ -171,7 +167,7 @@ def test_a_forward_that_asks_for_fewer_layers_fails_its_load(
         rank.step(saves=saves)
     wait_until(lambda: not rank.figure("reservations"), 20)
     found = rank.link.lookup(rank.space, keys)
-    monkeypatch.setattr("tests.engines.vllm.test_device.NAMES", NAMES[:2])
+    monkeypatch.setitem(globals(), "NAMES", NAMES[:2])
     assert not rank.step(loads=rank.copies(found.offsets[0], list(range(12, 20)), found.lease))
     rank.side.stop(wait=20)
 
