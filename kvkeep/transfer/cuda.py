@@ -130,7 +130,7 @@ class CudaTransfer(Transfer):
             self._load(copies, pinned)
             ended = self._loads.record_event()
             self._arrivals |= dict.fromkeys(names, ended)
-        self._last = ended
+            self._last = ended  # where a later stage is refused too: what is under way has to end first
         if len(plans[0].sizes):
             self.backend.current().wait_event(self._arrivals[stages[0][0]])
         return Pending(nbytes, began, ended)

@@ -327,6 +327,31 @@ def test_a_layer_in_anothers_tensor_comes_with_it(seed: int) -> None:
     transfer.close()
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_a_stage_that_is_refused_leaves_nothing_under_way(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its blocks are computed then: what had been begun must not come after that."""
+    backend = HostBackend(random.Random(seed))
+    tensors = [(f"{n}", torch.randn(4, 1024)) for n in range(3)]
+    transfer = engine([tensors], 4, mmap.mmap(-1, 1 << 16), backend)
+    one, copy, calls = np.array([2]), backend.copy, list[int]()
+    transfer.save(0, one * 0, one)
+
+    def refuse(*args, **kwargs) -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise DeviceError("no more")
+        copy(*args, **kwargs)
+
+    monkeypatch.setattr(backend, "copy", refuse)
+    with pytest.raises(DeviceError):
+        transfer.start_load([Move(0, one * 0, one)], ["0", "1", "2"])
+    transfer.end_forward()
+    backend.engine.submit([lambda: tensors[0][1][2].fill_(7)])
+    backend.finish()
+    assert (tensors[0][1][2] == 7).all()
+    transfer.close()
+
+
 def test_merged_and_split() -> None:
     copies = Copies(np.array([100, 110, 130, 140]), np.array([7, 17, 27, 37]), np.array([10, 10, 10, 25]))
     merged = merge(copies)

@@ -63,8 +63,9 @@ class Device:
     def load(self, transfer: CudaTransfer, moves: Sequence[Move], context: ForwardContext) -> Pending:
         """Start a load, layer by layer where the forward will ask for them."""
         order = self._order.of(kind_of(context))
+        pending = transfer.start_load(moves, order)
         self._layered = bool(order)
-        return transfer.start_load(moves, order)
+        return pending
 
     def arrive(
         self, transfer: CudaTransfer | None, layer: str, context: Callable[[], ForwardContext]

@@ -181,10 +181,11 @@ class WorkerSide:
 
     def fence(self, meta: StepMeta) -> None:
         """Before the step: saves that still read blocks which it writes go first, on the device."""
-        if meta.reused is None or self._on_device is None:
+        joined = self._joined
+        if meta.reused is None or joined is None or joined.device is None or joined.leaving:
             return
         try:
-            self._on_device.fence(meta.reused)
+            joined.device.fence(meta.reused)
         except DeviceError:
             self.stop()  # nothing that is still being saved is to be taken for good
             raise
@@ -250,7 +251,11 @@ class WorkerSide:
         if joined.device is not None and self._device is not None:
             # Where the engine zeroes blocks, Model Runner V2 does so before it tells us of the step.
             hold = self._kv_config.needs_kv_cache_zeroing
-            pending = joined.device.start_save(self._moves(meta.saves), hold=hold)
+            try:
+                pending = joined.device.start_save(self._moves(meta.saves), hold=hold)
+            except DeviceError:
+                self.stop()  # what was reserved ends with the session, when what was begun has ended
+                raise
             nbytes = pending.nbytes
             self._device.after(pending, "save_seconds", commit, joined.close)
         else:
