@@ -234,7 +234,7 @@ def _engine() -> Iterator[Check]:
         yield check_bfloat16(probes.cpu_flags())
     else:
         yield check_driver(probes.graphics_driver(), probes.installed("triton"))
-        yield check_nodes(probes.gpu_nodes(), probes.arena_nodes(_keeper_pid()))
+        yield check_nodes(probes.gpu_nodes(), _arena_nodes(config.default_socket()))
     yield check_connector(probes.python(_INSPECT))
 
 
@@ -273,7 +273,7 @@ def check_driver(driver: str, triton: str | None) -> Check:
 
 
 def check_nodes(gpus: Mapping[str, int], arena: Mapping[int, int]) -> Check:
-    """`gpus`: NUMA node by PCI address; `arena`: pages of the running keeper's arena by node."""
+    """`gpus`: NUMA node by PCI address; `arena`: how many of the running keeper's pages lie on which."""
     near, total = set(gpus.values()) - {-1}, sum(arena.values())
     away = total - sum(arena.get(node, 0) for node in near)
     where = ", ".join(f"{name} on node {node}" for name, node in gpus.items() if node >= 0)
@@ -349,14 +349,14 @@ def _settings() -> config.KeeperConfig | str:
         return str(error)
 
 
-def _keeper_pid() -> int:
-    """Of the keeper that runs at the usual place; 0 without one, which no process has."""
-    socket = config.default_socket()
+def _arena_nodes(path: str) -> dict[int, int]:
+    """Of the keeper at `path`; empty without one."""
     try:
-        with contextlib.closing(Connection.open(socket, f"doctor-{os.getpid()}", timeout=5.0)) as connection:
-            return int(str(connection.status().get("pid")))
+        opened = Connection.open(path, f"doctor-{os.getpid()}", arena=True, timeout=5.0)
     except KVKeepError:
-        return 0
+        return {}
+    with contextlib.closing(opened) as connection:
+        return probes.arena_nodes(connection.arena_fd, connection.arena_bytes)
 
 
 def _keeper_version(path: str) -> str:

@@ -154,10 +154,12 @@ def test_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert [check for check in checks if check.level is Level.PROBLEM and check.name != "keeper"] == []
 
 
-def test_where_the_arena_lies_is_read_from_the_kernel(keeper_process) -> None:
-    """Where this machine has nodes at all; nothing where it says nothing."""
-    keeper = keeper_process()
-    pages = probes.arena_nodes(keeper.process.pid)
-    if probes.read(f"/proc/{keeper.process.pid}/numa_maps"):
-        assert sum(pages.values()) * 4096 == 16 << 20
-    assert probes.arena_nodes(0) == {}
+def test_where_the_arena_lies(keeper_process) -> None:
+    """Of pages that are there; asking allocates none."""
+    whole, none = (keeper_process("--prefault", option) for option in ("yes", "no"))
+    connection = none.connect(arena=True)
+    assert doctor._arena_nodes(none.socket) == {}
+    assert os.fstat(connection.arena_fd).st_blocks == 0
+    if probes.read("/proc/self/numa_maps"):
+        assert sum(doctor._arena_nodes(whole.socket).values()) >= 256
+    assert doctor._arena_nodes("/nowhere") == {}
