@@ -20,12 +20,12 @@ from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, Schedul
 
 from kvbench.host_device import HostBackend
 from kvkeep.config import EngineConfig
+from kvkeep.engines.link import session_name
 from kvkeep.engines.vllm import worker
 from kvkeep.engines.vllm.connector import KVKeepConnector
 from kvkeep.engines.vllm.describe import describe_backends
 from kvkeep.engines.vllm.device import Device, by_blocks, kind_of
 from kvkeep.engines.vllm.geometry import blocks_written
-from kvkeep.engines.vllm.link import session_name
 from kvkeep.engines.vllm.metadata import Copies, Session, StepMeta
 from kvkeep.transfer import cuda
 from kvkeep.transfer.cuda import CudaTransfer
