@@ -24,12 +24,15 @@ def session_name(engine_id: str, epoch: int) -> str:
     return f"{engine_id}:{epoch}"
 
 
-def connect(config: EngineConfig, engine_id: str, epoch: int, *, arena: bool) -> Connection:
+def connect(
+    config: EngineConfig, engine_id: str, epoch: int, *, arena: bool, device: bool = False
+) -> Connection:
     """Connect to the configured keeper, or to the private one, which is started if need be."""
     socket = config.socket or embedded_socket(engine_id)
     if config.socket is None:
         ensure_keeper(socket, config)
-    return Connection.open(socket, session_name(engine_id, epoch), arena=arena, timeout=config.timeout)
+    session = session_name(engine_id, epoch)
+    return Connection.open(socket, session, arena=arena, device=device, timeout=config.timeout)
 
 
 @dataclass(frozen=True)

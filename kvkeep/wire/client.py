@@ -58,16 +58,18 @@ class Connection:
         self.arena_bytes = welcome.arena_bytes
 
     @classmethod
-    def open(cls, path: str, session: str, *, arena: bool = False, timeout: float = 1.0) -> Connection:
+    def open(
+        cls, path: str, session: str, *, arena: bool = False, device: bool = False, timeout: float = 1.0
+    ) -> Connection:
         """Connect and say hello.
 
         `session` names the engine instance: leases and reservations live as long as any of its
-        connections. `timeout` bounds each later call, in seconds. Raises KeeperUnavailable, or
+        connections, and a little longer where a `device` copies. `timeout` bounds each later call, in seconds. Raises KeeperUnavailable, or
         RequestRefused where the keeper does not want us (its message says why).
         """
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            reply, fds = _greet(sock, path, msg.Hello(msg.VERSION, session, arena))
+            reply, fds = _greet(sock, path, msg.Hello(msg.VERSION, session, arena, device))
         except (OSError, ProtocolError) as error:
             sock.close()
             raise KeeperUnavailable(f"no keeper answers at {path}: {error}") from error

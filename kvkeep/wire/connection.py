@@ -29,6 +29,7 @@ __all__ = ["ServerConnection"]
 log = logging.getLogger("kvkeep.keeper")
 
 _HELLO_DEADLINE = 5.0
+_DEVICE_REST = 5.0  # seconds; copies that a killed engine had submitted end within milliseconds
 _MAX_NAMESPACES = 65536
 _MAX_BACKLOG = 256 << 20  # bytes of unread answers at which a client is taken for dead
 
@@ -40,6 +41,7 @@ class ServerConnection(asyncio.Protocol):
         self._server = server
         self._keeper = server.keeper
         self._session: str | None = None
+        self._device = False
         self._buffer = bytearray()
         self._transport: asyncio.Transport | None = None
         self._deadline: asyncio.TimerHandle | None = None
@@ -59,11 +61,18 @@ class ServerConnection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._cancel_deadline()
         self._server.connections.discard(self)
-        if self._session is not None:
-            self._keeper.detach(self._session)
-            if self._server.movers is not None and not self._keeper.claims.alive(self._session):
-                self._server.movers.session_ended(self._session)
-            self._session = None
+        session, self._session = self._session, None
+        if session is None:
+            return
+        if self._device:
+            asyncio.get_running_loop().call_later(_DEVICE_REST, self._detach, session)
+        else:
+            self._detach(session)
+
+    def _detach(self, session: str) -> None:
+        self._keeper.detach(session)
+        if self._server.movers is not None and not self._keeper.claims.alive(session):
+            self._server.movers.session_ended(session)
 
     def close(self) -> None:
         """Drop the client."""
@@ -220,7 +229,7 @@ class ServerConnection(asyncio.Protocol):
                 "install the same kvkeep on both sides"
             )
         self._cancel_deadline()
-        self._session = request.session
+        self._session, self._device = request.session, request.device
         self._keeper.attach(request.session)
         self._server.opened(self)
         welcome = msg.encode(msg.Welcome(msg.VERSION, self._server.identity, self._keeper.arena.nbytes))

@@ -70,6 +70,8 @@ class Hello(_Message):
     session: Name
     arena: bool
     """Whether to send the arena's file descriptor along with the answer."""
+    device: bool = False
+    """Whether a device writes into the arena for this client, and may go on for a moment when it is dead."""
 
 
 class GroupSpec(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
