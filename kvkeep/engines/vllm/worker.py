@@ -140,9 +140,7 @@ class WorkerSide:
         return self._handshake
 
     def _join(self, epoch: int) -> _Joined:
-        connection = connect(
-            self.config, self._engine_id, epoch, arena=True, device=self._device is not None
-        )
+        connection = connect(self.config, self._engine_id, epoch, arena=True, device=self._device is not None)
         try:
             arena = connection.map_arena()
             threads = self.config.copy_threads
