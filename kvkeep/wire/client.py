@@ -64,8 +64,9 @@ class Connection:
         """Connect and say hello.
 
         `session` names the engine instance: leases and reservations live as long as any of its
-        connections, and a little longer where a `device` copies. `timeout` bounds each later call, in seconds. Raises KeeperUnavailable, or
-        RequestRefused where the keeper does not want us (its message says why).
+        connections, and a little longer where a `device` copies. `timeout` bounds each later call, in
+        seconds. Raises KeeperUnavailable, or RequestRefused where the keeper does not want us (its
+        message says why).
         """
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
