@@ -207,7 +207,7 @@ class Space:
         return promise
 
     def _fill(self, promise: Promise, costs: dict[int, int], keep: Callable[[str, int], bool]) -> None:
-        deadline, found = time.monotonic() + _LOCK_WAIT, True
+        deadline, found, relentless = time.monotonic() + _LOCK_WAIT, True, False
         while True:
             costs |= dict.fromkeys(promise.spares, 0)  # those bring their room with them
             need = sum(costs[place] for place in promise.places)
@@ -226,8 +226,11 @@ class Space:
                     books.add(sum(costs[place] for place in promise.places), len(promise.places))
                     return
             victims = self._choose(missing)
-            found = bool(victims)
-            self._remove(victims, keep)
+            if relentless:
+                victims = [victim._replace(used_at=None) for victim in victims]
+            found, spares = bool(victims), len(promise.spares)
+            # Where all are used all the time, the oldest go all the same.
+            relentless = not self._remove(victims, keep) and len(promise.spares) == spares
 
     def settle(self, unused: int, count: int) -> None:
         """Give back what was promised to `count` values that were not stored, `unused` bytes together."""

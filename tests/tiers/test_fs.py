@@ -10,6 +10,7 @@ import random
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -157,14 +158,16 @@ def test_what_is_evicted_under_a_reader_is_a_miss_and_never_other_bytes(place: F
     rounds: list[tuple[list[bytes], list[memoryview]]] = []
     seen: list[Got] = []
     problems: list[str] = []
+    done = threading.Event()
     with closing(place.open(capacity=str(bound * size))) as raw, closing(place.open(depth="2")) as other:
         through = Sealed(other) if sealed else other
         put = Sealed(raw) if sealed else raw
 
         def read(seed: int) -> None:
             source, back = random.Random(seed), buffers_of([size] * batch)
-            while len(rounds) < 60:
+            while not done.is_set():
                 if not rounds:
+                    time.sleep(0)
                     continue
                 keys, sent = rounds[-source.randrange(1, min(len(rounds), 8) + 1)]
                 results = through.get(keys, back)
@@ -176,12 +179,15 @@ def test_what_is_evicted_under_a_reader_is_a_miss_and_never_other_bytes(place: F
         readers = [threading.Thread(target=read, args=(seed,)) for seed in range(3)]
         for reader in readers:
             reader.start()
-        for seed in range(60):
-            keys, sent = keys_of(batch, seed), buffers_of([size] * batch, seed)
-            assert put.put(keys, sent) == [Put.STORED] * batch
-            rounds.append((keys, sent))
-        for reader in readers:
-            reader.join()
+        try:
+            for seed in range(60):
+                keys, sent = keys_of(batch, seed), buffers_of([size] * batch, seed)
+                assert put.put(keys, sent) == [Put.STORED] * batch
+                rounds.append((keys, sent))
+        finally:
+            done.set()
+            for reader in readers:
+                reader.join()
     assert not problems
     assert Got.DAMAGED not in seen
     assert seen.count(Got.HIT) > 100
@@ -205,6 +211,23 @@ def test_a_file_that_loses_its_name_while_it_is_read_is_a_miss(
 
         monkeypatch.setattr(fs, "transfer", evicted_in_between)
         assert tier.get([key], [back]) == [Got.MISS]
+
+
+def test_where_all_values_are_always_in_use_the_oldest_go(
+    place: FsPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choose = fs_space.Space._choose
+
+    def and_use(space: fs_space.Space, nbytes: int) -> list:
+        victims = choose(space, nbytes)
+        for victim in victims:
+            os.utime(victim.path)
+        return victims
+
+    monkeypatch.setattr(fs_space.Space, "_choose", and_use)
+    with closing(place.open(capacity=str(8 * PAGE))) as tier:
+        for seed in range(4):
+            assert tier.put(keys_of(8, seed), buffers_of([PAGE] * 8)) == [Put.STORED] * 8
 
 
 def test_evicted_files_are_overwritten_by_values_as_long(place: FsPlace) -> None:
