@@ -104,11 +104,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         make = RAW.get(url.scheme.removeprefix("faulty+"))
         bed = Bed(shape)
-        raw = (
-            make(url, innermost(opened.tier), replace(shape, sources=bed.sources, targets=bed.targets))
-            if make
-            else None
-        )
+        shape = replace(shape, sources=bed.sources, targets=bed.targets)
+        raw = make(url, innermost(opened.tier), shape) if make else None
         figures = _measure(opened.tier, raw, bed, args.rounds)
         bed.close()
     finally:

@@ -118,15 +118,13 @@ def _run(command: list[str]) -> dict:
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command[:4])} failed:\n{done.stderr[-2000:]}\n{done.stdout[-2000:]}")
-    return json.JSONDecoder().raw_decode(done.stdout[done.stdout.index("{\n" if "l2" in command else "{") :])[
-        0
-    ]
+    begin = done.stdout.index("{\n" if "l2" in command else "{")
+    return json.JSONDecoder().raw_decode(done.stdout, begin)[0]
 
 
 def _show(samples: dict[str, list[Figures]], args: argparse.Namespace) -> None:
-    table = Table(
-        title=f"{args.count} values of {args.chunk_kib} KiB, median (best) of {args.turns} turns, GB/s"
-    )
+    title = f"{args.count} values of {args.chunk_kib} KiB, GB/s, median (best) of {args.turns} turns"
+    table = Table(title=title)
     for heading in ("", "put", "get"):
         table.add_column(heading, justify="right" if heading else "left")
     for name, figures in samples.items():

@@ -40,6 +40,7 @@ _SAMPLE, _OLDEST = 256, 8  # of at least so many values, one of so many goes
 _REMOVED_AT_ONCE = 16  # under one hold of the lock
 _CRASHES_TO_COUNT = 16  # though others are at work: until then the books are too high by a batch for each
 _UNKNOWN = 2**64 - 1
+_Keep = Callable[[str, int], bool]
 
 
 def footprint(length: int) -> int:
@@ -206,8 +207,8 @@ class Space:
             raise
         return promise
 
-    def _fill(self, promise: Promise, costs: dict[int, int], keep: Callable[[str, int], bool]) -> None:
-        deadline, found, relentless = time.monotonic() + _LOCK_WAIT, True, False
+    def _fill(self, promise: Promise, costs: dict[int, int], keep: _Keep) -> None:
+        deadline, found = time.monotonic() + _LOCK_WAIT, True
         while True:
             costs |= dict.fromkeys(promise.spares, 0)  # those bring their room with them
             need = sum(costs[place] for place in promise.places)
@@ -225,12 +226,7 @@ class Space:
                     promise.places = _fitting(fitting, max(0, self.capacity - books.used))
                     books.add(sum(costs[place] for place in promise.places), len(promise.places))
                     return
-            victims = self._choose(missing)
-            if relentless:
-                victims = [victim._replace(used_at=None) for victim in victims]
-            found, spares = bool(victims), len(promise.spares)
-            # Where all are used all the time, the oldest go all the same.
-            relentless = not self._remove(victims, keep) and len(promise.spares) == spares
+            found = self._evict(missing, keep) is not None
 
     def settle(self, unused: int, count: int) -> None:
         """Give back what was promised to `count` values that were not stored, `unused` bytes together."""
@@ -259,14 +255,24 @@ class Space:
     def give_way(self, nbytes: int) -> None:
         """Evict so much, though the books have room: the medium has none."""
         deadline = time.monotonic() + _LOCK_WAIT
-        while nbytes > 0 and time.monotonic() < deadline and (victims := self._choose(nbytes)):
-            nbytes -= self._remove(victims)
+        while nbytes > 0 and time.monotonic() < deadline and (freed := self._evict(nbytes)) is not None:
+            nbytes -= freed
 
-    def _choose(self, nbytes: int) -> list[_Victim]:
+    def _evict(self, nbytes: int, keep: _Keep | None = None) -> int | None:
+        """Evict so much, or some of it; how many bytes that gave back, None where there is no value."""
+        victims = self._choose(nbytes)
+        freed, gone = self._remove(victims, keep)
+        if victims and not gone:  # used since, all of them: who is the oldest now goes, in use or not
+            victims = [victim._replace(used_at=None) for victim in self._choose(nbytes, anew=True)]
+            freed, _ = self._remove(victims, keep)
+        return freed if victims else None
+
+    def _choose(self, nbytes: int, anew: bool = False) -> list[_Victim]:
         """Victims of so many bytes, or some of them; none where there is no value at all."""
         chosen = list[_Victim]()
         with self._evicting:
-            if not self._victims:
+            if anew or not self._victims:
+                self._victims.clear()
                 self._sample()
             while self._victims and nbytes > 0:
                 chosen.append(self._victims.popleft())
@@ -291,12 +297,12 @@ class Space:
         found.sort()
         self._victims.extend(found[: -(-len(found) // _OLDEST)])
 
-    def _remove(self, victims: Sequence[_Victim], keep: Callable[[str, int], bool] | None = None) -> int:
-        """Remove those that are still as they were seen; how many bytes that gave back.
+    def _remove(self, victims: Sequence[_Victim], keep: _Keep | None = None) -> tuple[int, int]:
+        """Remove those that are still as they were seen; how many bytes that gave back, and how many went.
 
         What `keep` takes away, by path and length, stays in the books: it is its room from now on.
         """
-        freed = 0
+        freed = gone = 0
         for start in range(0, len(victims), _REMOVED_AT_ONCE):
             with self._books() as books:
                 for victim in victims[start : start + _REMOVED_AT_ONCE]:
@@ -309,8 +315,8 @@ class Space:
                             os.unlink(victim.path)
                             size = footprint(seen.st_size)
                         books.add(-size, -1)
-                        freed += size
-        return freed
+                        freed, gone = freed + size, gone + 1
+        return freed, gone
 
     # Counting again
 
@@ -367,8 +373,6 @@ class Space:
         """All values, as entries with their namespace's name."""
         for fan_out in range(256):
             yield from values(self._root, fan_out)
-
-    # Below
 
     def _chore(self, work: Callable[[], None]) -> None:
         with contextlib.suppress(RuntimeError):  # closed meanwhile

@@ -218,8 +218,8 @@ def test_where_all_values_are_always_in_use_the_oldest_go(
 ) -> None:
     choose = fs_space.Space._choose
 
-    def and_use(space: fs_space.Space, nbytes: int) -> list:
-        victims = choose(space, nbytes)
+    def and_use(space: fs_space.Space, nbytes: int, **options: bool) -> list:
+        victims = choose(space, nbytes, **options)
         for victim in victims:
             os.utime(victim.path)
         return victims
