@@ -5,6 +5,7 @@
 #   make test            checks and tests                                     PYTEST_ARGS="-k wire -x"
 #   make check           ruff, mypy, budgets and import boundaries
 #   make bench           kvkeep bench                                         BENCH_ARGS="policy"
+#   make gpu-check       what the copies reach on this machine's GPU          GPU_PYTHON=python3
 #   make clean           removes caches and demo outputs (not .venv, not the models)
 
 PYTHON ?= python3
@@ -13,6 +14,8 @@ DEMO_ARGS ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 PIP_ARGS ?=
+GPU_PYTHON ?= python3
+GPU_ARGS ?=
 
 BIN := .venv/bin
 STAMP := .venv/kvkeep-stamp
@@ -23,7 +26,7 @@ BROKEN := torchvision torchaudio torchcodec
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: all venv models demo test check bench clean
+.PHONY: all venv models demo test check bench gpu-check clean
 .DEFAULT_GOAL := test
 
 all: test
@@ -70,6 +73,10 @@ check: venv
 
 bench: venv
 	@$(BIN)/kvkeep bench $(BENCH_ARGS)
+
+# With a Python that has a CUDA build of torch, Triton and numpy; installs nothing.
+gpu-check:
+	@PYTHONPATH=. $(GPU_PYTHON) scripts/gpu_check.py $(GPU_ARGS)
 
 clean:
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist demo/results demo/out

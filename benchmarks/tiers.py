@@ -14,11 +14,9 @@ import argparse
 import contextlib
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,42 +28,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
 
 from benchmarks.stores import STORES, stores  # noqa: E402
 from kvbench.engine import VllmServer, connector_args, fastest_dtype  # noqa: E402
-from kvkeep.config import child_environment  # noqa: E402
-from kvkeep.errors import KVKeepError  # noqa: E402
-from kvkeep.wire.client import Connection  # noqa: E402
+from kvbench.servers import figures, keeper  # noqa: E402
 
 console = Console(stderr=True, highlight=False)
 ANSWER_TOKENS = 8
-
-
-def figures(socket: str) -> dict[str, Any]:
-    """The keeper's status."""
-    with contextlib.closing(Connection.open(socket, "bench", timeout=20.0)) as connection:
-        return connection.status()
-
-
-@contextlib.contextmanager
-def keeper(socket: str, memory: str, urls: list[str], log: Path) -> Iterator[None]:
-    """A keeper of its own; its end drains what is not written yet."""
-    command = [sys.executable, "-m", "kvkeep.cli", "serve", "--socket", socket, "--memory", memory]
-    command += ["--drain", "120"]
-    with log.open("ab") as out:
-        process = subprocess.Popen(
-            command, stderr=out, env=child_environment({"KVKEEP_TIERS": " ".join(urls)})
-        )
-    try:
-        deadline = time.monotonic() + 30
-        while time.monotonic() < deadline:
-            with contextlib.suppress(KVKeepError):
-                figures(socket)
-                break
-            if process.poll() is not None:
-                raise SystemExit(f"the keeper did not start:\n{log.read_text()[-2000:]}")
-            time.sleep(0.05)
-        yield
-    finally:
-        process.terminate()
-        process.wait(150)
 
 
 def attached(engine: VllmServer) -> None:

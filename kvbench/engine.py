@@ -8,36 +8,32 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import signal
-import socket
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import httpx
 
-from kvkeep.config import child_environment
-from kvkeep.errors import KVKeepError
+from kvbench.process import EngineFailed, ServerProcess, free_port, tail
 
-__all__ = ["Answer", "EngineFailed", "VllmServer", "connector_args", "fastest_dtype"]
+__all__ = [
+    "CPU_ENVIRONMENT",
+    "Answer",
+    "EngineFailed",
+    "VllmServer",
+    "connector_args",
+    "fastest_dtype",
+    "vllm_command",
+]
 
-_START_DEADLINE = 240.0
-_STOP_DEADLINE, _KILL_DEADLINE = 20.0, 5.0
-_CPU_ENVIRONMENT = {
+CPU_ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_SERVER_DEV_MODE": "1",  # for POST /reset_prefix_cache
     "VLLM_CPU_OMP_THREADS_BIND": "0-1",
 }
-
-
-class EngineFailed(KVKeepError):
-    """The engine did not start or did not answer; the message ends with its log's last lines."""
 
 
 class Answer(NamedTuple):
@@ -68,7 +64,14 @@ def connector_args(**options: Any) -> list[str]:
     return ["--kv-transfer-config", json.dumps(transfer)]
 
 
-class VllmServer:
+def vllm_command(python: str, model: str, port: int, args: Sequence[str] = ()) -> list[str]:
+    """vLLM's server on a loopback port, its model named `model`."""
+    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "model"]
+    return [*command, "--enforce-eager", *args]
+
+
+class VllmServer(ServerProcess):
     """`python -m vllm.entrypoints.openai.api_server` on a free loopback port."""
 
     def __init__(
@@ -80,65 +83,22 @@ class VllmServer:
         environ: Mapping[str, str] | None = None,
         python: str = sys.executable,
     ) -> None:
-        self.model = str(model)
-        self.log = log
-        self._args = list(args)
-        self._environ = {**_CPU_ENVIRONMENT, "VLLM_CPU_KVCACHE_SPACE": "2", **(environ or {})}
-        self._python = python
-        self._process: subprocess.Popen[bytes] | None = None
-        self._port = _free_port()
-        self._client = httpx.Client(base_url=f"http://127.0.0.1:{self._port}", timeout=600.0)
-
-    def __enter__(self) -> VllmServer:
-        command = [self._python, "-m", "vllm.entrypoints.openai.api_server", "--model", self.model]
-        command += ["--host", "127.0.0.1", "--port", str(self._port), "--served-model-name", "model"]
-        command += ["--enforce-eager", *self._args]
-        with self.log.open("wb") as log:
-            self._process = subprocess.Popen(
-                command,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=child_environment(self._environ),
-                start_new_session=True,
-            )
-        try:
-            self._await_ready()
-        except BaseException:
-            self.stop()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
-
-    @property
-    def pids(self) -> list[int]:
-        """Process ids of the server and its descendants, without Python's resource tracker."""
-        assert self._process is not None
-        found = [self._process.pid, *_descendants(self._process.pid)]
-        return [pid for pid in found if not _is_tracker(pid)]
+        port = free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        log.unlink(missing_ok=True)
+        super().__init__(
+            vllm_command(python, str(model), port, args),
+            self._healthy,
+            log=log,
+            name="vLLM",
+            environ={**CPU_ENVIRONMENT, "VLLM_CPU_KVCACHE_SPACE": "2", **(environ or {})},
+        )
+        self._client = httpx.Client(base_url=self.url, timeout=600.0)
 
     def stop(self) -> None:
-        """End the engine and all its processes: asked first, killed after a while.
-
-        Python's resource tracker is left to end by itself: when the others are gone it removes what
-        they have left in /dev/shm.
-        """
+        """End the engine and all its processes: asked first, killed after a while."""
         self._client.close()
-        process, self._process = self._process, None
-        if process is None:
-            return
-        process.terminate()
-        if not _ended(process.pid, _STOP_DEADLINE):
-            for pid in _members(process.pid):
-                if not _is_tracker(pid):
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
-            if not _ended(process.pid, _KILL_DEADLINE):
-                os.killpg(process.pid, signal.SIGKILL)
-        process.wait(20)
+        super().stop()
 
     def complete(self, prompt: str | list[int], max_tokens: int = 16, **params: Any) -> Answer:
         """One streamed, greedy completion."""
@@ -180,7 +140,7 @@ class VllmServer:
                         text.append(delta)
         done = time.perf_counter()
         if not usage:
-            raise EngineFailed(f"the engine broke off an answer; {self._tail()}")
+            raise EngineFailed(f"the engine broke off an answer; {tail(self.log)}")
         return Answer(
             "".join(text),
             (first or done) - began,
@@ -189,63 +149,7 @@ class VllmServer:
             int(usage["completion_tokens"]),
         )
 
-    def _await_ready(self) -> None:
-        assert self._process is not None
-        deadline = time.monotonic() + _START_DEADLINE
-        while time.monotonic() < deadline:
-            if self._process.poll() is not None:
-                raise EngineFailed(
-                    f"vLLM ended at start with status {self._process.returncode}; {self._tail()}"
-                )
-            with contextlib.suppress(httpx.HTTPError):
-                if self._client.get("/health", timeout=2.0).status_code == httpx.codes.OK:
-                    return
-            time.sleep(0.25)
-        raise EngineFailed(f"vLLM was not ready within {_START_DEADLINE:g} s; {self._tail()}")
-
-    def _tail(self) -> str:
-        lines = self.log.read_text(errors="replace").splitlines()[-15:]
-        return "its log ends with:\n" + "\n".join(lines)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _descendants(pid: int) -> list[int]:
-    found: list[int] = []
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        with contextlib.suppress(OSError):
-            for child in map(int, task.read_text().split()):
-                found += [child, *_descendants(child)]
-    return found
-
-
-def _members(group: int) -> list[int]:
-    """Processes of a process group that still run. An engine's group is its own: nobody else is in it."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            state, _, its_group = (folder / "stat").read_text().rpartition(")")[2].split()[:3]
-            if int(its_group) == group and state != "Z":
-                found.append(int(folder.name))
-    return found
-
-
-def _ended(group: int, seconds: float) -> bool:
-    """Wait until nobody of a process group runs any more; False if that takes longer."""
-    deadline = time.monotonic() + seconds
-    while _members(group):
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True
-
-
-def _is_tracker(pid: int) -> bool:
-    try:
-        return b"multiprocessing.resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
+    def _healthy(self) -> bool:
+        with contextlib.suppress(httpx.HTTPError):
+            return self._client.get("/health", timeout=2.0).status_code == httpx.codes.OK
         return False

@@ -8,14 +8,10 @@ index holds so many chunks without any bytes behind them: slots are a page each 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +20,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from kvbench.keeper import own_keeper
 from kvkeep.errors import ConfigError, KeeperUnavailable
 from kvkeep.identity import KEY_BYTES, ChainHasher, fingerprint
 from kvkeep.wire.client import Connection
@@ -136,7 +133,8 @@ def run(args: argparse.Namespace) -> int:
     if min(args.chunk_tokens, args.repeat) < 1:
         raise ConfigError("--chunk-tokens and --repeat must be 1 or more")
     levels, cases = sorted(set(args.held)), list[Case]()
-    with _keeper(levels[-1]) as connection, _progress() as progress:
+    memory = (levels[-1] + levels[-1] // 4 + 256) * _SLOT
+    with own_keeper(memory) as connection, _progress() as progress:
         task = progress.add_task("", total=len(levels) * len(args.tokens) * len(_KINDS))
         probe = Probe(connection, args.chunk_tokens, args.tokens)
         for level in levels:
@@ -223,33 +221,6 @@ def _as_table(cases: list[Case], index: dict[str, float], args: argparse.Namespa
             f"{np.median(case.hash_ms):.2f}",
         )
     return table
-
-
-@contextlib.contextmanager
-def _keeper(chunks: int) -> Iterator[Connection]:
-    """A connection to a `kvkeep serve` of our own with room for so many chunks; ends with the block."""
-    with tempfile.TemporaryDirectory(prefix="kvkeep-bench-") as folder:
-        socket, memory = f"{folder}/keeper.sock", (chunks + chunks // 4 + 256) * _SLOT
-        command = [sys.executable, "-m", "kvkeep.cli", "serve", "--socket", socket, "--prefault", "no"]
-        command += ["--memory", str(memory), "--linger", "2"]  # it ends by itself if we are killed
-        with (Path(folder) / "log").open("w+") as log:
-            child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-            try:
-                connection = _connect(child, socket, log.name)
-                with contextlib.closing(connection):
-                    yield connection
-            finally:
-                child.terminate()
-                child.wait(10)
-
-
-def _connect(child: subprocess.Popen[bytes], socket: str, log: str) -> Connection:
-    deadline = time.monotonic() + 20
-    while child.poll() is None and time.monotonic() < deadline:
-        with contextlib.suppress(KeeperUnavailable):
-            return Connection.open(socket, f"bench-{os.getpid()}", timeout=_ANSWER)
-        time.sleep(0.05)
-    raise KeeperUnavailable(f"the bench's keeper did not start: {Path(log).read_text()[-500:]}")
 
 
 def _progress() -> Progress:

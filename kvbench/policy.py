@@ -1,54 +1,28 @@
 """`kvkeep bench policy TRACE`: eviction policies on a trace of requests, next to the best possible.
 
-A trace is JSON lines with `timestamp`, `input_length`, `output_length` and `hash_ids`, one id per block
-of the prompt; equal ids mean equal text up to the end of that block (the format of Mooncake's public
-traces). Each request looks its blocks up, then saves those that were not held, as the keeper does, at
-a capacity counted in blocks. A block counts as hit when it and all blocks before it were held.
+Each request looks its blocks up, then saves those that were not held, as the keeper does
+(kvbench.replay), at a capacity counted in blocks. A block counts as hit when it and all blocks before it
+were held.
 """
 
 import argparse
 import heapq
 import json
 import sys
-import time
-from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
-import msgspec
 import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from kvkeep.keeper.policy import DEFAULT_POLICY, POLICIES, Policy, make_policy
+from kvbench.replay import Replayer
+from kvbench.trace import FORMAT, Trace, TraceError, read_trace
+from kvkeep.keeper.policy import DEFAULT_POLICY, POLICIES, make_policy
 from kvkeep.keeper.policy.base import Ids
 
 BELADY = "belady"
-_FORMAT = "JSON lines with timestamp, input_length, output_length and hash_ids (a list of integers from 0)"
-
-
-class TraceError(Exception):
-    """The trace cannot be replayed; the message says what to do about it."""
-
-
-class Trace(NamedTuple):
-    """Requests as chains of blocks, numbered densely from 0 to `unique` - 1."""
-
-    chains: list[Ids]
-    unique: int
-
-    @property
-    def blocks(self) -> int:
-        """All blocks requested, repeated ones included."""
-        return sum(map(len, self.chains))
-
-
-class Replay(NamedTuple):
-    """What one replay found: blocks hit, and the time spent in the policy, in ns."""
-
-    hits: int
-    policy_ns: int
 
 
 class Result(NamedTuple):
@@ -60,121 +34,6 @@ class Result(NamedTuple):
     ns_per_block: float | None
 
 
-class _Request(msgspec.Struct):
-    timestamp: float
-    input_length: int
-    output_length: int
-    hash_ids: list[Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]]
-
-
-def read_trace(path: Path) -> Trace:
-    """Read a trace. TraceError if it is missing, malformed or has no blocks."""
-    decoder = msgspec.json.Decoder(_Request)
-    chains = []
-    try:
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    chains.append(_chain(decoder, line, f"{path}, line {number}"))
-    except OSError as error:
-        raise TraceError(
-            f"cannot read the trace {path}: {error.strerror}. Give the path of a file of {_FORMAT}."
-        ) from error
-    blocks = np.concatenate(chains) if chains else np.empty(0, dtype=np.int64)
-    if not len(blocks):
-        raise TraceError(
-            f"the trace {path} is empty: no request in it has a block. Give a file of {_FORMAT}."
-        )
-    unique, dense = np.unique(blocks, return_inverse=True)
-    ends = np.cumsum([len(chain) for chain in chains])[:-1]
-    return Trace(np.split(dense, ends), len(unique))
-
-
-def _chain(decoder: "msgspec.json.Decoder[_Request]", line: bytes, where: str) -> Ids:
-    try:
-        ids = decoder.decode(line).hash_ids
-    except msgspec.DecodeError as error:
-        raise TraceError(
-            f"{where}: {error}. Correct the line or give another file; expected: {_FORMAT}."
-        ) from error
-    if len(set(ids)) != len(ids):
-        raise TraceError(
-            f"{where}: hash_ids names a block twice. Correct it: an id stands for all text up to its block."
-        )
-    return np.array(ids, dtype=np.int64)
-
-
-class Replayer:
-    """The keeper's books at their least: which record holds which block, and which records are free."""
-
-    def __init__(self, policy: Policy, trace: Trace) -> None:
-        """Start empty. Newcomers need records before room is made for them, as in the keeper."""
-        self._policy = policy
-        records = policy.capacity + max(map(len, trace.chains))
-        self._record_of = np.full(trace.unique, -1, dtype=np.int64)
-        self._block_of = np.full(records, -1, dtype=np.int64)
-        self._free = np.arange(records, dtype=np.int64)[::-1].copy()
-        self._free_count = records
-        self._evictable = np.ones(records, dtype=np.bool_)
-        self._policy_ns = 0
-
-    def run(self, trace: Trace) -> Replay:
-        """Replay all requests, one after the other."""
-        hits = sum(self._request(chain, epoch) for epoch, chain in enumerate(trace.chains))
-        return Replay(hits, self._policy_ns)
-
-    def _request(self, chain: Ids, epoch: int) -> int:
-        held = self._record_of[chain] >= 0
-        hits = len(chain) if held.all() else int(np.argmin(held))
-        leased = self._record_of[chain[:hits]]
-        self._evictable[leased] = False
-        if hits:
-            start = time.perf_counter_ns()
-            self._policy.touch(leased, epoch, 0)
-            self._policy_ns += time.perf_counter_ns() - start
-        if hits < len(chain):
-            self._save(chain, held, hits, epoch)
-        self._evictable[leased] = True
-        return hits
-
-    def _save(
-        self, chain: Ids, held: np.ndarray[tuple[int], np.dtype[np.bool_]], hits: int, epoch: int
-    ) -> None:
-        # Behind the first miss there may be blocks that are still held: pieces of one kind, tail first.
-        bounds = [hits, *(np.flatnonzero(np.diff(held[hits:])) + hits + 1).tolist(), len(chain)]
-        for first, stop in reversed(list(pairwise(bounds))):
-            piece = chain[first:stop]
-            records = self._record_of[piece] if held[first] else self._take(piece)
-            keys = piece.tolist()
-            start = time.perf_counter_ns()
-            if held[first]:
-                self._policy.touch(records, epoch, first)
-            else:
-                self._policy.insert(records, keys, epoch, first)
-            self._policy_ns += time.perf_counter_ns() - start
-        shortage = len(self._policy) - self._policy.capacity
-        if shortage > 0:
-            self._evict(shortage)
-
-    def _evict(self, shortage: int) -> None:
-        start = time.perf_counter_ns()
-        victims = self._policy.victims(shortage, self._evictable)
-        self._policy.remove(victims, evicted=True)
-        self._policy_ns += time.perf_counter_ns() - start
-        # Leased blocks alone always fit, so there are victims enough.
-        assert len(victims) == shortage, f"{self._policy.name} found no room"
-        self._record_of[self._block_of[victims]] = -1
-        self._free[self._free_count : self._free_count + shortage] = victims
-        self._free_count += shortage
-
-    def _take(self, blocks: Ids) -> Ids:
-        self._free_count -= len(blocks)
-        records = self._free[self._free_count : self._free_count + len(blocks)].copy()
-        self._record_of[blocks] = records
-        self._block_of[records] = blocks
-        return records
-
-
 def belady_hits(trace: Trace, capacity: int) -> int:
     """Return the most blocks that any policy could hit with room for `capacity` blocks.
 
@@ -184,9 +43,11 @@ def belady_hits(trace: Trace, capacity: int) -> int:
     Source: L. Belady, "A study of replacement algorithms for a virtual-storage computer", 1966.
     """
     hits, ranks, heap = 0, dict[int, int](), list[tuple[int, int]]()
-    for chain, following in zip(trace.chains, _next_uses(trace), strict=True):
+    requests = zip(trace.chains, trace.asked, trace.local, _next_uses(trace), strict=True)
+    for chain, asked, local, following in requests:
         blocks = chain.tolist()
-        hits += next((depth for depth, block in enumerate(blocks) if block not in ranks), len(blocks))
+        held = next((depth for depth, block in enumerate(blocks[:asked]) if block not in ranks), asked)
+        hits += max(0, held - local)
         for depth, (block, use) in enumerate(zip(blocks, following.tolist(), strict=True)):
             if use < 0:
                 ranks.pop(block, None)  # Never used again.
@@ -216,17 +77,17 @@ def measure(trace: Trace, policy: str, fraction: float) -> Result:
     capacity = max(1, round(fraction * trace.unique))
     if policy == BELADY:
         return Result(policy, fraction, belady_hits(trace, capacity) / trace.blocks, None)
-    replay = Replayer(make_policy(policy, capacity), trace).run(trace)
+    replay = Replayer(make_policy(policy, capacity), trace, capacity).run(trace)
     return Result(policy, fraction, replay.hits / trace.blocks, replay.policy_ns / trace.blocks)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `kvkeep bench policy`."""
-    parser.add_argument("trace", metavar="TRACE", type=Path, help=f"the trace: {_FORMAT}")
+    parser.add_argument("trace", metavar="TRACE", type=Path, help=f"the trace: {FORMAT}")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument(
         "--policies",
-        type=_policies,
+        type=policies,
         default=list(POLICIES),
         metavar="NAMES",
         help=f"which policies, with commas between (default: {','.join(POLICIES)})",
@@ -286,7 +147,8 @@ def _as_table(path: Path, trace: Trace, results: list[Result]) -> Table:
     return table
 
 
-def _policies(text: str) -> list[str]:
+def policies(text: str) -> list[str]:
+    """Names of policies with commas between, as an argument."""
     names = text.split(",")
     unknown = [name for name in names if name not in POLICIES]
     if unknown:

@@ -34,6 +34,7 @@ _UNITS |= {
     "tib": 2**40,
 }
 _MAX_SOCKET_PATH = 107
+LOG_FORMATS = ("text", "json")
 LOAD_RULES = ("auto", "always", "never")
 
 
@@ -57,6 +58,16 @@ class KeeperConfig:
     """URLs of the places below memory, the fastest first."""
     drain: float = 30.0
     """Seconds that the end of the keeper waits, at most, for chunks to be written to the tiers."""
+    record: str | None = None
+    """File to record requests to, for `kvkeep bench simulate`: ids and lengths, no text."""
+    http: str | None = None
+    """Address and port of metrics, health and the web page; None: no HTTP."""
+    http_token: str | None = None
+    """File with the token for actions; None: one is made beside the socket."""
+    log_format: str = "text"
+    """How the log is written: text or json."""
+    traces: str | None = None
+    """OTLP/HTTP endpoint that spans are sent to; None: no traces."""
 
     def __post_init__(self) -> None:
         machine = _machine_bytes()
@@ -72,6 +83,8 @@ class KeeperConfig:
             )
         if not 0 <= self.linger < math.inf:
             raise ConfigError("linger must be 0 or more seconds")
+        if self.log_format not in LOG_FORMATS:
+            raise ConfigError(f"log_format must be one of {', '.join(LOG_FORMATS)}, not {self.log_format!r}")
         if not 0 <= self.drain < math.inf:
             raise ConfigError("drain must be 0 or more seconds")
 

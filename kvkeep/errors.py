@@ -6,7 +6,8 @@ KVKeepError
  ├── KeeperUnavailable  the keeper is gone or too slow: treat as a miss, reconnect later
  ├── ProtocolError      the other side does not speak our protocol: drop the connection
  ├── RequestRefused     the keeper understood the request and says no: a bug or a stale handle
- └── TierUnavailable    a place below the arena does not answer or refuses us: go on without it
+ ├── TierUnavailable    a place below the arena does not answer or refuses us: go on without it
+ └── DeviceError        a GPU's driver refused a copy: load by the slow path, or compute
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 __all__ = [
     "CONFIG_EXIT",
     "ConfigError",
+    "DeviceError",
     "KVKeepError",
     "KeeperUnavailable",
     "LayoutError",
@@ -53,3 +55,7 @@ class RequestRefused(KVKeepError):
 
 class TierUnavailable(KVKeepError):
     """A tier cannot be reached, does not answer in time, or refuses us; it may come back."""
+
+
+class DeviceError(KVKeepError):
+    """A GPU's driver refused a copy; nothing of it was done, or not all."""

@@ -17,7 +17,13 @@ from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
-PACKAGE_LINES = {"kvkeep": 15_000, "kvbench": 6_000}  # the cache; what measures it. All budgets: stay under
+# All budgets: stay under. By what is read together: the cache, one engine's adapter, what measures it.
+PACKAGE_LINES = {
+    "kvkeep": 13_000,  # without the adapters
+    "kvkeep/engines/vllm": 2_500,
+    "kvkeep/engines/transformers": 1_500,
+    "kvbench": 6_000,
+}
 FILE_LINES, FUNCTION_LINES = 400, 50
 USUAL_FUNCTION_LINES, USUAL_SHARE = 35, 0.9  # nine functions of ten stay under this
 ABSTRACT_METHODS, CONFIG_FIELDS = 7, 30
@@ -32,20 +38,27 @@ MAY_USE: dict[str, tuple[str, ...]] = {
     "kvkeep.config": (*_LOW[:1], "os"),
     "kvkeep.layout": _LOW[:2],
     "kvkeep.identity": _LOW[:3],
-    "kvkeep.observe": _LOW,
+    "kvkeep.observe": (*_LOW, "kvkeep.keeper", "kvkeep.tiers"),
+    "kvkeep.observe.histogram": (),
     "kvkeep.keeper": _LOW,
     "kvkeep.keeper.movers": (*_LOW, "kvkeep.tiers"),
-    "kvkeep.tiers": _LOW,
+    "kvkeep.tiers": (*_LOW, "kvkeep.observe.histogram"),
     "kvkeep.transfer": (*_LOW, "torch"),
     "kvkeep.wire": (*_LOW, "kvkeep.observe"),
     "kvkeep.wire.connection": (*_LOW, "kvkeep.observe", "kvkeep.keeper"),
     "kvkeep.wire.server": (*_LOW, "kvkeep.observe", "kvkeep.keeper", "kvkeep.tiers"),
     "kvkeep.engines": _ENGINE,
     "kvkeep.engines.vllm": (*_ENGINE, "vllm"),
+    "kvkeep.engines.transformers": (*_ENGINE, "transformers"),
     "kvkeep.cli": ("kvkeep",),
     "kvbench": ("kvbench", "kvkeep", "torch"),
-    "benchmarks": ("kvbench", "kvkeep"),  # as a user would: engines are processes
-    **dict.fromkeys(("demo", "scripts", "tests"), ("kvbench", "kvkeep", "torch", "vllm", "os")),
+    "benchmarks": ("kvbench", "kvkeep", "transformers"),  # as a user would: engines are processes
+    **dict.fromkeys(
+        ("benchmarks.gpu", "benchmarks.transformers_ttft"), ("kvbench", "kvkeep", "torch", "transformers")
+    ),
+    **dict.fromkeys(
+        ("demo", "scripts", "tests"), ("kvbench", "kvkeep", "torch", "vllm", "transformers", "os")
+    ),
 }
 _PICKLE = "no pickle anywhere (reading one runs its writer's code): msgspec, struct, or numpy without it"
 _ENVIRON = "make it a field in kvkeep/config.py"
@@ -54,6 +67,7 @@ GUARDED = {  # what is not here is free to import
     "kvbench": "the cache does not know what measures it",
     "torch": "move it to kvkeep/transfer",
     "vllm": "move it to kvkeep/engines/vllm",
+    "transformers": "move it to kvkeep/engines/transformers",
     **{f"os.{name}": _ENVIRON for name in ("environ", "environb", "getenv", "getenvb", "putenv")},
     **dict.fromkeys(("pickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"), _PICKLE),
 }
@@ -76,7 +90,7 @@ class Source(NamedTuple):
 def main() -> int:
     """Check the tree around this script, or the one that is named."""
     root = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).resolve().parent.parent)
-    sources, outside = load(root, *PACKAGE_LINES), load(root, "benchmarks", "demo", "scripts", "tests")
+    sources, outside = load(root, "kvkeep", "kvbench"), load(root, "benchmarks", "demo", "scripts", "tests")
     figures, problems = budgets(sources)
     problems += boundaries(sources + outside) + broad_excepts(sources) + duplicates(sources)
     problems += light_import(root)
@@ -104,7 +118,7 @@ def budgets(sources: list[Source]) -> tuple[list[str], list[Problem]]:
     """Return each figure beside its budget, and what is over it."""
     files = [(len(source.text.splitlines()), source.path) for source in sources]
     functions, interfaces, fields = [], [], 0
-    packages = {name: sum(n for n, path in files if _top(path) == name) for name in PACKAGE_LINES}
+    packages = {name: sum(n for n, path in files if _part(path) == name) for name in PACKAGE_LINES}
     for source in sources:
         for node in source.nodes:
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -218,8 +232,9 @@ def _uses(source: Source) -> Iterator[tuple[int, str]]:
             yield node.lineno, "pickle"
 
 
-def _top(path: str) -> str:
-    return Path(path).parts[0]
+def _part(path: str) -> str:
+    """The longest name in PACKAGE_LINES that a file lies under."""
+    return max((name for name in PACKAGE_LINES if path.startswith(f"{name}/")), key=len)
 
 
 def _code_lines(source: Source) -> Iterator[tuple[int, str]]:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
-import socket
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvbench.engine import VllmServer, connector_args
-from kvkeep.config import child_environment
+from kvbench.process import ServerProcess, free_port
+from kvbench.servers import LMCACHE_ENVIRONMENT, keeper, lmcache_args, lmcache_server
 
 HERE = Path(__file__).parent
 OUT = HERE / "out"
@@ -33,7 +30,7 @@ class Setup:
     python: str
     args: list[str]
     token_bytes: int
-    cache: subprocess.Popen[bytes] | None = None
+    cache: ServerProcess | None = None
     cache_log: Path | None = None
     environ: dict[str, str] = field(default_factory=dict)
     engine: VllmServer | None = None
@@ -58,7 +55,7 @@ class Setup:
     def pids(self) -> list[int]:
         """Processes of the engine and its cache server."""
         engine = self.engine.pids if self.engine is not None else []
-        return engine + ([self.cache.pid] if self.cache is not None else [])
+        return engine + (self.cache.pids if self.cache is not None else [])
 
     def moved(self) -> dict[str, float]:
         """Sums of the cache's own clocks since the start."""
@@ -77,70 +74,23 @@ class Setup:
 
 
 @contextlib.contextmanager
-def server(command: list[str], log: Path, ready: Path | int) -> Iterator[subprocess.Popen[bytes]]:
-    """A cache server as a child process; `ready` is the socket file or the port that shows it is up."""
-    environ = {"LMCACHE_TRACK_USAGE": "false", "LMCACHE_DISABLE_BANNER": "1", "PYTHONUNBUFFERED": "1"}
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            command, stdout=out, stderr=subprocess.STDOUT, env=child_environment(environ)
-        )
-    try:
-        deadline = time.monotonic() + 120
-        while not _is_up(ready):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit(f"{Path(command[0]).name} did not start:\n{log.read_text()[-3000:]}")
-            time.sleep(0.1)
-        yield process
-    finally:
-        process.terminate()
-        try:
-            process.wait(15)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait(15)
-
-
-def _is_up(ready: Path | int) -> bool:
-    if isinstance(ready, Path):
-        return ready.exists()
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", ready)) == 0
-
-
-def free_ports(count: int) -> list[int]:
-    """Free loopback ports."""
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
-
-
-@contextlib.contextmanager
 def set_ups(args: list[str], token_bytes: int) -> Iterator[list[Setup]]:
     """All three, engines not started yet."""
-    port, http = free_ports(2)
-    name = f"kvkeep-bench-{os.getpid()}"
-    lmcache = [str(PEER / "lmcache"), "server", "--host", "127.0.0.1", "--port", str(port)]
-    lmcache += ["--http-host", "127.0.0.1", "--http-port", str(http), "--l1-size-gb", str(CACHE_GIB)]
-    lmcache += ["--no-l1-use-lazy", "--shm-name", name, "--eviction-policy", "LRU"]
-    lmcache += ["--chunk-size", str(CHUNK), "--supported-transfer-mode", "auto"]
-    where = {"lmcache.mp.host": "tcp://127.0.0.1", "lmcache.mp.port": port}
-    transfer = {"kv_connector": "LMCacheMPConnector", "kv_role": "kv_both"}
-    peer_args = ["--kv-transfer-config", json.dumps({**transfer, "kv_connector_extra_config": where})]
-    environ = {"LMCACHE_TRACK_USAGE": "false", "LMCACHE_DISABLE_BANNER": "1"}
+    port, http, peer_log = free_port(), free_port(), OUT / "lmcache-server.log"
+    peer_log.unlink(missing_ok=True)  # its lines are what `moved` adds up
     with tempfile.TemporaryDirectory(prefix="kvkeep-bench-") as folder, contextlib.ExitStack() as stack:
-        path = Path(folder) / "keeper.sock"
-        serve = [sys.executable, "-m", "kvkeep.cli", "serve", "--socket", str(path)]
-        serve += ["--memory", f"{CACHE_GIB}GiB"]
-        keeper = stack.enter_context(server(serve, OUT / "keeper.log", path))
-        peer_log = OUT / "lmcache-server.log"
-        peer = stack.enter_context(server(lmcache, peer_log, port))
+        path = str(Path(folder) / "keeper.sock")
+        cache = stack.enter_context(keeper(path, f"{CACHE_GIB}GiB", [], OUT / "keeper.log"))
+        peer = stack.enter_context(
+            lmcache_server(PEER, port, http, peer_log, gib=CACHE_GIB, chunk_tokens=CHUNK)
+        )
         ours, theirs = sys.executable, str(PEER / "python")
         setups = [
             Setup("alone", ours, args, token_bytes),
-            Setup("kvkeep", ours, args + connector_args(socket=str(path)), token_bytes, keeper),
-            Setup("lmcache", theirs, args + peer_args, token_bytes, peer, peer_log, environ),
+            Setup("kvkeep", ours, args + connector_args(socket=path), token_bytes, cache),
+            Setup(
+                "lmcache", theirs, args + lmcache_args(port), token_bytes, peer, peer_log, LMCACHE_ENVIRONMENT
+            ),
         ]
         try:
             yield setups

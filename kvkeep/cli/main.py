@@ -25,6 +25,9 @@ _BENCHES = {
     "lookup": ("kvbench.lookup", "hashing and lookup of long prompts through the socket"),
     "tier": ("kvbench.tier", "a tier below memory against its raw medium"),
     "policy": ("kvbench.policy", "eviction policies on a request trace"),
+    "simulate": ("kvbench.simulate", "how much memory and disk a request trace needs"),
+    "serve": ("kvbench.serve", "what users of an OpenAI-compatible server feel, under load"),
+    "compare": ("kvbench.compare.command", "a workload over several set-ups in turn: table, picture, report"),
 }
 
 
@@ -59,6 +62,12 @@ def _add(
     for name, (module_name, help_text) in table.items():
         parser = group.add_parser(name, help=help_text, description=help_text)
         if chosen == [name]:  # only the command that runs is imported: `kvkeep status` stays fast
-            module = importlib.import_module(module_name)
+            try:
+                module = importlib.import_module(module_name)
+            except ModuleNotFoundError as error:
+                if table is not _BENCHES:
+                    raise
+                remedy = "pip install 'kvkeep[bench]'"
+                parser.exit(CONFIG_EXIT, f"kvkeep: {name} needs the module {error.name}: {remedy}\n")
             module.add_arguments(parser)
             parser.set_defaults(run=module.run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import mmap
 import os
 import re
 import socket
@@ -14,7 +15,10 @@ from typing import NamedTuple
 
 __all__ = [
     "Outcome",
+    "arena_nodes",
     "cpu_flags",
+    "gpu_nodes",
+    "graphics_driver",
     "importable",
     "installed",
     "meminfo",
@@ -66,6 +70,39 @@ def cpu_flags() -> set[str]:
     """Features of the first CPU."""
     found = re.search(r"^(?:flags|Features)\s*:(.*)$", read("/proc/cpuinfo"), re.MULTILINE)
     return set(found[1].split()) if found else set()
+
+
+def graphics_driver() -> str:
+    """Version of the NVIDIA driver; empty without one."""
+    found = re.search(r"Kernel Module\D+([\d.]+)", read("/proc/driver/nvidia/version"))
+    return found[1] if found else ""
+
+
+def gpu_nodes() -> dict[str, int]:
+    """The NUMA node of each NVIDIA GPU by its PCI address; -1 where the machine has only one."""
+    found = {}
+    for folder in Path("/proc/driver/nvidia/gpus").glob("*"):
+        text = read(f"/sys/bus/pci/devices/{folder.name}/numa_node").strip()
+        found[folder.name] = int(text) if text.lstrip("-").isdigit() else -1
+    return found
+
+
+def arena_nodes(fd: int, nbytes: int) -> dict[int, int]:
+    """Where an arena lies: of a few hundred of its pages, how many on which NUMA node.
+
+    Empty where it is not allocated as a whole: looking at a page that is not would allocate it.
+    """
+    if os.fstat(fd).st_blocks * 512 < nbytes:
+        return {}
+    pages: dict[int, int] = {}
+    with mmap.mmap(fd, nbytes, prot=mmap.PROT_READ) as memory:
+        for at in range(0, nbytes, max(mmap.PAGESIZE, nbytes // 256 // mmap.PAGESIZE * mmap.PAGESIZE)):
+            memory[at]  # enters the page, and a few around it, into our own table
+        for line in read("/proc/self/numa_maps").splitlines():
+            if "memfd:kvkeep" in line:
+                for node, count in re.findall(r"\bN(\d+)=(\d+)", line):
+                    pages[int(node)] = pages.get(int(node), 0) + int(count)
+    return pages
 
 
 def read(path: str) -> str:

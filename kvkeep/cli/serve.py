@@ -5,12 +5,21 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import os
 import signal
+from typing import TYPE_CHECKING
 
 from kvkeep import config
+from kvkeep.errors import ConfigError
+from kvkeep.observe.logs import set_up
+from kvkeep.observe.traces import Traces, otlp
+from kvkeep.observe.watch import Watch, tier_names
 from kvkeep.wire.server import KeeperServer
+
+if TYPE_CHECKING:
+    from kvkeep.observe.http import Web
 
 __all__ = ["add_arguments", "run"]
 
@@ -35,14 +44,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--drain", help="seconds that the end waits for chunks to be written to the tiers (default: 30)"
     )
+    parser.add_argument(
+        "--record", metavar="FILE", help="record requests for `kvkeep bench simulate`: ids and lengths only"
+    )
+    parser.add_argument("--http", metavar="HOST:PORT", help="serve metrics, health and a web page there")
+    parser.add_argument(
+        "--http-token", metavar="FILE", help="token for actions (default: made, in a file beside the socket)"
+    )
+    parser.add_argument("--log-format", help="how the log is written: text or json (default: text)")
+    parser.add_argument("--traces", metavar="URL", help="send OpenTelemetry spans to this OTLP/HTTP endpoint")
 
 
 def run(args: argparse.Namespace) -> int:
     """Serve; returns 0 after SIGTERM or SIGINT, or when the last client of an embedded keeper left."""
-    names = ("socket", "memory", "policy", "prefault", "huge_pages", "linger", "tiers", "drain")
+    names = [field.name for field in dataclasses.fields(config.KeeperConfig)]
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
     settings = config.load(config.KeeperConfig, {"socket": config.default_socket(), **given})
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    set_up(settings.log_format)
     with contextlib.suppress(OSError):
         # An embedded keeper inherits its engine's pinning, on whose cores it must not depend.
         os.sched_setaffinity(0, range(os.cpu_count() or 1))
@@ -56,6 +74,8 @@ async def _serve(settings: config.KeeperConfig) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, server.stop)
 
+    look = _look_on(server, settings)
+
     def ready() -> None:
         log.info(
             "keeper %s serves %s: %.2f GiB of memory, policy %s",
@@ -64,6 +84,30 @@ async def _serve(settings: config.KeeperConfig) -> None:
             server.keeper.arena.nbytes / 2**30,
             settings.policy,
         )
+        if look is not None:
+            look.announce()
 
-    await server.run(ready)
+    try:
+        if look is not None:
+            await look.start()
+        await server.run(ready)
+    finally:
+        if look is not None:
+            await look.close()
+        if server.watch is not None:
+            server.watch.close()
     log.info("keeper %s has stopped", server.identity[:8])
+
+
+def _look_on(server: KeeperServer, settings: config.KeeperConfig) -> Web | None:
+    """What `--http` and `--traces` ask for."""
+    traces = None if settings.traces is None else Traces(otlp(settings.traces))
+    if settings.http is None:
+        if traces is not None:
+            server.watch = Watch(server.keeper, tier_names(server.movers), traces)
+        return None
+    try:
+        from kvkeep.observe.http import Web
+    except ImportError as error:
+        raise ConfigError(f"--http needs {error.name}: pip install 'kvkeep[http]'") from error
+    return Web(server, settings, traces)

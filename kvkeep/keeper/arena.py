@@ -12,13 +12,13 @@ import numpy as np
 from kvkeep.errors import ConfigError
 from kvkeep.keeper.index import Records
 
-__all__ = ["ALIGNMENT", "Arena", "SlotClass"]
+__all__ = ["ALIGNMENT", "MIN_SLABS", "Arena", "SlotClass"]
 
 ALIGNMENT = 4096
 """Slots start at multiples of a page: O_DIRECT and DMA need it, and streaming stores like it."""
 
 _SLAB_BYTES = 64 << 20
-_MIN_SLABS = 16
+MIN_SLABS = 16
 
 
 def _round_up(value: int, step: int) -> int:
@@ -44,11 +44,9 @@ class Arena:
     """Hands out byte offsets into `nbytes` of memory. One owner, no locks."""
 
     def __init__(self, nbytes: int) -> None:
-        slab = min(_SLAB_BYTES, nbytes // _MIN_SLABS // ALIGNMENT * ALIGNMENT)
+        slab = min(_SLAB_BYTES, nbytes // MIN_SLABS // ALIGNMENT * ALIGNMENT)
         if slab < ALIGNMENT:
-            raise ConfigError(
-                f"memory of {nbytes} bytes is too small: give at least {_MIN_SLABS * ALIGNMENT}"
-            )
+            raise ConfigError(f"memory of {nbytes} bytes is too small: give at least {MIN_SLABS * ALIGNMENT}")
         self.slab_bytes = slab
         self.nbytes = nbytes // slab * slab
         self.free_slabs = list(range(self.nbytes // slab - 1, -1, -1))
@@ -61,7 +59,7 @@ class Arena:
             raise ConfigError(
                 f"a chunk of {nbytes / 2**20:.1f} MiB does not fit an arena of {self.nbytes / 2**20:.0f} MiB "
                 f"(slabs of {self.slab_bytes / 2**20:.1f} MiB): give the keeper --memory of at least "
-                f"{_MIN_SLABS * slot / 2**20:.0f} MiB, or choose a smaller chunk size"
+                f"{MIN_SLABS * slot / 2**20:.0f} MiB, or choose a smaller chunk size"
             )
         return self.classes.setdefault(slot, SlotClass(slot, self.slab_bytes))
 

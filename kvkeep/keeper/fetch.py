@@ -9,6 +9,7 @@ its request has taken it. Chunks that another fetch is bringing already are wait
 from __future__ import annotations
 
 import enum
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -72,6 +73,8 @@ class Fetch:
         self.attended = True
         """Whether a request will come for what lands."""
         self.leases: list[int] = []
+        self.landed: Counter[int] = Counter()
+        """By tier, chunks that it has given, all groups together."""
         self.pending: set[Batch] = set()
         self._sources = [np.full(len(keys), _UNKNOWN, np.int64) for keys in chains]
         self._windows = [group.window_chunks for group in space.groups]
@@ -241,6 +244,7 @@ class Fetches:
         kept = batch.records[good]
         for fetch in batch.waiters:
             fetch.pending.discard(batch)
+            fetch.landed[batch.tier] += len(kept)
             if fetch.attended and len(kept):
                 keeper.chunks.lease(kept)
                 fetch.leases.append(keeper.claims.open(ClaimKind.LEASE, fetch.session, kept, 1))
@@ -253,15 +257,18 @@ class Fetches:
         fetch = self._open.get(ticket)
         return fetch.stage if fetch is not None and fetch.session == session else Stage.DONE
 
-    def forget(self, session: str, ticket: int) -> None:
-        """Nobody waits for this fetch any more: what lands is as evictable as all else."""
+    def forget(self, session: str, ticket: int) -> Counter[int]:
+        """Nobody waits for this fetch any more: what lands is as evictable as all else.
+
+        Returns how many chunks each tier has given so far."""
         fetch = self._open.get(ticket)
         if fetch is None or fetch.session != session:
-            return
+            return Counter()
         for lease in fetch.leases:
             self._keeper.release(session, lease, None)
         fetch.leases.clear()
         self._leave(fetch)
+        return fetch.landed
 
     def session_ended(self, session: str) -> None:
         """A session is gone, and its claims with it."""

@@ -90,7 +90,13 @@ class Keeper:
         return fingerprint in self._by_fingerprint
 
     def open_namespace(
-        self, fingerprint: bytes, label: str, groups: Sequence[GroupSpec], parts: int, readers: int
+        self,
+        fingerprint: bytes,
+        label: str,
+        groups: Sequence[GroupSpec],
+        parts: int,
+        readers: int,
+        chunk_tokens: int = 0,
     ) -> Namespace:
         """Open a namespace, or find it again. Raises RequestRefused if it differs from before,
         ConfigError if its chunks do not fit the arena."""
@@ -101,7 +107,8 @@ class Keeper:
             return known
         for group in groups:
             self.arena.size_class(group.slot_bytes + self.trailer)
-        space = Namespace(len(self.namespaces), fingerprint, label, tuple(groups), parts, readers, Counters())
+        number = len(self.namespaces)
+        space = Namespace(number, fingerprint, label, tuple(groups), parts, readers, chunk_tokens)
         self.namespaces.append(space)
         self._by_fingerprint[fingerprint] = space
         return space
@@ -253,11 +260,7 @@ class Keeper:
 
     def usage(self) -> tuple[Records, Records]:
         """Per namespace: readable chunks, all groups together, and bytes of slots that are taken."""
-        taken = np.flatnonzero(self.chunks.state != ChunkState.FREE)
-        spaces, count = self.chunks.namespace[taken], len(self.namespaces)
-        readable = self.chunks.state[taken] == ChunkState.COMMITTED
-        nbytes = np.bincount(spaces, self.slot_bytes(taken), count).astype(np.int64)
-        return np.bincount(spaces[readable], minlength=count), nbytes
+        return self.chunks.usage(len(self.namespaces), [kind.slot_bytes for kind in self._kinds])
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless slots, bytes, leases and policies agree."""

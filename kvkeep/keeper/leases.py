@@ -53,6 +53,9 @@ class Claims:
     def __len__(self) -> int:
         return len(self._open)
 
+    def __contains__(self, number: int) -> bool:
+        return number in self._open
+
     def count(self, kind: ClaimKind) -> int:
         """Open claims of one kind."""
         return sum(claim.kind is kind for claim in self._open.values())

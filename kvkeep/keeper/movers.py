@@ -12,6 +12,7 @@ import mmap
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -82,7 +83,7 @@ class Movers:
         post: Callable[[Callable[[], None]], object],
     ) -> None:
         self._keeper = keeper
-        self._tiers = list(tiers)
+        self.tiers = list(tiers)
         self._memory = memoryview(memory)
         self._post = post
         self._fetches = Fetches(keeper)
@@ -117,7 +118,7 @@ class Movers:
         Where asking usually takes longer than the request has patience, what is found is fetched all the
         same, for the next one.
         """
-        usable = [opened for opened in self._tiers if opened.guard.available]
+        usable = [opened for opened in self.tiers if opened.guard.available]
         if asked.recompute < 0 or not usable or len(self._fetches) >= _MOST_FETCHES:
             return 0
         fetch = self._fetches.begin(asked.session, asked.space, asked.keys, asked.first, found.epoch)
@@ -129,9 +130,9 @@ class Movers:
         """How far a fetch is."""
         return self._fetches.stage(session, ticket)
 
-    def forget(self, session: str, ticket: int) -> None:
-        """The request has taken what landed, or waits no more."""
-        self._fetches.forget(session, ticket)
+    def forget(self, session: str, ticket: int) -> Counter[int]:
+        """The request has taken what landed, or waits no more; by tier, how many chunks that was."""
+        return self._fetches.forget(session, ticket)
 
     def session_ended(self, session: str) -> None:
         """A session is gone."""
@@ -157,7 +158,7 @@ class Movers:
         """Per key, the first tier that has it, or -1. In a thread."""
         found = [-1] * len(keys)
         left = list(range(len(keys)))
-        for number, opened in enumerate(self._tiers):
+        for number, opened in enumerate(self.tiers):
             if not left or not opened.guard.available:
                 continue
             try:
@@ -182,14 +183,14 @@ class Movers:
         """How long reading takes, behind what is being read; tiers work side by side."""
         longest = 0.0
         for tier, nbytes in needs:
-            meter = self._tiers[tier].tier
+            meter = self.tiers[tier].tier
             rate = meter.seconds_per_byte or 0.0  # not known yet: worth finding out
             latency = _LATENCY_GUESS if meter.latency is None else meter.latency
             longest = max(longest, latency + rate * (nbytes + self._reading[tier]))
         return longest
 
     def _read(self, batch: Batch) -> None:
-        opened = self._tiers[batch.tier]
+        opened = self.tiers[batch.tier]
         nbytes = sum(move.length for move in batch.moves)
         self._reading[batch.tier] += nbytes
 
@@ -212,7 +213,7 @@ class Movers:
 
     def kick(self) -> None:
         """Begin to write what waits, where a tier is idle."""
-        for tier, opened in enumerate(self._tiers):
+        for tier, opened in enumerate(self.tiers):
             if not self._writing[tier] and opened.guard.available:
                 flush = self._queues[tier].next(_FLUSH_BYTES)
                 if flush is not None:
@@ -221,7 +222,7 @@ class Movers:
 
     def tick(self) -> None:
         """Now and then: see whether tiers that were switched off are well again, and write what waits."""
-        for tier, opened in enumerate(self._tiers):
+        for tier, opened in enumerate(self.tiers):
             if opened.guard.probe_due and not self._probing[tier]:
                 self._probing[tier] = True
                 self._writers[tier].submit(lambda tier=tier: self._probe(tier))  # type: ignore[misc]
@@ -232,12 +233,12 @@ class Movers:
         """Chunks that are queued for, or on their way to, a tier that can be written to."""
         return sum(
             len(waiting) + writing
-            for waiting, writing, opened in zip(self._queues, self._writing, self._tiers, strict=True)
+            for waiting, writing, opened in zip(self._queues, self._writing, self.tiers, strict=True)
             if opened.guard.available
         )
 
     def _write(self, tier: int, flush: Flush) -> None:
-        opened = self._tiers[tier]
+        opened = self.tiers[tier]
 
         def job() -> None:
             stored, again = np.zeros(len(flush.moves), np.bool_), False
@@ -266,7 +267,7 @@ class Movers:
         return held
 
     def _probe(self, tier: int) -> None:
-        self._tiers[tier].guard.probe()
+        self.tiers[tier].guard.probe()
         self._probing[tier] = False
 
     def _views(self, moves: list[Move]) -> list[memoryview]:
@@ -283,12 +284,15 @@ class Movers:
                 "last_error": opened.guard.last_error,
                 "write": opened.write.value,
                 "waiting_chunks": len(waiting) + writing,
+                "reading_bytes": reading,
                 "lost_chunks": waiting.lost,
                 "latency_s": opened.tier.latency,
                 "read_GBps": _per_second(opened.tier.seconds_per_byte),
                 **opened.tier.figures(),
             }
-            for opened, waiting, writing in zip(self._tiers, self._queues, self._writing, strict=True)
+            for opened, waiting, writing, reading in zip(
+                self.tiers, self._queues, self._writing, self._reading, strict=True
+            )
         ]
 
     def close(self) -> None:
@@ -296,7 +300,7 @@ class Movers:
         for lane in (self._probes, *self._readers, *self._writers):
             lane.close()
         deadline = time.monotonic() + 5.0
-        for opened in self._tiers:
+        for opened in self.tiers:
             closing = threading.Thread(target=opened.tier.close, daemon=True)
             closing.start()
             closing.join(max(0.1, deadline - time.monotonic()))

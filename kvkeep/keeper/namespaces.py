@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 __all__ = ["Counters", "GroupSpec", "Namespace"]
@@ -45,4 +45,6 @@ class Namespace:
     """Ranks that write a part of each chunk."""
     readers: int
     """Ranks that read each chunk (more than `parts` where ranks hold the same KV)."""
-    counters: Counters
+    chunk_tokens: int = 0
+    """Tokens of a chunk, for people; 0: not known."""
+    counters: Counters = field(default_factory=Counters)

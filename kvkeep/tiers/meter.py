@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import TypeVar
 
 from kvkeep.errors import TierUnavailable
+from kvkeep.observe.histogram import BYTES, MOVE_SECONDS, Histogram
 from kvkeep.tiers.base import Buffer, Got, Key, Put, Tier
 from kvkeep.tiers.wrap import Wrapper
 
@@ -22,6 +23,9 @@ _SHARE = 0.2  # of the newest sample in a running mean
 class TierCounters:
     """Totals since the tier was opened."""
 
+    asked: int = 0
+    """Keys that it was asked about, and how many of them it had."""
+    found: int = 0
     hits: int = 0
     misses: int = 0
     damaged: int = 0
@@ -43,6 +47,10 @@ class Metered(Wrapper):
         self._clock = clock
         self._lock = threading.Lock()
         self.counters = TierCounters()
+        self.seconds = {verb: Histogram(MOVE_SECONDS) for verb in ("contains", "get", "put")}
+        """Of each batch by verb; of `contains` those that failed too."""
+        self.nbytes = {verb: Histogram(BYTES) for verb in ("get", "put")}
+        """Hit or stored by each batch."""
         self.latency: float | None = None
         """Running mean of the seconds that a `contains` takes; None before the first."""
         self.seconds_per_byte: float | None = None
@@ -56,10 +64,16 @@ class Metered(Wrapper):
     def contains(self, keys: Sequence[Key]) -> list[bool]:
         began = self._clock()
         try:
-            return self._counted(lambda: self.inner.contains(keys))
+            held = self._counted(lambda: self.inner.contains(keys))
         finally:  # also after a failure: a store that times out is slow, and must count as such
+            took = self._clock() - began
             with self._lock:
-                self.latency = _mean(self.latency, self._clock() - began)
+                self.latency = _mean(self.latency, took)
+                self.seconds["contains"].add(took)
+        with self._lock:
+            self.counters.asked += len(keys)
+            self.counters.found += sum(held)
+        return held
 
     def get(self, keys: Sequence[Key], buffers: Sequence[Buffer]) -> list[Got]:
         began = self._clock()
@@ -72,6 +86,8 @@ class Metered(Wrapper):
             self.counters.damaged += results.count(Got.DAMAGED)
             self.counters.got_bytes += nbytes
             self.counters.get_seconds += took
+            self.seconds["get"].add(took)
+            self.nbytes["get"].add(nbytes)
             if nbytes:
                 self.seconds_per_byte = _mean(self.seconds_per_byte, took / nbytes)
         return results
@@ -86,6 +102,8 @@ class Metered(Wrapper):
             self.counters.refused += len(results) - len(stored)
             self.counters.put_bytes += sum(stored)
             self.counters.put_seconds += took
+            self.seconds["put"].add(took)
+            self.nbytes["put"].add(sum(stored))
         return results
 
     def delete(self, keys: Sequence[Key]) -> None:

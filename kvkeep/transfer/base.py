@@ -8,8 +8,8 @@ import os
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Callable, Sequence
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,12 +18,28 @@ import torch
 from kvkeep.errors import LayoutError
 from kvkeep.layout import GroupLayout, LayerTensor, group_layout
 
-__all__ = ["Offsets", "Transfer", "describe_layers", "prepare_mapping"]
+__all__ = [
+    "Move",
+    "Offsets",
+    "Transfer",
+    "await_allocation",
+    "describe_layers",
+    "populate",
+    "prepare_mapping",
+]
 
 Offsets = npt.NDArray[np.int64]
 _PREPARE_STEP = 16 << 20
 _MADV_POPULATE_WRITE = 23
 _LOOK_EVERY, _PATIENCE = 0.1, 10.0  # seconds
+
+
+class Move(NamedTuple):
+    """Blocks of one group: see `Transfer`."""
+
+    group: int
+    offsets: Offsets
+    blocks: Offsets
 
 
 class Transfer(ABC):
@@ -45,6 +61,9 @@ class Transfer(ABC):
             group_layout(describe_layers(group), num_blocks) for group in layers
         ]
         self.arena = torch.frombuffer(arena, dtype=torch.uint8)
+        self._mapping = arena
+        self._base = self.arena.data_ptr()
+        self._tables = [layout.table() for layout in self.layouts]
 
     def save(self, group: int, offsets: Offsets, blocks: Offsets) -> int:
         """Paged KV → arena. Returns the bytes copied; raises LayoutError on a place out of bounds."""
@@ -56,8 +75,28 @@ class Transfer(ABC):
         self._check(group, offsets, blocks)
         return self._copy(group, offsets, blocks, saving=False)
 
+    def prepare(self, fd: int) -> None:
+        """Make the mapping fast to copy to, in the background. `fd`: the arena's; stays the caller's."""
+        prepare_mapping(self._mapping, fd)
+
+    def close(self) -> None:  # noqa: B027 (only a device has something to let go of)
+        """Let go of the mapping; no copy is asked for after this. May take seconds."""
+
     @abstractmethod
     def _copy(self, group: int, offsets: Offsets, blocks: Offsets, saving: bool) -> int: ...
+
+    def _places(
+        self,
+        group: int,
+        offsets: Offsets,
+        blocks: Offsets,
+        pieces: npt.NDArray[np.bool_] | slice = slice(None),
+    ) -> tuple[Offsets, Offsets, Offsets]:
+        """Per piece, block after block: its address in the paged KV, its address in the arena, its bytes."""
+        address, stride, nbytes, within = (column[pieces] for column in self._tables[group])
+        paged = (address + blocks[:, None] * stride).ravel()
+        slots = (self._base + offsets[:, None] + within).ravel()
+        return paged, slots, np.tile(nbytes, len(blocks))
 
     def _check(self, group: int, offsets: Offsets, blocks: Offsets) -> None:
         layout = self.layouts[group]
@@ -89,20 +128,25 @@ def prepare_mapping(arena: mmap.mmap, fd: int) -> threading.Thread:
 def _populate(address: int, arena: mmap.mmap, fd: int) -> None:
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
     try:
-        if not _await_allocation(fd, len(arena)):
+        if not await_allocation(fd, len(arena)):
             return
     finally:
         os.close(fd)
+    for offset in range(0, len(arena), _PREPARE_STEP):
+        if not populate(address + offset, min(_PREPARE_STEP, len(arena) - offset)):
+            return
+
+
+def populate(address: int, nbytes: int) -> bool:
+    """Enter these pages into this process's page table. False on a kernel that cannot (before 5.14), or
+    without memory: they come on first touch instead."""
     madvise = ctypes.CDLL(None).madvise
     madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    for offset in range(0, len(arena), _PREPARE_STEP):
-        size = min(_PREPARE_STEP, len(arena) - offset)
-        if madvise(address + offset, size, _MADV_POPULATE_WRITE):
-            return  # an older kernel (before 5.14), or no memory: pages come on first touch instead
+    return not madvise(address, nbytes, _MADV_POPULATE_WRITE)
 
 
-def _await_allocation(fd: int, nbytes: int) -> bool:
-    """Wait until all of a file is allocated; False once that has made no progress for a while.
+def await_allocation(fd: int, nbytes: int, stop: Callable[[], bool] = lambda: False) -> bool:
+    """Wait until all of a file is allocated; False once that has made no progress for a while, or `stop()`.
 
     By its count of blocks: SEEK_DATA takes what fallocate reserved for a hole until it is written.
     """
@@ -110,7 +154,7 @@ def _await_allocation(fd: int, nbytes: int) -> bool:
     while (now := os.fstat(fd).st_blocks * 512) < nbytes:
         if now != allocated:
             allocated, since = now, time.monotonic()
-        if time.monotonic() - since > _PATIENCE:
+        if stop() or time.monotonic() - since > _PATIENCE:
             return False
         time.sleep(_LOOK_EVERY)
     return True

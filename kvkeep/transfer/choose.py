@@ -22,12 +22,36 @@ def make_transfer(
     layers: Sequence[Sequence[tuple[str, torch.Tensor]]], num_blocks: int, arena: mmap.mmap, threads: int = 1
 ) -> Transfer:
     """The fast engine for the device that holds the layers. Raises LayoutError where there is none."""
-    devices = {tensor.device.type for group in layers for _, tensor in group}
-    if devices != {"cpu"}:
-        raise LayoutError(f"KV on {sorted(devices)} cannot be moved yet: this version serves CPU engines")
+    devices = {tensor.device for group in layers for _, tensor in group}
+    kinds = {device.type for device in devices}
+    if len(devices) == 1 and kinds == {"cuda"} and torch.version.cuda:
+        return _on_cuda(layers, num_blocks, arena, devices.pop())
+    if kinds != {"cpu"}:
+        names = ", ".join(sorted(map(str, devices)))
+        raise LayoutError(f"KV on {names} cannot be moved: kvkeep serves CPUs, and one NVIDIA GPU per worker")
     if importlib.util.find_spec("numba") is None:
         log.warning("numba is not installed: blocks are copied at a third of the speed; pip install numba")
         return ReferenceTransfer(layers, num_blocks, arena)
     from kvkeep.transfer.cpu import CpuTransfer
 
     return CpuTransfer(layers, num_blocks, arena, threads)
+
+
+def _on_cuda(
+    layers: Sequence[Sequence[tuple[str, torch.Tensor]]],
+    num_blocks: int,
+    arena: mmap.mmap,
+    device: torch.device,
+) -> Transfer:
+    if importlib.util.find_spec("triton") is None:
+        raise LayoutError(f"KV on {device} cannot be moved without Triton: pip install triton")
+    from kvkeep.transfer.cuda import CudaTransfer
+    from kvkeep.transfer.driver import CudaBackend
+
+    try:
+        backend = CudaBackend(device)
+    except OSError as error:
+        raise LayoutError(
+            f"KV on {device} cannot be moved: the driver's library does not load: {error}"
+        ) from error
+    return CudaTransfer(layers, num_blocks, arena, backend)

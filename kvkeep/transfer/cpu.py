@@ -42,17 +42,12 @@ class CpuTransfer(Transfer):
         threads: int = 1,
     ) -> None:
         super().__init__(layers, num_blocks, arena)
-        self._tables = [layout.table() for layout in self.layouts]
-        self._base = self.arena.data_ptr()
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads - 1, "kvkeep-copy") if threads > 1 else None
         copy_pieces()  # compile now, not in the first request
 
     def _copy(self, group: int, offsets: Offsets, blocks: Offsets, saving: bool) -> int:
-        address, stride, nbytes, within = self._tables[group]
-        paged = (address + blocks[:, None] * stride).ravel()
-        slots = (self._base + offsets[:, None] + within).ravel()
-        sizes = np.tile(nbytes, len(blocks))
+        paged, slots, sizes = self._places(group, offsets, blocks)
         target, source = (slots, paged) if saving else (paged, slots)
         self._run(target, source, sizes)
         return int(sizes.sum())

@@ -58,16 +58,19 @@ class Connection:
         self.arena_bytes = welcome.arena_bytes
 
     @classmethod
-    def open(cls, path: str, session: str, *, arena: bool = False, timeout: float = 1.0) -> Connection:
+    def open(
+        cls, path: str, session: str, *, arena: bool = False, device: bool = False, timeout: float = 1.0
+    ) -> Connection:
         """Connect and say hello.
 
         `session` names the engine instance: leases and reservations live as long as any of its
-        connections. `timeout` bounds each later call, in seconds. Raises KeeperUnavailable, or
-        RequestRefused where the keeper does not want us (its message says why).
+        connections, and a little longer where a `device` copies. `timeout` bounds each later call, in
+        seconds. Raises KeeperUnavailable, or RequestRefused where the keeper does not want us (its
+        message says why).
         """
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            reply, fds = _greet(sock, path, msg.Hello(msg.VERSION, session, arena))
+            reply, fds = _greet(sock, path, msg.Hello(msg.VERSION, session, arena, device))
         except (OSError, ProtocolError) as error:
             sock.close()
             raise KeeperUnavailable(f"no keeper answers at {path}: {error}") from error
@@ -108,10 +111,11 @@ class Connection:
         groups: Sequence[tuple[int, int | None]],
         parts: int,
         readers: int,
+        chunk_tokens: int = 0,
     ) -> int:
         """Handle of a namespace; `groups`: (bytes per chunk, window in chunks or None) each."""
         specs = [msg.GroupSpec(size, window) for size, window in groups]
-        request = msg.OpenNamespace(fingerprint, label[:512], specs, parts, readers)
+        request = msg.OpenNamespace(fingerprint, label[:512], specs, parts, readers, chunk_tokens)
         return self._call(request, msg.Namespace).namespace
 
     def lookup(
@@ -122,14 +126,16 @@ class Connection:
         recompute: float = 0.0,
         patience: float = 0.0,
         ticket: int = 0,
+        trace: str = "",
     ) -> Found:
         """Lease the longest usable run of chunks first, first+1, …; 16 bytes per key, from chunk 0.
 
         `recompute`: seconds that the engine takes to compute a chunk (0: not known; -1: memory only).
         `patience`: seconds that its request may wait to hear whether tiers have anything (0: no ticket).
-        `ticket`: of an earlier lookup, whose fetch this one settles.
+        `ticket`: of an earlier lookup, whose fetch this one settles. `trace`: the request's `traceparent`.
         """
-        reply = self._call(msg.Lookup(namespace, keys, first, recompute, patience, ticket), msg.Found)
+        request = msg.Lookup(namespace, keys, first, recompute, patience, ticket, trace)
+        reply = self._call(request, msg.Found)
         offsets = [np.frombuffer(row, "<i8") for row in reply.offsets]
         return Found(reply.lease, reply.chunks, reply.epoch, offsets, reply.ticket)
 

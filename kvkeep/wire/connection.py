@@ -7,6 +7,8 @@ import logging
 import os
 import socket
 import struct
+import time
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +18,7 @@ from kvkeep.errors import ConfigError, ProtocolError, RequestRefused
 from kvkeep.keeper.fetch import Stage
 from kvkeep.keeper.movers import Asked
 from kvkeep.keeper.namespaces import GroupSpec, Namespace
+from kvkeep.observe.watch import Seen
 from kvkeep.wire import messages as msg
 
 if TYPE_CHECKING:
@@ -26,6 +29,7 @@ __all__ = ["ServerConnection"]
 log = logging.getLogger("kvkeep.keeper")
 
 _HELLO_DEADLINE = 5.0
+_DEVICE_REST = 5.0  # seconds; copies that a killed engine had submitted end within milliseconds
 _MAX_NAMESPACES = 65536
 _MAX_BACKLOG = 256 << 20  # bytes of unread answers at which a client is taken for dead
 
@@ -37,6 +41,7 @@ class ServerConnection(asyncio.Protocol):
         self._server = server
         self._keeper = server.keeper
         self._session: str | None = None
+        self._device = False
         self._buffer = bytearray()
         self._transport: asyncio.Transport | None = None
         self._deadline: asyncio.TimerHandle | None = None
@@ -47,6 +52,7 @@ class ServerConnection(asyncio.Protocol):
         peer = transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
         _, uid, _ = struct.unpack("3i", peer)
         if uid not in (os.getuid(), 0):
+            self._server.errors["user"] += 1
             log.warning("refused a connection of user %d: this keeper serves user %d", uid, os.getuid())
             self._refuse(f"this keeper belongs to user {os.getuid()}, you are {uid}")
             return
@@ -55,11 +61,18 @@ class ServerConnection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._cancel_deadline()
         self._server.connections.discard(self)
-        if self._session is not None:
-            self._keeper.detach(self._session)
-            if self._server.movers is not None and not self._keeper.claims.alive(self._session):
-                self._server.movers.session_ended(self._session)
-            self._session = None
+        session, self._session = self._session, None
+        if session is None:
+            return
+        if self._device:
+            asyncio.get_running_loop().call_later(_DEVICE_REST, self._detach, session)
+        else:
+            self._detach(session)
+
+    def _detach(self, session: str) -> None:
+        self._keeper.detach(session)
+        if self._server.movers is not None and not self._keeper.claims.alive(session):
+            self._server.movers.session_ended(session)
 
     def close(self) -> None:
         """Drop the client."""
@@ -71,7 +84,7 @@ class ServerConnection(asyncio.Protocol):
         try:
             self._parse()
         except ProtocolError as error:
-            self._server.errors += 1
+            self._server.errors["protocol"] += 1
             log.warning("dropped a client: %s", error)
             self._refuse(str(error))
 
@@ -93,6 +106,7 @@ class ServerConnection(asyncio.Protocol):
         try:
             reply = self._answer(self._session, request)
         except (RequestRefused, ConfigError) as error:
+            self._server.errors["refused"] += 1
             one_way = isinstance(request, msg.Commit | msg.Abort | msg.Release | msg.Forget)
             if one_way:
                 log.debug("ignored %s: %s", type(request).__name__, error)
@@ -118,6 +132,8 @@ class ServerConnection(asyncio.Protocol):
                     self._server.movers.kick()
             case msg.Release():
                 keeper.release(session, request.lease, request.rank)
+                if self._server.watch is not None:
+                    self._server.watch.released(request.lease, read=request.rank is not None)
             case msg.Abort():
                 keeper.abort(session, request.reservation)
             case msg.OpenNamespace():
@@ -132,16 +148,28 @@ class ServerConnection(asyncio.Protocol):
         return None
 
     def _lookup(self, session: str, request: msg.Lookup) -> msg.Found:
+        began = time.perf_counter()
         space, keys, movers = self._space(request.namespace), _keys(request.keys), self._server.movers
         found = self._keeper.lookup(session, space, keys, request.first)
-        ticket = 0
+        ticket, landed = 0, Counter[int]()
         if movers is not None:
             if request.ticket:
-                movers.forget(session, request.ticket)
+                landed = movers.forget(session, request.ticket)
             elif found.chunks < len(keys) // 16 - request.first:
                 asked = Asked(session, space, keys, request.first, request.recompute, request.patience)
                 ticket = movers.fetch(asked, found)
             movers.kick()
+        if self._server.recorder is not None:
+            self._server.recorder.looked_up(
+                space.number, keys, request.first, found.epoch, ticket, request.ticket
+            )
+        if self._server.watch is not None:
+            seen = Seen(
+                session, space, keys, request.first, found, request.ticket, ticket, landed, request.trace
+            )
+            # Noted once the answer is out: the engine waits for that.
+            took = time.perf_counter() - began
+            asyncio.get_running_loop().call_soon(self._server.watch.looked_up, seen, took)
         return msg.Found(
             found.lease, found.chunks, found.epoch, [_int64(row) for row in found.offsets], ticket
         )
@@ -165,6 +193,8 @@ class ServerConnection(asyncio.Protocol):
                 for number in filter(None, (number for number, _ in out)):
                     self._keeper.abort(session, number)  # the client will never learn of it
                 raise
+            if self._server.recorder is not None:
+                self._server.recorder.saved(item.epoch, item.first, item.keys)
             out.append((done.reservation, [_int64(row) for row in done.offsets]))
         return msg.Reserved(out)
 
@@ -172,11 +202,18 @@ class ServerConnection(asyncio.Protocol):
         if not self._keeper.knows(request.fingerprint) and len(self._keeper.namespaces) >= _MAX_NAMESPACES:
             raise RequestRefused(f"more than {_MAX_NAMESPACES} namespaces: restart this keeper")
         groups = [GroupSpec(group.slot_bytes, group.window_chunks) for group in request.groups]
-        return msg.Namespace(
-            self._keeper.open_namespace(
-                request.fingerprint, request.label, groups, request.parts, request.readers
-            ).number
+        space = self._keeper.open_namespace(
+            request.fingerprint,
+            request.label,
+            groups,
+            request.parts,
+            request.readers,
+            request.chunk_tokens,
         )
+        if self._server.recorder is not None:
+            nbytes = sum(group.slot_bytes for group in groups)
+            self._server.recorder.opened(space.number, request.chunk_tokens, nbytes)
+        return msg.Namespace(space.number)
 
     def _space(self, number: int) -> Namespace:
         if number >= len(self._keeper.namespaces):
@@ -192,7 +229,7 @@ class ServerConnection(asyncio.Protocol):
                 "install the same kvkeep on both sides"
             )
         self._cancel_deadline()
-        self._session = request.session
+        self._session, self._device = request.session, request.device
         self._keeper.attach(request.session)
         self._server.opened(self)
         welcome = msg.encode(msg.Welcome(msg.VERSION, self._server.identity, self._keeper.arena.nbytes))
@@ -221,6 +258,7 @@ class ServerConnection(asyncio.Protocol):
             return
         self._transport.write(frame)
         if self._transport.get_write_buffer_size() > _MAX_BACKLOG:
+            self._server.errors["unread"] += 1
             log.warning("dropped a client that does not read its answers")
             self.close()
 
@@ -232,7 +270,7 @@ class ServerConnection(asyncio.Protocol):
         self._buffer.clear()
 
     def _too_late(self) -> None:
-        self._server.errors += 1
+        self._server.errors["silent"] += 1
         log.warning("dropped a client that did not say hello within %g s", _HELLO_DEADLINE)
         self.close()
 

@@ -1,4 +1,4 @@
-"""The messages of protocol version 3, and their framing.
+"""The messages of protocol version 4, and their framing.
 
 A frame is a little-endian u32 length and that many bytes of msgpack: an array whose first item
 names the message. Arrays of numbers travel as bytes (little-endian int64), keys as 16 bytes each.
@@ -46,7 +46,7 @@ __all__ = [
     "frame_length",
 ]
 
-VERSION = 3
+VERSION = 4
 """Raised with every change of a message: `tests/wire/test_version.py` holds each to its version."""
 MAX_FRAME = 32 << 20
 """Longest frame in bytes; 2 M chunk keys. A longer one is not from a client of ours."""
@@ -70,6 +70,8 @@ class Hello(_Message):
     session: Name
     arena: bool
     """Whether to send the arena's file descriptor along with the answer."""
+    device: bool = False
+    """Whether a device writes into the arena for this client, and may go on for a moment when it is dead."""
 
 
 class GroupSpec(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
@@ -87,6 +89,8 @@ class OpenNamespace(_Message):
     groups: Annotated[list[GroupSpec], msgspec.Meta(min_length=1, max_length=256)]
     parts: Ranks
     readers: Ranks
+    chunk_tokens: Annotated[int, msgspec.Meta(ge=0, le=2**31)] = 0
+    """Tokens of a chunk, for recordings and for those who look at the keeper; 0: not known."""
 
 
 class Lookup(_Message):
@@ -104,6 +108,8 @@ class Lookup(_Message):
     takes longer."""
     ticket: Natural = 0
     """A ticket that this lookup settles: its request takes what has landed, and waits no more. 0: none."""
+    trace: Annotated[str, msgspec.Meta(max_length=64)] = ""
+    """The request's trace, as in W3C's header `traceparent`; empty: none."""
 
 
 class Reservation(msgspec.Struct, array_like=True, forbid_unknown_fields=True):

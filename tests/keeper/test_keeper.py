@@ -15,6 +15,7 @@ from kvkeep.identity import group_keys
 from kvkeep.keeper.chunks import ChunkState
 from kvkeep.keeper.keeper import Keeper, Reserved
 from kvkeep.keeper.namespaces import GroupSpec, Namespace
+from kvkeep.keeper.pins import MOST_PINNED, chain_records, pin, pinned_bytes, space_records, unpin
 from kvkeep.keeper.policy import POLICIES
 
 PAGE = 4096
@@ -308,8 +309,45 @@ class KeeperMachine(RuleBasedStateMachine):
         held = sum(held_chunks(self.keeper, space) for space in self.spaces if number in (None, space.number))
         assert self.keeper.clear(None if number is None else self.spaces[number]) == held
         self.stored = {chunk: slot for chunk, slot in self.stored.items() if number not in (None, chunk[0])}
+        self.pinned = {chunk for chunk in self.pinned if number not in (None, chunk[0])}
+
+    @rule(number=st.integers(0, 1), chain=st.none() | st.integers(0, 5), length=st.integers(1, 14))
+    def pin(self, number: int, chain: int | None, length: int) -> None:
+        """A chain, or a whole namespace: all that is readable of it, or (above the share) nothing."""
+        records = self.records_of(number, chain, length)
+        before = pinned_bytes(self.keeper)
+        try:
+            pin(self.keeper, records)
+        except RequestRefused:
+            assert pinned_bytes(self.keeper) == before
+            assert (before + self.keeper.slot_bytes(records).sum()) > MOST_PINNED * self.keeper.arena.nbytes
+        else:
+            names = self.keeper.chunks.table.keys_of(records)
+            self.pinned |= {(number, name.tobytes()) for name in names}
+
+    @rule(number=st.integers(0, 1), chain=st.none() | st.integers(0, 5), length=st.integers(1, 14))
+    def unpin(self, number: int, chain: int | None, length: int) -> None:
+        records = self.records_of(number, chain, length)
+        names = {(number, name.tobytes()) for name in self.keeper.chunks.table.keys_of(records)}
+        assert unpin(self.keeper, records) == len(names & self.pinned)
+        self.pinned -= names
+
+    def records_of(self, number: int, chain: int | None, length: int) -> np.ndarray:
+        space = self.spaces[number]
+        if chain is None:
+            return space_records(self.keeper, space)
+        return chain_records(self.keeper, space, chain_keys(chain, length))
 
     # What must hold after each of them
+
+    @precondition(lambda self: hasattr(self, "keeper"))
+    @invariant()
+    def pins_hold(self) -> None:
+        assert pinned_bytes(self.keeper) <= MOST_PINNED * self.keeper.arena.nbytes
+        table = self.keeper.chunks.table
+        names = np.frombuffer(b"".join(name for _, name in sorted(self.pinned)), np.uint64).reshape(-1, 2)
+        assert (table.find(names) >= 0).all(), "a pinned chunk was evicted"
+        assert len(names) == int(self.keeper.chunks.pinned.sum())
 
     @precondition(lambda self: hasattr(self, "keeper"))
     @invariant()
@@ -341,6 +379,7 @@ class KeeperMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.stored_later: dict[tuple[int, int, bytes], Slot] = {}
+        self.pinned: set[tuple[int, bytes]] = set()
 
     def take(self, slot: frozenset[int], chunk: tuple[int, int, bytes]) -> None:
         """A writer writes at once, which it may, as soon as it was given a slot."""

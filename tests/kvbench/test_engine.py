@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kvbench import engine
+from kvbench import process
 from kvbench.engine import VllmServer
 
 STAND_IN = """#!{python}
@@ -36,7 +36,7 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])
 def test_what_is_left_is_killed_and_its_shared_memory_removed(
     stubborn: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wait_until: Callable[..., None]
 ) -> None:
-    monkeypatch.setattr(engine, "_STOP_DEADLINE", 1.0)
+    monkeypatch.setattr(process, "_STOP_S", 1.0)
     script = tmp_path / "python"
     script.write_text(STAND_IN.format(python=sys.executable, stubborn=stubborn))
     script.chmod(stat.S_IRWXU)

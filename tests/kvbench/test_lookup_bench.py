@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from kvbench import lookup as bench
+from kvbench.keeper import own_keeper
 from kvkeep.cli import main
 from kvkeep.errors import KeeperUnavailable
 
@@ -37,7 +38,7 @@ def test_the_table_has_half_hits_too(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_an_answer_that_is_not_the_expected_one_ends_the_bench() -> None:
-    with bench._keeper(100) as connection:
+    with own_keeper(4 << 20) as connection:
         probe = bench.Probe(connection, 16, [64])
         probe.fill(10)
         tokens = probe.prompt(64, 0)

@@ -12,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvbench import policy as bench
+from kvbench.replay import Replayer
+from kvbench.trace import Trace, TraceError, read_trace
 from kvkeep.keeper.policy import DEFAULT_POLICY, POLICIES, make_policy
 
 SHARED = Path(__file__).parents[3] / "shared" / "traces"
@@ -79,8 +81,8 @@ def test_bad_trace(
 ) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_bytes(content)
-    with pytest.raises(bench.TraceError, match=complaint):
-        bench.read_trace(path)
+    with pytest.raises(TraceError, match=complaint):
+        read_trace(path)
     assert run(str(path), "--json") == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -125,11 +127,11 @@ def _best(chains: tuple[tuple[int, ...], ...], held: frozenset[int], capacity: i
 @given(st.lists(st.integers(0, 6).map(_path), min_size=1, max_size=6), st.integers(1, 4))
 def test_belady_is_optimal(paths: list[list[int]], capacity: int) -> None:
     unique = len({block for path in paths for block in path})
-    trace = bench.Trace([np.array(path) for path in paths], 7)
+    trace = Trace.of([np.array(path) for path in paths], 7)
     best = bench.belady_hits(trace, capacity)
     assert best == _best(tuple(map(tuple, paths)), frozenset(), capacity)
     for name in POLICIES:
-        replay = bench.Replayer(make_policy(name, capacity), trace).run(trace)
+        replay = Replayer(make_policy(name, capacity), trace, capacity).run(trace)
         assert replay.hits <= best
         if capacity >= unique:
             assert replay.hits == best
@@ -144,7 +146,7 @@ def test_public_trace(tmp_path: Path, name: str, figure: float) -> None:
         pytest.skip(f"needs Mooncake's public trace at ../shared/traces/{source.name}")
     with source.open("rb") as lines:
         (tmp_path / "slice.jsonl").write_bytes(b"".join(islice(lines, 4000)))
-    trace = bench.read_trace(tmp_path / "slice.jsonl")
+    trace = read_trace(tmp_path / "slice.jsonl")
     ratios = {name: bench.measure(trace, name, 0.25).hit_ratio for name in [*POLICIES, bench.BELADY]}
     assert ratios["lru"] == pytest.approx(figure, abs=0.002)
     assert max(ratios.values()) == ratios[bench.BELADY]

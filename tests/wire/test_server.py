@@ -266,6 +266,15 @@ def test_claims_live_as_long_as_any_connection_of_the_session(keeper, beside: Co
     wait_until(lambda: beside.status()["leases"] == 0)
 
 
+def test_what_a_device_may_still_write_to_is_given_out_later(keeper, beside: Connection, wait_until) -> None:
+    with contextlib.closing(Connection.open(keeper.socket, "gpu", device=True, timeout=5.0)) as engine:
+        engine.open_namespace(FINGERPRINT, "test", GROUPS, 1, 1)
+        engine.reserve(0, [msg.Reservation(KEYS, [b"\1\1", b"\1\1"], 0, 1)])
+    wait_until(lambda: beside.status()["connections"] == 1)
+    assert beside.status()["reservations"] == 1
+    wait_until(lambda: beside.status()["reservations"] == 0)
+
+
 def test_a_chunk_is_not_leased_twice_by_one_lookup(keeper, beside: Connection) -> None:
     """Else its slot would be freed twice, and given to two writers."""
     namespace = beside.open_namespace(FINGERPRINT, "test", GROUPS, 1, 1)

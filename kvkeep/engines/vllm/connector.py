@@ -22,7 +22,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from kvkeep import config as configuration
-from kvkeep.engines.vllm.describe import check_engine
+from kvkeep.engines.vllm.describe import check_engine, preferred_layout
 from kvkeep.engines.vllm.metadata import Handshake, Rank, StepMeta
 from kvkeep.engines.vllm.scheduler import SchedulerSide
 from kvkeep.engines.vllm.stats import KVKeepProm, KVKeepStats
@@ -50,6 +50,7 @@ __all__ = ["KVKeepConnector"]
 
 log = logging.getLogger("kvkeep.vllm")
 _T = TypeVar("_T")
+_LAST_COPIES = 5.0  # seconds that a device's last copies may take at the engine's end
 
 
 class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
@@ -82,6 +83,11 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
             if role is KVConnectorRole.SCHEDULER:  # the workers find the same
                 log.warning("kvkeep is off for this engine: %s", error)
 
+    @classmethod
+    def get_required_kvcache_layout(cls, vllm_config: VllmConfig) -> str | None:
+        """On GPUs a block of all layers in one piece, where the backends have it; else what they choose."""
+        return preferred_layout(vllm_config)
+
     @property
     def requires_kv_delivery(self) -> bool:
         """A cache, not a delivery: a save that is dropped is a later miss."""
@@ -99,6 +105,12 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
         """This rank's layout, for the namespace."""
         return self._worker.handshake() if self._worker is not None else None
 
+    def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
+        """Before a step overwrites blocks, its own or others': see `WorkerSide.fence`."""
+        worker, meta = self._worker, kv_connector_metadata
+        if worker is not None and isinstance(meta, StepMeta):
+            self._guard(lambda: worker.fence(meta), None)
+
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         """A step begins."""
         super().bind_connector_metadata(connector_metadata)
@@ -111,15 +123,14 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
         if worker is None or meta is None:
             return
         worker.fail_blocks(meta.unplanned)
-        if self._guard(lambda: worker.load(meta), False) or meta.loads is None:
+        if self._guard(lambda: worker.load(meta, forward_context), False) or meta.loads is None:
             return
-        if len(self._kv_cache_config.kv_cache_groups) == 1:
-            worker.fail_load(meta)
-        else:  # vLLM cannot recompute blocks of several groups: the slow path, or the engine's end
-            worker.load_again(meta)
+        self._failed_load(meta, worker)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Loads are complete when `start_load_kv` returns."""
+        """On a GPU the device waits for the layer's bytes; on a CPU they are there already."""
+        if self._worker is not None:
+            self._worker.arrive(layer_name)
 
     def save_kv_layer(
         self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: AttentionMetadata, **kwargs: Any
@@ -127,11 +138,15 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
         """Whole blocks of all layers are saved at once, in `wait_for_save`."""
 
     def wait_for_save(self) -> None:
-        """All saves of the step; nothing protects the blocks after this returns."""
+        """All saves of the step. After this the blocks have what `handle_preemptions` gives them: on a GPU
+        a fence, on a CPU nothing, and nothing to protect."""
         meta, worker = self._step(), self._worker
         if worker is None or meta is None:
             return
-        worker.end_forward(meta)
+        if not worker.end_forward(meta):
+            self._errors.add("errors", 1)
+            log.error("kvkeep: a forward did not ask for layers that were being loaded; it does not count")
+            self._failed_load(meta, worker)
         if meta.saves is not None:
             self._guard(lambda: worker.save(meta), None)
 
@@ -214,9 +229,10 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
 
     def shutdown(self) -> None:
         """Close connections; a private keeper ends when its last one is gone."""
-        for side in (self._scheduler, self._worker):
-            if side is not None:
-                side.stop()
+        if self._scheduler is not None:
+            self._scheduler.stop()
+        if self._worker is not None:
+            self._worker.stop(wait=_LAST_COPIES)
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
         """Figures of this side since the last call."""
@@ -242,6 +258,12 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> KVConnectorPromMetrics | None:
         """`vllm:kvkeep_*` on the engine's /metrics."""
         return KVKeepProm(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+    def _failed_load(self, meta: StepMeta, worker: WorkerSide) -> None:
+        if len(self._kv_cache_config.kv_cache_groups) == 1:
+            worker.fail_load(meta)
+        else:  # vLLM cannot recompute blocks of several groups: the slow path, or the engine's end
+            worker.load_again(meta)
 
     def _step(self) -> StepMeta | None:
         return self._connector_metadata if isinstance(self._connector_metadata, StepMeta) else None

@@ -33,10 +33,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "check_engine",
+    "describe_backends",
     "describe_model",
     "describe_scales",
     "describe_tensors",
     "group_window",
+    "preferred_layout",
     "weights_identity",
 ]
 
@@ -45,6 +47,7 @@ log = logging.getLogger("kvkeep.vllm")
 _OLDEST = (0, 32)
 _TESTED = "0.32"
 _PLAIN_SPECS = (FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec, ChunkedLocalAttentionSpec)
+_LARGEST_UNSPLIT = 64  # tokens of a block that every attention kernel takes whole
 _SCALES = ("_k_scale", "_v_scale", "_k_scale_float", "_v_scale_float")
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.pt", "*.pth")
 
@@ -66,6 +69,18 @@ def check_engine(config: VllmConfig, kv_config: KVCacheConfig) -> None:
         raise LayoutError("speculative decoding with a draft model's own KV is not supported yet; use ngram")
     for group in kv_config.kv_cache_groups:
         group_window(group.kv_cache_spec)
+
+
+def preferred_layout(config: VllmConfig) -> str | None:
+    """The KV layout to ask vLLM for, which takes it where all its backends have it; None: no wish.
+
+    Only for attention whose kernels take the engine's blocks as they are: blocks that are split for a
+    kernel cannot be in one piece with other layers', and vLLM then refuses to start.
+    """
+    if config.device_config.device_type != "cuda" or config.model_config is None:
+        return None
+    plain = not config.model_config.use_mla and not config.model_config.is_hybrid
+    return "BLHNC" if plain and (config.cache_config.block_size or 16) <= _LARGEST_UNSPLIT else None
 
 
 def group_window(spec: KVCacheSpec) -> int | None:
@@ -146,6 +161,21 @@ def describe_scales(names: Sequence[str], modules: Mapping[str, object]) -> str:
     for name in names:
         values = [getattr(modules.get(name), scale, None) for scale in _SCALES]
         rows.append([value.tolist() if isinstance(value, torch.Tensor) else value for value in values])
+    return json.dumps(rows)
+
+
+def describe_backends(names: Sequence[str], modules: Mapping[str, object], device: str) -> str:
+    """What computes one group's layers on a GPU: the inside of a block is each attention backend's own.
+
+    On a CPU there is one, and `describe_tensors` names its packing.
+    """
+    if device == "cpu":
+        return ""
+    rows = []
+    for name in names:
+        module = modules.get(name)
+        backend = getattr(module, "attn_backend", None)
+        rows.append([type(module).__name__, backend.get_name() if backend is not None else None])
     return json.dumps(rows)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +16,10 @@ from kvkeep.errors import ConfigError
 from kvkeep.layout import chunk_blocks
 from kvkeep.wire.messages import Reservation
 
-__all__ = ["Geometry", "arrange"]
+__all__ = ["Geometry", "arrange", "blocks_written"]
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
 
 BlockTable = Sequence[Sequence[int]]
 """Per group, the request's block ids in order; 0 is the null block outside a sliding window."""
@@ -126,3 +130,18 @@ def arrange(
         for group, size in enumerate(workers[rank].block_bytes):
             slot[group] += size * geometry.chunk_tokens // geometry.block_tokens[group]
     return session, slot
+
+
+def blocks_written(output: SchedulerOutput, loads: Copies | None) -> npt.NDArray[np.int64]:
+    """Blocks that a step may write and that others may have had before: all that it was given, or loads into.
+
+    Whatever way a block has come free (preemption, eviction from a window, a request's end), it is written
+    again only once it is given out. Blocks of a new request's local hit are read only; a few too many do no
+    harm.
+    """
+    given = [request.block_ids for request in output.scheduled_new_reqs]
+    given += [blocks for blocks in output.scheduled_cached_reqs.new_block_ids if blocks is not None]
+    parts = [np.array(blocks, np.int64) for groups in given for blocks in groups]
+    if loads is not None:
+        parts += [row for rows in loads.blocks.values() for row in rows]
+    return np.unique(np.concatenate(parts)) if parts else np.zeros(0, np.int64)

@@ -80,6 +80,8 @@ class StepMeta(KVConnectorMetadata):
     """Present until every worker has joined it."""
     unplanned: list[int] = field(default_factory=list)
     """Blocks of promised loads that could not be planned: to be recomputed."""
+    reused: npt.NDArray[np.int64] | None = None
+    """Blocks that the step may write, where saves of earlier ones may still read them: on GPUs."""
     scheduled_tokens: int = 0
     """Tokens that the step computes, all requests together."""
 

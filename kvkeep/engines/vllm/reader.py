@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 from kvkeep.config import EngineConfig
-from kvkeep.engines.vllm.link import Opened
+from kvkeep.engines.link import Opened
 from kvkeep.engines.vllm.requests import Tracked
 from kvkeep.engines.vllm.stats import KVKeepStats
 
@@ -138,7 +138,7 @@ class Reader:
         # Asking what tiers have costs requests that miss: little of what computing them takes anyway.
         patience = max(self._config.probe_wait, _PROBE_SHARE * (limit - first) * recompute)
         found = keeper.connection.lookup(
-            keeper.namespace, keys, first, rule, patience, ticket if settles else 0
+            keeper.namespace, keys, first, rule, patience, ticket if settles else 0, tracked.trace
         )
         if ticket and not settles:
             keeper.connection.forget(ticket)

@@ -10,7 +10,7 @@ from kvkeep.engines.vllm.stats import KVKeepStats
 from kvkeep.errors import KVKeepError
 
 if TYPE_CHECKING:
-    from kvkeep.engines.vllm.link import Opened
+    from kvkeep.engines.link import Opened
 
 __all__ = ["Reporter"]
 

@@ -36,6 +36,8 @@ class Tracked:
             or request.mm_features
             or request.prompt_embeds is not None
         )
+        # vLLM passes its trace on where it traces itself (--otlp-traces-endpoint).
+        self.trace = (request.trace_headers or {}).get("traceparent", "")[:64]
         self.epoch = 0
         """The request's place in the keeper's time; children of its chain are older than parents."""
         self.next_save = 0

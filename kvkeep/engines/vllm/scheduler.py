@@ -14,9 +14,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 from kvkeep.config import EngineConfig
+from kvkeep.engines.link import Identity, Link, Opened
 from kvkeep.engines.vllm.describe import describe_model, group_window
-from kvkeep.engines.vllm.geometry import Geometry, arrange
-from kvkeep.engines.vllm.link import Identity, Link, Opened
+from kvkeep.engines.vllm.geometry import Geometry, arrange, blocks_written
 from kvkeep.engines.vllm.metadata import Copies, Handshake, Rank, Session, StepMeta, WorkerMeta
 from kvkeep.engines.vllm.reader import Reader, give_back
 from kvkeep.engines.vllm.report import Reporter
@@ -83,6 +83,7 @@ class SchedulerSide:
         self._reporter = Reporter(config.log_interval)
         self._reader = Reader(config, self.stats)
         self._description: dict[str, object] = {}
+        self._fences = vllm_config.device_config.device_type != "cpu"
 
     # Start
 
@@ -100,9 +101,8 @@ class SchedulerSide:
         self._description, self._fingerprint = description, fingerprint(description)
         self._session, slot = arrange(geometry, workers, max(1, self._kv_config.kv_tp_replicas))
         specs = list(zip(slot, geometry.window_chunks(), strict=True))
-        identity = Identity(
-            self._fingerprint, self._label(), specs, len(self._session.part), len(self._ranks)
-        )
+        parts, readers = len(self._session.part), len(self._ranks)
+        identity = Identity(self._fingerprint, self._label(), specs, parts, readers, geometry.chunk_tokens)
         self._link = Link(self.config, self._engine_id, identity)
         self._joined = {rank: 0 if workers[rank].attached else -1 for rank in self._ranks}
         log.info(
@@ -181,6 +181,8 @@ class SchedulerSide:
         guard(self._renew, None)
         meta = StepMeta(self._session.epoch if self._session is not None else -1, loads, saves)
         meta.scheduled_tokens = output.total_num_scheduled_tokens
+        if self._fences:
+            meta.reused = blocks_written(output, loads)
         if not meta.scheduled_tokens:
             self._reader.rest()
         if promised and loads is None:

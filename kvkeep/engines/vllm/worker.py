@@ -6,27 +6,32 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
 from vllm.distributed.parallel_state import get_pp_group, get_tp_group
+from vllm.forward_context import get_forward_context
 
 from kvkeep.config import EngineConfig
-from kvkeep.engines.vllm.describe import describe_scales, describe_tensors
-from kvkeep.engines.vllm.link import connect
+from kvkeep.engines.link import connect
+from kvkeep.engines.vllm.describe import describe_backends, describe_scales, describe_tensors
+from kvkeep.engines.vllm.device import Device, by_blocks
 from kvkeep.engines.vllm.metadata import Copies, Handshake, Rank, Session, StepMeta, WorkerMeta
 from kvkeep.engines.vllm.stats import KVKeepStats
-from kvkeep.errors import KeeperUnavailable, KVKeepError, LayoutError
+from kvkeep.errors import DeviceError, KeeperUnavailable, KVKeepError, LayoutError
 from kvkeep.layout import group_layout
 from kvkeep.transfer import Transfer, make_transfer
-from kvkeep.transfer.base import describe_layers, prepare_mapping
+from kvkeep.transfer.base import Move, describe_layers
 from kvkeep.transfer.reference import ReferenceTransfer
 from kvkeep.wire.client import Connection
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.forward_context import ForwardContext
     from vllm.v1.kv_cache_interface import KVCacheConfig
+
+    from kvkeep.transfer.cuda import CudaTransfer
 
 __all__ = ["WorkerSide"]
 
@@ -42,6 +47,34 @@ class _Joined:
         self.epoch = epoch
         self.connection = connection
         self.transfer = transfer
+        self.device = cast("CudaTransfer", transfer) if transfer.name == "cuda" else None
+        self._ending: threading.Thread | None = None
+
+    @property
+    def leaving(self) -> bool:
+        """Whether this rank has left: nothing that it copies is to be taken for good any more."""
+        return self._ending is not None
+
+    @property
+    def closed(self) -> bool:
+        """Whether this rank has left, or has lost the keeper."""
+        return self._ending is not None or self.connection.closed
+
+    def close(self, wait: float = 0.0) -> None:
+        """Leave. The claims that protect slots end with the connection, so a device's copies end before it,
+        on another thread; `wait`: seconds for that."""
+        if self._ending is None:
+            self._ending = threading.Thread(target=self._end, name="kvkeep-end", daemon=True)
+            if self.device is not None:
+                self._ending.start()
+            else:
+                self._end()
+        if wait and self.device is not None:
+            self._ending.join(wait)
+
+    def _end(self) -> None:
+        self.transfer.close()
+        self.connection.close()
 
 
 class WorkerSide:
@@ -64,6 +97,7 @@ class WorkerSide:
         self._off = False
         self._began = 0.0
         self._loading = 0.0
+        self._device: Device | None = None
 
     # Start
 
@@ -80,15 +114,21 @@ class WorkerSide:
 
     def _begin(self, kv_caches: dict[str, torch.Tensor]) -> Handshake:
         groups = self._kv_config.kv_cache_groups
-        self._layers = [[(name, kv_caches[name]) for name in group.layer_names] for group in groups]
+        blocks = self._kv_config.num_blocks
+        self._layers = [
+            [(name, by_blocks(kv_caches[name], blocks)) for name in group.layer_names] for group in groups
+        ]
         self._rank = (get_pp_group().rank_in_group, get_tp_group().rank_in_group)
         described = [describe_layers(layers) for layers in self._layers]
         layouts = [group_layout(layers, self._kv_config.num_blocks) for layers in described]
         text = [
             describe_tensors(plain, [tensor.dtype for _, tensor in layers], layers[0][1].device.type)
             + describe_scales([name for name, _ in layers], self._modules)
+            + describe_backends([name for name, _ in layers], self._modules, layers[0][1].device.type)
             for plain, layers in zip(described, self._layers, strict=True)
         ]
+        if self._layers[0][0][1].device.type != "cpu":
+            self._device = Device()
         try:
             self._joined = self._join(0)
         except KeeperUnavailable as error:
@@ -100,12 +140,12 @@ class WorkerSide:
         return self._handshake
 
     def _join(self, epoch: int) -> _Joined:
-        connection = connect(self.config, self._engine_id, epoch, arena=True)
+        connection = connect(self.config, self._engine_id, epoch, arena=True, device=self._device is not None)
         try:
             arena = connection.map_arena()
             threads = self.config.copy_threads
             transfer = make_transfer(self._layers, self._kv_config.num_blocks, arena, threads)
-            prepare_mapping(arena, connection.arena_fd)
+            transfer.prepare(connection.arena_fd)
         except BaseException:
             connection.close()
             raise
@@ -116,30 +156,71 @@ class WorkerSide:
     def begin_step(self) -> None:
         """The engine is about to run a step."""
         self._began, self._loading = time.perf_counter(), self.stats.data.get("load_seconds", 0.0)
+        if self._device is not None:
+            self._device.collect(self.stats)
+            self._device.begin_step(self._on_device)
 
-    def end_forward(self, meta: StepMeta) -> None:
-        """The step's forward is done: count how fast it was, where it was prefill enough to tell."""
+    def end_forward(self, meta: StepMeta) -> bool:
+        """The step's forward is done: count how fast it was, where it was prefill enough to tell.
+
+        On a GPU it is submitted only. Returns False where it read KV that may not have been there.
+        """
+        if self._device is not None:
+            tells = meta.loads is None and meta.scheduled_tokens >= _PREFILL_TOKENS
+            return self._device.end_forward(self._on_device, meta.scheduled_tokens if tells else 0)
         if meta.scheduled_tokens < _PREFILL_TOKENS:
-            return
+            return True
         loading = self.stats.data.get("load_seconds", 0.0) - self._loading
         self.stats.add("computed_tokens", meta.scheduled_tokens)
         self.stats.add("compute_seconds", max(0.0, time.perf_counter() - self._began - loading))
+        return True
 
-    def load(self, meta: StepMeta) -> bool:
-        """Arena → paged KV, for everything this step's forward reads. Returns True when it is there."""
+    @property
+    def _on_device(self) -> CudaTransfer | None:
+        return self._joined.device if self._joined is not None else None
+
+    def fence(self, meta: StepMeta) -> None:
+        """Before the step: saves that still read blocks which it writes go first, on the device."""
+        joined = self._joined
+        if meta.reused is None or joined is None or joined.device is None or joined.leaving:
+            return
+        try:
+            joined.device.fence(meta.reused)
+        except DeviceError:
+            self.stop()  # nothing that is still being saved is to be taken for good
+            raise
+
+    def arrive(self, layer: str) -> None:
+        """A forward has come to this layer."""
+        if self._device is not None:
+            self._device.arrive(self._on_device, layer, get_forward_context)
+
+    def load(self, meta: StepMeta, context: ForwardContext) -> bool:
+        """Arena → paged KV, for everything this step's forward reads. Returns True when it is there, or,
+        on a GPU, is certain to be before it is read."""
         self._follow(meta)
         if meta.loads is None:
             return True
         joined = self._joined
-        if joined is None or joined.epoch != meta.epoch:
+        if joined is None or joined.epoch != meta.epoch or (joined.device is not None and joined.leaving):
             raise KeeperUnavailable(f"told to load in session {meta.epoch}, which this rank has not joined")
-        began = time.perf_counter()
-        nbytes = self._copy(joined.transfer, meta.loads, saving=False)
-        self.stats.add("load_seconds", time.perf_counter() - began)
+        leases, reader = meta.loads.claims, self._reader
+
+        def release() -> None:
+            for lease in leases:
+                self._tell(joined, lambda link, lease=lease: link.release(lease, reader))  # type: ignore[misc]
+
+        if joined.device is not None and self._device is not None:
+            pending = self._device.load(joined.device, self._moves(meta.loads), context)
+            nbytes = pending.nbytes
+            self._device.after(pending, "load_seconds", release, joined.close)
+        else:
+            began = time.perf_counter()
+            nbytes = self._copy(joined.transfer, meta.loads, saving=False)
+            self.stats.add("load_seconds", time.perf_counter() - began)
+            release()
         self.stats.add("loaded_bytes", nbytes)
         self._count(meta.loads, "loaded_tokens")
-        for lease in meta.loads.claims:
-            self._tell(joined, lambda link, lease=lease: link.release(lease, self._reader))  # type: ignore[misc]
         return True
 
     def load_again(self, meta: StepMeta) -> None:
@@ -152,21 +233,38 @@ class WorkerSide:
         self.stop()  # the lease ends with the session, and a new one begins
 
     def save(self, meta: StepMeta) -> None:
-        """Paged KV → arena, for the chunks that this step completed."""
+        """Paged KV → arena, for the chunks that this step completed. On a GPU it is there when the keeper
+        hears of it, from another thread."""
         joined = self._joined
-        if meta.saves is None or joined is None or joined.epoch != meta.epoch or joined.connection.closed:
+        if meta.saves is None or joined is None or joined.epoch != meta.epoch or joined.closed:
             return
         assert self._session is not None
         part = self._session.part.get(self._rank)
         if part is None:
             return  # another rank holds the same KV, and writes it
-        began = time.perf_counter()
-        nbytes = self._copy(joined.transfer, meta.saves, saving=True)
-        self.stats.add("save_seconds", time.perf_counter() - began)
+        reservations = meta.saves.claims
+
+        def commit() -> None:
+            for reservation in reservations:
+                self._tell(joined, lambda link, number=reservation: link.commit(number, part))  # type: ignore[misc]
+
+        if joined.device is not None and self._device is not None:
+            # Where the engine zeroes blocks, Model Runner V2 does so before it tells us of the step.
+            hold = self._kv_config.needs_kv_cache_zeroing
+            try:
+                pending = joined.device.start_save(self._moves(meta.saves), hold=hold)
+            except DeviceError:
+                self.stop()  # what was reserved ends with the session, when what was begun has ended
+                raise
+            nbytes = pending.nbytes
+            self._device.after(pending, "save_seconds", commit, joined.close)
+        else:
+            began = time.perf_counter()
+            nbytes = self._copy(joined.transfer, meta.saves, saving=True)
+            self.stats.add("save_seconds", time.perf_counter() - began)
+            commit()
         self.stats.add("saved_bytes", nbytes)
         self._count(meta.saves, "saved_tokens")
-        for reservation in meta.saves.claims:
-            self._tell(joined, lambda link, number=reservation: link.commit(number, part))  # type: ignore[misc]
 
     def fail_load(self, meta: StepMeta) -> None:
         """Hand the blocks of a failed load back to the engine for recompute."""
@@ -191,7 +289,7 @@ class WorkerSide:
 
     def report(self, meta: StepMeta | None) -> WorkerMeta | None:
         """Tell the scheduler which session this rank is in, while it waits for that or has to know."""
-        lost = self._off or (self._joined is not None and self._joined.connection.closed)
+        lost = self._off or (self._joined is not None and self._joined.closed)
         if not lost and (meta is None or meta.session is None):
             return None
         return WorkerMeta({self._rank: -1 if lost or self._joined is None else self._joined.epoch})
@@ -201,10 +299,10 @@ class WorkerSide:
         self._off = True
         self.stop()
 
-    def stop(self) -> None:
-        """Close the connection, if there is one: to end, or to begin a new session."""
+    def stop(self, wait: float = 0.0) -> None:
+        """Leave the session, if there is one: to end, or to begin a new one. `wait`: see `_Joined.close`."""
         if self._joined is not None:
-            self._joined.connection.close()
+            self._joined.close(wait)
 
     # Below
 
@@ -217,27 +315,31 @@ class WorkerSide:
         return sorted(self._session.part_offset)
 
     def _copy(self, transfer: Transfer, copies: Copies, saving: bool) -> int:
+        move = transfer.save if saving else transfer.load
+        return sum(move(*one) for one in self._moves(copies))
+
+    def _moves(self, copies: Copies) -> list[Move]:
         assert self._session is not None
-        nbytes = 0
+        assert self._handshake is not None
+        moves = []
         for group in copies.blocks:
-            size = transfer.layouts[group].block_bytes
+            size = self._handshake.block_bytes[group]
             slots, index = np.concatenate(copies.offsets[group]), np.concatenate(copies.index[group])
             offsets = slots + self._session.part_offset[self._rank][group] + index * size
-            blocks = np.concatenate(copies.blocks[group])
-            move = transfer.save if saving else transfer.load
-            nbytes += move(group, offsets, blocks)
-        return nbytes
+            moves.append(Move(group, offsets, np.concatenate(copies.blocks[group])))
+        return moves
 
     def _count(self, copies: Copies, name: str) -> None:
         if self._session is not None and self._readers()[0] == self._rank:
             self.stats.add(name, copies.tokens)
 
     def _tell(self, joined: _Joined, send: Callable[[Connection], None]) -> None:
+        if joined.leaving:
+            return
         try:
             send(joined.connection)
         except KeeperUnavailable as error:
-            if not joined.connection.closed:
-                joined.connection.close()
+            joined.close()
             log.warning("kvkeep: rank %s lost the keeper: %s", self._rank, error)
 
     def _follow(self, meta: StepMeta) -> None:
@@ -247,7 +349,7 @@ class WorkerSide:
         self._session = meta.session
         if self._next is not None and self._next.epoch == meta.session.epoch:
             if self._joined is not None:
-                self._joined.connection.close()
+                self._joined.close()
             self._joined, self._next = self._next, None
         have = self._joined is not None and self._joined.epoch == meta.session.epoch
         if not (have or self._off) and self._joining != meta.session.epoch:

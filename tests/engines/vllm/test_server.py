@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from kvbench.engine import VllmServer, connector_args
+from kvkeep.cli.main import main
 from kvkeep.wire.client import Connection
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -159,8 +161,21 @@ def test_the_engine_dies(
         assert engine.metric("vllm:kvkeep_loaded_tokens_total") == HIT
 
 
+def is_measured(engine: VllmServer, capsys: pytest.CaptureFixture[str]) -> None:
+    """`kvkeep bench serve` on a real server: what the server counts is what was asked for."""
+    options = ["--scale", "0.02", "--requests", "9", "--rate", "20", "--ignore-eos", "--json"]
+    assert main(["bench", "serve", "multi_round", "--url", engine.url, *options]) == 0
+    found = json.loads(capsys.readouterr().out)
+    counts = [found[name] for name in ("requests", "errors", "short_answers", "output_tokens")]
+    assert counts == [9, 0, 0, 9 * 8]
+    assert found["lengths_by"] == "tokenize"
+    first, round_growth = 64 + 8, 8 + 8  # system prompt and question; then an answer and a question
+    assert found["prompt_tokens"] == pytest.approx(3 * (3 * first + 3 * round_growth), rel=0.15)
+    assert found["latency_s"]["mean"] > found["ttft_s"]["mean"] > 0
+
+
 def test_a_private_keeper_lives_and_ends_with_its_engine(
-    tiny_model: Path, tmp_path: Path, wait_until: Callable[..., None]
+    tiny_model: Path, tmp_path: Path, wait_until: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     environ = {**SMALL, "XDG_RUNTIME_DIR": str(tmp_path)}
     args = [*ARGS, *connector_args(memory="128MiB")]
@@ -170,6 +185,7 @@ def test_a_private_keeper_lives_and_ends_with_its_engine(
         assert engine.complete(prompt(5), 8).text == first
         assert engine.metric("vllm:kvkeep_loaded_tokens_total") == HIT
         assert len(list((tmp_path / "kvkeep").glob("*.sock"))) == 1
+        is_measured(engine, capsys)
     # It was not killed with the engine's processes: it ends by itself, and leaves no socket and no lock.
     wait_until(lambda: not any((tmp_path / "kvkeep").iterdir()), 30)
 

@@ -1,4 +1,4 @@
-"""The scheduler side's tie to a keeper: found, lost, and found again in the background."""
+"""An engine's tie to a keeper: found, lost, and found again in the background."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kvkeep.wire.launch import embedded_socket, ensure_keeper
 
 __all__ = ["Identity", "Link", "Opened", "connect", "session_name"]
 
-log = logging.getLogger("kvkeep.vllm")
+log = logging.getLogger("kvkeep.engines")
 
 _RETRY_FIRST, _RETRY_MOST = 0.5, 10.0
 
@@ -24,12 +24,15 @@ def session_name(engine_id: str, epoch: int) -> str:
     return f"{engine_id}:{epoch}"
 
 
-def connect(config: EngineConfig, engine_id: str, epoch: int, *, arena: bool) -> Connection:
+def connect(
+    config: EngineConfig, engine_id: str, epoch: int, *, arena: bool, device: bool = False
+) -> Connection:
     """Connect to the configured keeper, or to the private one, which is started if need be."""
     socket = config.socket or embedded_socket(engine_id)
     if config.socket is None:
         ensure_keeper(socket, config)
-    return Connection.open(socket, session_name(engine_id, epoch), arena=arena, timeout=config.timeout)
+    session = session_name(engine_id, epoch)
+    return Connection.open(socket, session, arena=arena, device=device, timeout=config.timeout)
 
 
 @dataclass(frozen=True)
@@ -50,24 +53,29 @@ class Identity:
     groups: Sequence[tuple[int, int | None]]
     parts: int
     readers: int
+    chunk_tokens: int
 
 
 class Link:
     """Opens the namespace at start, and again in a thread of its own each time it was lost.
 
-    The scheduler calls `fresh` once a step: it costs an attribute read, never a wait.
+    The engine calls `fresh` once a step or request: it costs an attribute read, never a wait.
+    `arena`: whether this side copies too, and needs the arena's descriptor.
     """
 
-    def __init__(self, config: EngineConfig, engine_id: str, identity: Identity) -> None:
+    def __init__(
+        self, config: EngineConfig, engine_id: str, identity: Identity, *, arena: bool = False
+    ) -> None:
         self._config = config
         self._engine_id = engine_id
         self._identity = identity
+        self._arena = arena
         self._opened: Opened | None = None
         self._stop = threading.Event()
 
     def open(self, epoch: int) -> Opened:
         """Connect now. Raises KVKeepError."""
-        connection = connect(self._config, self._engine_id, epoch, arena=False)
+        connection = connect(self._config, self._engine_id, epoch, arena=self._arena)
         try:
             number = self._open_on(connection)
         except KVKeepError:
@@ -82,7 +90,9 @@ class Link:
 
     def _open_on(self, connection: Connection) -> int:
         who = self._identity
-        return connection.open_namespace(who.fingerprint, who.label, who.groups, who.parts, who.readers)
+        return connection.open_namespace(
+            who.fingerprint, who.label, who.groups, who.parts, who.readers, who.chunk_tokens
+        )
 
     def reopen(self, epoch: int) -> None:
         """Begin to look for a keeper in the background; `fresh` will tell."""

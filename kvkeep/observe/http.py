@@ -1,0 +1,330 @@
+"""The keeper's HTTP side: metrics, health, a web page and its actions. Handlers run on the keeper's own
+event loop, so they look at its state without locks, and each is as short as a lookup of a long prompt.
+
+Who may do what: on a loopback address anyone on the machine reads, actions need the token. On any other
+address all but health and the page's own files need it. On loopback a request that names another host is
+refused (a web site whose name was pointed here), and the token travels in a header that no other site can
+make a browser send.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import ipaddress
+import logging
+import os
+import re
+import secrets
+import threading
+from collections.abc import Awaitable, Callable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from kvkeep.config import KeeperConfig
+from kvkeep.errors import ConfigError, RequestRefused, TierUnavailable
+from kvkeep.keeper.index import Records
+from kvkeep.keeper.namespaces import Namespace
+from kvkeep.keeper.pins import chain_records, pin, space_records, unpin
+from kvkeep.observe.metrics import CONTENT_TYPE, Exporter, Served, arena_bytes
+from kvkeep.observe.traces import Traces
+from kvkeep.observe.watch import SAMPLE_EVERY, Watch, tier_names
+from kvkeep.tiers.base import Usage
+from kvkeep.tiers.open import Opened
+
+__all__ = ["Web"]
+
+log = logging.getLogger("kvkeep.http")
+
+_Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+_MOST_CONNECTIONS = 64
+_MOST_BODY, _BODY_WAIT = 4096, 5.0
+_TOKEN_CHARACTERS = 16
+_USAGE_EVERY = 10.0
+_PAGE = {
+    "/": ("page.html", "text/html"),
+    "/page.js": ("page.js", "text/javascript"),
+    "/page.css": ("page.css", "text/css"),
+}
+_HEALTH = ("/healthz", "/readyz")
+_HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; img-src data:; frame-ancestors 'none'; base-uri 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+
+
+class Action(msgspec.Struct, forbid_unknown_fields=True):
+    """Body of an action: what it is about. With nothing, all."""
+
+    namespace: int | None = None
+    prefix: str | None = None
+
+
+class Web:
+    """One HTTP server beside one keeper, on the same event loop."""
+
+    def __init__(self, served: Served, config: KeeperConfig, traces: Traces | None = None) -> None:
+        """Raises ConfigError on an address or a token that will not do."""
+        self._host, self._port = _address(config.http or "")
+        self._loopback = ipaddress.ip_address(self._host).is_loopback
+        if not self._loopback and config.http_token is None:
+            raise ConfigError(
+                f"--http {config.http} is open to other hosts, so it needs a token: write one to a file "
+                "(openssl rand -hex 32) and give it as --http-token FILE; or listen on 127.0.0.1"
+            )
+        self._token = None if config.http_token is None else _read_token(Path(config.http_token))
+        self._token_file = Path(config.http_token or f"{config.socket}.token")
+        self._served = served
+        self._tiers = [] if served.movers is None else served.movers.tiers
+        self._names = tier_names(served.movers)
+        self._usage: dict[int, Usage] = {}
+        self._watch = served.watch = Watch(served.keeper, self._names, traces)
+        self._exporter = Exporter(served, self._watch, self._names, self._usage)
+        self._closing = threading.Event()
+        self._runner = web.AppRunner(
+            self._app(), access_log=None, keepalive_timeout=15.0, max_line_size=2048, max_field_size=4096
+        )
+        self._listening: asyncio.Server | None = None
+        self._sampling: asyncio.Task[None] | None = None
+        self._made_token = False
+
+    # Life
+
+    async def start(self) -> None:
+        """Listen; not ready yet. Raises ConfigError where the address cannot be had."""
+        await self._runner.setup()
+        server = self._runner.server
+        assert server is not None
+
+        def connected() -> asyncio.Protocol:
+            return _Full() if len(server.connections) >= _MOST_CONNECTIONS else server()
+
+        try:
+            loop = asyncio.get_running_loop()
+            # As many are accepted at once, before the first of them is counted.
+            self._listening = await loop.create_server(connected, self._host, self._port, backlog=8)
+        except OSError as error:
+            await self.close()
+            raise ConfigError(
+                f"cannot listen on --http {self._host}:{self._port}: {error.strerror}"
+            ) from error
+        self._sampling = asyncio.create_task(self._sample())
+        for number, opened in enumerate(self._tiers):
+            threading.Thread(
+                target=self._ask_usage, args=(number, opened), name="kvkeep-usage", daemon=True
+            ).start()
+
+    def announce(self) -> None:
+        """The keeper serves its socket: make the token for actions beside it, and say where all is."""
+        assert self._listening is not None
+        host, port = self._listening.sockets[0].getsockname()[:2]
+        url = f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
+        if self._token is None:
+            self._token, self._made_token = secrets.token_urlsafe(32), True
+            self._token_file.unlink(missing_ok=True)  # of a keeper that was killed
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            with os.fdopen(os.open(self._token_file, flags, 0o600), "w") as file:
+                file.write(self._token + "\n")
+        log.info("web page and metrics at %s, the token for actions is in %s", url, self._token_file)
+
+    async def close(self) -> None:
+        """End, and take back what was made."""
+        self._closing.set()
+        if self._sampling is not None:
+            self._sampling.cancel()
+        if self._listening is not None:
+            self._listening.close()
+        await self._runner.cleanup()
+        if self._made_token:
+            self._token_file.unlink(missing_ok=True)
+
+    async def _sample(self) -> None:
+        while True:
+            self._watch.sample()
+            await asyncio.sleep(SAMPLE_EVERY)
+
+    def _ask_usage(self, number: int, opened: Opened) -> None:
+        """How full a tier is, in a thread of its own: a medium may hang."""
+        while not self._closing.is_set():
+            if opened.guard.available:
+                with contextlib.suppress(TierUnavailable):
+                    self._usage[number] = opened.tier.usage()
+            self._closing.wait(_USAGE_EVERY)
+
+    # Requests
+
+    def _app(self) -> web.Application:
+        app = web.Application(client_max_size=_MOST_BODY, middlewares=[self._guard])
+        folder = files("kvkeep.observe")
+        for path, (name, kind) in _PAGE.items():
+            app.router.add_get(path, _fixed((folder / name).read_bytes(), kind))
+        app.router.add_get("/healthz", self._healthz)
+        app.router.add_get("/readyz", self._readyz)
+        app.router.add_get("/metrics", self._metrics)
+        app.router.add_get("/api/state", self._state)
+        for name in ("clear", "pin", "unpin", "drain"):
+            app.router.add_post(f"/api/{name}", self._act)
+        return app
+
+    @web.middleware
+    async def _guard(self, request: web.Request, handler: _Handler) -> web.StreamResponse:
+        """Refuse who may not; and put the headers on every answer."""
+        try:
+            if self._loopback and not self._is_us(request.host):
+                response: web.StreamResponse = web.Response(status=403, text="not the name of this host\n")
+            elif self._needs_token(request) and not self._has_token(request):
+                response = web.Response(
+                    status=401,
+                    text="send the header Authorization: Bearer TOKEN\n",
+                    headers={"WWW-Authenticate": "Bearer"},
+                )
+            else:
+                response = await handler(request)
+        except web.HTTPException as refusal:  # no such path, no such method, too long
+            response = web.Response(status=refusal.status, text=f"{refusal.reason}\n")
+        response.headers.update(_HEADERS)
+        return response
+
+    def _is_us(self, host: str) -> bool:
+        name = re.sub(r":\d+$", "", host).strip("[]").lower()
+        return name in ("localhost", "127.0.0.1", "::1", self._host)
+
+    def _needs_token(self, request: web.Request) -> bool:
+        reads = request.path in (*_PAGE, *_HEALTH) or (self._loopback and request.method in ("GET", "HEAD"))
+        return not reads
+
+    def _has_token(self, request: web.Request) -> bool:
+        kind, _, token = request.headers.get("Authorization", "").partition(" ")
+        given, right = token.strip().encode(), (self._token or "").encode()
+        return kind.lower() == "bearer" and bool(right) and hmac.compare_digest(given, right)
+
+    async def _healthz(self, request: web.Request) -> web.Response:
+        return web.Response(text="ok\n")
+
+    async def _readyz(self, request: web.Request) -> web.Response:
+        """Ready: the arena is mapped, the tiers were opened, and the socket is served. A tier that is away
+        does not make a keeper unready: it serves on without."""
+        checks = {
+            "ready": self._served.ready,
+            "tiers": {
+                name: "on" if opened.guard.available else "off"
+                for name, opened in zip(self._names, self._tiers, strict=True)
+            },
+        }
+        return _json(checks, 200 if self._served.ready else 503)
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        return web.Response(body=self._exporter.text(), headers={"Content-Type": CONTENT_TYPE})
+
+    async def _state(self, request: web.Request) -> web.Response:
+        figures = self._served.figures()
+        tiers: Any = figures.pop("tiers")
+        for number, (name, tier) in enumerate(zip(self._names, tiers, strict=True)):
+            usage = self._usage.get(number, Usage())
+            tier |= {"name": name, "used_bytes": usage.used_bytes, "capacity_bytes": usage.capacity_bytes}
+        watch = self._watch
+        state = {
+            "ready": self._served.ready,
+            "keeper": figures,
+            "arena": arena_bytes(self._served.keeper),
+            "tiers": tiers,
+            "history": [tuple(sample) for sample in watch.history],
+            "prefixes": watch.prefixes(),
+            "requests": watch.requests(),
+        }
+        return _json(state)
+
+    # Actions
+
+    async def _act(self, request: web.Request) -> web.Response:
+        try:
+            body = await asyncio.wait_for(request.read(), _BODY_WAIT)
+            action = msgspec.json.decode(body or b"{}", type=Action)
+            done = self._do(request.path.rpartition("/")[2], action)
+        except asyncio.TimeoutError:
+            return _json({"error": "the request's body did not come"}, 408)
+        except (msgspec.MsgspecError, ValueError) as error:
+            return _json({"error": f"not an action: {error}"}, 400)
+        except RequestRefused as error:
+            return _json({"error": str(error)}, 409)
+        log.info("%s %s, by HTTP: %s", request.path, body.decode(errors="replace"), done)
+        return _json(done)
+
+    def _do(self, name: str, action: Action) -> dict[str, object]:
+        keeper = self._served.keeper
+        if name == "drain":
+            self._served.stop()
+            return {"draining": True}
+        if name == "clear":
+            if action.prefix is not None:
+                raise RequestRefused("only a namespace or everything can be cleared")
+            return {"forgotten_chunks": keeper.clear(self._space(action))}
+        records = self._records(action)
+        if name == "pin":
+            return {"pinned_chunks": pin(keeper, records)}
+        return {"unpinned_chunks": unpin(keeper, records)}
+
+    def _records(self, action: Action) -> Records:
+        if action.prefix is None:
+            return space_records(self._served.keeper, self._space(action))
+        prefix = self._watch.prefix(action.prefix)
+        if prefix is None:
+            raise RequestRefused(f"no prefix {action.prefix} is remembered: it was not used lately")
+        return chain_records(self._served.keeper, prefix.space, prefix.keys)
+
+    def _space(self, action: Action) -> Namespace | None:
+        spaces = self._served.keeper.namespaces
+        if action.namespace is None:
+            return None
+        if not 0 <= action.namespace < len(spaces):
+            raise RequestRefused(f"no namespace {action.namespace} is open here")
+        return spaces[action.namespace]
+
+
+class _Full(asyncio.Protocol):
+    """Hangs up: more connections would take descriptors that engines need."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        transport.close()
+
+
+def _fixed(body: bytes, kind: str) -> _Handler:
+    async def answer(request: web.Request) -> web.StreamResponse:
+        return web.Response(body=body, content_type=kind, charset="utf-8")
+
+    return answer
+
+
+def _json(value: object, status: int = 200) -> web.Response:
+    return web.Response(body=msgspec.json.encode(value), status=status, content_type="application/json")
+
+
+def _address(text: str) -> tuple[str, int]:
+    """Host and port of 127.0.0.1:9400, localhost:9400, [::1]:9400; port 0: a free one. Raises ConfigError."""
+    host, _, port = text.rpartition(":")
+    host = "127.0.0.1" if host == "localhost" else host.strip("[]")
+    try:
+        ipaddress.ip_address(host)
+        number = int(port)
+    except ValueError:
+        number = -1
+    if not 0 <= number < 1 << 16:
+        raise ConfigError(f"--http takes ADDRESS:PORT, such as 127.0.0.1:9400, not {text!r}")
+    return host, number
+
+
+def _read_token(path: Path) -> str:
+    try:
+        token = path.read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the token of --http-token {path}: {error}") from error
+    if len(token) < _TOKEN_CHARACTERS or not token.isprintable() or " " in token:
+        raise ConfigError(f"the token in {path} must be one word of {_TOKEN_CHARACTERS} characters or more")
+    return token

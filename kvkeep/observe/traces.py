@@ -1,0 +1,94 @@
+"""Spans of what the keeper does for a request, as children of the span that the engine was sent.
+
+The engine passes the request's `traceparent` on with its lookup; without one there is no span.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from kvkeep.errors import ConfigError
+from kvkeep.keeper.keeper import Found
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace.export import SpanExporter
+    from opentelemetry.trace import Span
+
+__all__ = ["Traces", "otlp"]
+
+_MOST_OPEN = 4096
+
+
+def otlp(endpoint: str) -> SpanExporter:
+    """An exporter to an OTLP/HTTP endpoint, such as http://collector:4318/v1/traces. Raises ConfigError."""
+    try:
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+        from opentelemetry.sdk import trace  # noqa: F401 (the exporter alone is not enough)
+    except ImportError as error:
+        raise ConfigError(f"--traces needs {error.name}: pip install 'kvkeep[otel]'") from error
+    if not endpoint.startswith(("http://", "https://")):
+        raise ConfigError(
+            f"--traces takes an OTLP/HTTP URL, such as http://127.0.0.1:4318/v1/traces: {endpoint}"
+        )
+    return OTLPSpanExporter(endpoint, timeout=5)
+
+
+class Traces:
+    """Makes the spans, on the event loop; they are exported by a thread of the library's."""
+
+    def __init__(self, exporter: SpanExporter) -> None:
+        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+        self._provider = TracerProvider(resource=Resource.create({"service.name": "kvkeep"}))
+        self._provider.add_span_processor(BatchSpanProcessor(exporter))
+        self._tracer = self._provider.get_tracer("kvkeep")
+        # By ticket and by lease; the oldest are dropped unfinished, as are those of clients that vanish.
+        self._fetches: OrderedDict[int, Span] = OrderedDict()
+        self._loads: OrderedDict[int, Span] = OrderedDict()
+
+    def looked_up(
+        self, trace: str, found: Found, settles: int, ticket: int, tiers: Mapping[str, int], seconds: float
+    ) -> None:
+        """A lookup took so long and ends now; `tiers`: what the fetch that it settles got from each."""
+        now = time.time_ns()
+        lookup = self._start("kvkeep.lookup", trace, now - int(seconds * 1e9))
+        lookup.set_attribute("kvkeep.hit_chunks", found.chunks)
+        lookup.end(now)
+        fetch = self._fetches.pop(settles, None)
+        if fetch is not None:
+            for tier, chunks in tiers.items():
+                fetch.set_attribute(f"kvkeep.chunks_from.{tier}", chunks)
+            fetch.end(now)
+        if ticket:
+            self._keep(self._fetches, ticket, self._start("kvkeep.fetch", trace, now))
+        if found.lease:
+            load = self._start("kvkeep.load", trace, now)
+            load.set_attribute("kvkeep.chunks", found.chunks)
+            self._keep(self._loads, found.lease, load)
+
+    def released(self, lease: int, read: bool) -> None:
+        """A lease is over: all ranks have read, or it was given back and there was no load."""
+        load = self._loads.pop(lease, None)
+        if load is not None and read:
+            load.end()
+
+    def close(self) -> None:
+        """Export what has ended; bounded by the exporter's timeout."""
+        self._provider.shutdown()
+
+    def _start(self, name: str, trace: str, at: int) -> Span:
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+        parent = TraceContextTextMapPropagator().extract({"traceparent": trace})
+        return self._tracer.start_span(name, parent, start_time=at)
+
+    @staticmethod
+    def _keep(spans: OrderedDict[int, Span], number: int, span: Span) -> None:
+        spans[number] = span
+        while len(spans) > _MOST_OPEN:
+            spans.popitem(last=False)

@@ -1,0 +1,245 @@
+"""What is remembered of lookups for those who look on: where chunks came from, and which are worth most.
+
+All of it is bounded, whatever is asked. The event loop's, like the keeper.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from kvkeep.identity import KEY_BYTES, group_keys
+from kvkeep.keeper.chunks import ChunkState
+from kvkeep.keeper.keeper import Found, Keeper
+from kvkeep.keeper.movers import Movers
+from kvkeep.keeper.namespaces import Namespace
+from kvkeep.observe.histogram import LOOKUP_SECONDS, Histogram
+from kvkeep.observe.traces import Traces
+
+__all__ = ["MEMORY", "MOST_LABELS", "Prefix", "Seen", "Watch", "tier_names"]
+
+MEMORY = "memory"
+MOST_LABELS = 32
+"""Namespaces with figures of their own: the first ones. All later ones are summed up."""
+SAMPLE_EVERY = 15.0
+_SAMPLES = 240  # an hour
+_REQUESTS, _PREFIXES, _SHOWN = 100, 128, 12
+
+
+class Seen(NamedTuple):
+    """One lookup and its outcome."""
+
+    session: str
+    space: Namespace
+    keys: bytes
+    first: int
+    found: Found
+    settles: int
+    """Ticket of the lookup that this one ends; 0: none."""
+    ticket: int
+    """Not 0: tiers may have more, a second lookup of the same request will tell."""
+    landed: Counter[int]
+    """By tier, chunks that it gave, all groups together."""
+    trace: str
+
+
+@dataclass
+class Request:
+    """One line of the page."""
+
+    at: float
+    engine: str
+    space: Namespace
+    chunks: int
+    local: int
+    memory: int
+    ticket: int
+    tiers: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class Prefix:
+    """The beginning of a prompt that was found, and how much finding it was worth."""
+
+    space: Namespace
+    keys: bytes
+    nbytes: int
+    uses: int = 0
+    weight: float = 0.0
+    """Bytes × uses, of which the older count less."""
+    last: float = 0.0
+
+
+class Sample(NamedTuple):
+    """Totals at one time."""
+
+    at: float
+    asked: int
+    memory: int
+    tiers: int
+    used_bytes: int
+
+
+class Watch:
+    """Remembers the last lookups of one keeper, sums since its start, and the heaviest prefixes."""
+
+    def __init__(
+        self,
+        keeper: Keeper,
+        tiers: Sequence[str],
+        traces: Traces | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._keeper = keeper
+        self._tiers = tiers
+        self._traces = traces
+        self._clock = clock
+        self.seconds = Histogram(LOOKUP_SECONDS)
+        self.asked = [0] * (MOST_LABELS + 1)
+        """Chunks that requests asked for, by namespace, the last one being all others'."""
+        self.local = [0] * (MOST_LABELS + 1)
+        self.hits: list[Counter[str]] = [Counter() for _ in range(MOST_LABELS + 1)]
+        """By namespace and the place that they came from."""
+        self.history: deque[Sample] = deque(maxlen=_SAMPLES)
+        self._requests: deque[Request] = deque(maxlen=_REQUESTS)
+        self._prefixes: dict[str, Prefix] = {}
+
+    def looked_up(self, seen: Seen, seconds: float) -> None:
+        """A lookup was answered, and took the keeper so long."""
+        self.seconds.add(seconds)
+        label = min(seen.space.number, MOST_LABELS)
+        if seen.settles:
+            self._settle(seen, label)
+        else:
+            asked = len(seen.keys) // KEY_BYTES - seen.first
+            self.asked[label] += asked
+            self.local[label] += seen.first
+            self.hits[label][MEMORY] += seen.found.chunks
+            engine = seen.session.rpartition(":")[0] or seen.session
+            line = (seen.space, seen.first + asked, seen.first, seen.found.chunks, seen.ticket)
+            self._requests.append(Request(self._clock(), engine, *line))
+        if not seen.ticket:
+            self._used(seen)
+        if self._traces is not None and seen.trace:
+            place = {self._tiers[tier]: count for tier, count in seen.landed.items()}
+            self._traces.looked_up(seen.trace, seen.found, seen.settles, seen.ticket, place, seconds)
+
+    def released(self, lease: int, read: bool) -> None:
+        """A rank has read what it was leased, or the whole lease was given back unread."""
+        if self._traces is not None and lease not in self._keeper.claims:
+            self._traces.released(lease, read)
+
+    def _settle(self, seen: Seen, label: int) -> None:
+        line = next((line for line in reversed(self._requests) if line.ticket == seen.settles), None)
+        if line is None:  # a hundred others came in between
+            return
+        line.ticket = 0
+        gained = max(0, seen.found.chunks - line.memory)
+        total = sum(seen.landed.values())
+        for tier, count in seen.landed.items():
+            # A chunk of a prompt is one in each group, and groups may come from different tiers.
+            line.tiers[self._tiers[tier]] = round(gained * count / total) if total else 0
+        self.hits[label].update(line.tiers)
+
+    def _used(self, seen: Seen) -> None:
+        """Count one use of the prefix that was found: where a prompt leaves what is held, many others do."""
+        end = (seen.first + seen.found.chunks) * KEY_BYTES
+        if not end:
+            return
+        name = seen.keys[end - KEY_BYTES : end - KEY_BYTES + 6].hex()
+        prefix = self._prefixes.get(name)
+        if prefix is None:
+            if len(self._prefixes) >= 2 * _PREFIXES:
+                self._forget_light()
+            nbytes = _bytes_of(seen.space, end // KEY_BYTES)
+            prefix = self._prefixes[name] = Prefix(seen.space, seen.keys[:end], nbytes)
+        prefix.uses += 1
+        prefix.weight += prefix.nbytes
+        prefix.last = self._clock()
+
+    def _forget_light(self) -> None:
+        """Keep the heavier half, at half its weight, so that what was heavy once makes room in time."""
+        heavy = sorted(self._prefixes.items(), key=lambda item: item[1].weight)[-_PREFIXES:]
+        self._prefixes = dict(heavy)
+        for prefix in self._prefixes.values():
+            prefix.weight /= 2
+
+    def close(self) -> None:
+        """Export the spans that have ended."""
+        if self._traces is not None:
+            self._traces.close()
+
+    def sample(self) -> None:
+        """Note the totals; every SAMPLE_EVERY seconds."""
+        memory = sum(hits[MEMORY] for hits in self.hits)
+        tiers = sum(sum(hits.values()) for hits in self.hits) - memory
+        used = int(self._keeper.usage()[1].sum())
+        self.history.append(Sample(self._clock(), sum(self.asked), memory, tiers, used))
+
+    def prefix(self, name: str) -> Prefix | None:
+        """A prefix by the name that `prefixes` gives it, while it is remembered."""
+        return self._prefixes.get(name)
+
+    def prefixes(self) -> list[dict[str, object]]:
+        """The heaviest prefixes, for JSON."""
+        heavy = sorted(self._prefixes.items(), key=lambda item: -item[1].weight)[:_SHOWN]
+        chunks = self._keeper.chunks
+        out: list[dict[str, object]] = []
+        for name, prefix in heavy:
+            # Chains are given up from their tails: where the last chunk is held, all are.
+            last = group_keys(prefix.keys[-KEY_BYTES:], prefix.space.fingerprint, 0)
+            record = int(chunks.table.find(last)[0])
+            held = record >= 0 and chunks.state[record] == ChunkState.COMMITTED
+            count = len(prefix.keys) // KEY_BYTES
+            out.append(
+                {
+                    "prefix": name,
+                    "namespace": prefix.space.number,
+                    "chunks": count,
+                    "tokens": count * prefix.space.chunk_tokens,
+                    "bytes": prefix.nbytes,
+                    "uses": prefix.uses,
+                    "weight": prefix.weight,
+                    "last": prefix.last,
+                    "held": bool(held),
+                    "pinned": bool(held and chunks.pinned[record]),
+                }
+            )
+        return out
+
+    def requests(self) -> list[dict[str, object]]:
+        """The last lookups, the newest first, for JSON. Chunks, and tokens where they are known."""
+        return [
+            {
+                "at": line.at,
+                "engine": line.engine[:12],
+                "namespace": line.space.number,
+                "chunk_tokens": line.space.chunk_tokens,
+                "chunks": line.chunks,
+                "local": line.local,
+                "memory": line.memory,
+                "tiers": line.tiers,
+                "waiting": bool(line.ticket),
+            }
+            for line in reversed(self._requests)
+        ]
+
+
+def tier_names(movers: Movers | None) -> list[str]:
+    """A distinct label for each tier: its URL without options."""
+    names: list[str] = []
+    for opened in [] if movers is None else movers.tiers:
+        name = opened.url.partition("?")[0]
+        names.append(f"{name}#{len(names)}" if name in names else name)
+    return names
+
+
+def _bytes_of(space: Namespace, chunks: int) -> int:
+    """What loading so many leading chunks takes."""
+    counts = np.array([min(chunks, group.window_chunks or chunks) for group in space.groups])
+    return int(counts @ np.array([group.slot_bytes for group in space.groups]))

@@ -1,0 +1,125 @@
+"""The backend of NVIDIA GPUs: torch's streams, the driver's batched copies, our kernel.
+
+The driver is called by ctypes: it takes numpy's arrays as they are, tens of thousands of pieces in one
+call that does not hold the GIL, where cuda-python wants lists of Python integers. No GPU has seen this
+file yet; `make gpu-check` is its test.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from kvkeep.errors import DeviceError
+from kvkeep.transfer.base import Offsets
+from kvkeep.transfer.kernels import copy_words
+from kvkeep.transfer.streams import Backend, Copies, Stream
+
+__all__ = ["CudaBackend"]
+
+log = logging.getLogger("kvkeep.transfer")
+
+_SOURCE_IN_ORDER, _SOURCE_ANY_TIME = 1, 3  # CUmemcpySrcAccessOrder
+_HOST_POINTERS_WORK = 91  # CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM
+
+
+class _Attributes(ctypes.Structure):
+    """CUmemcpyAttributes of CUDA 12.8 and later; the hints (type, id) are for memory that is not ours."""
+
+    _fields_ = (
+        ("order", ctypes.c_int),
+        ("source_hint", ctypes.c_int * 2),
+        ("target_hint", ctypes.c_int * 2),
+        ("flags", ctypes.c_uint),
+    )
+
+
+class CudaBackend(Backend):
+    """One GPU of this process, by the context that torch uses. Raises OSError without a driver."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._driver = ctypes.CDLL("libcuda.so.1")
+        # By this name every driver from 12.8 on has it as 12.8 did, with an index of the failed copy.
+        self._batched = hasattr(self._driver, "cuMemcpyBatchAsync")
+        if not self._batched:
+            log.warning("this driver is older than CUDA 12.8: copies are submitted one by one")
+        number, handle, value = ctypes.c_int(), ctypes.c_void_p(), ctypes.c_int()
+        ordinal: int | None = device.index
+        if ordinal is None:
+            ordinal = torch.cuda.current_device()
+        torch.cuda.current_stream(device).synchronize()  # torch makes its context, at start only
+        self._call("cuDeviceGet", ctypes.byref(number), ctypes.c_int(ordinal))
+        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(handle), number)
+        self._call("cuDeviceGetAttribute", ctypes.byref(value), ctypes.c_int(_HOST_POINTERS_WORK), number)
+        self._context, self._kernel = handle, bool(value.value)
+
+    def _call(self, name: str, *arguments: object) -> None:
+        error = getattr(self._driver, name)(*arguments)
+        if error:
+            raise DeviceError(f"{name} failed: CUDA error {error}")
+
+    @contextlib.contextmanager
+    def _bound(self) -> Iterator[None]:
+        """The driver's own calls need the context on their thread; torch binds it where it has to only."""
+        self._call("cuCtxPushCurrent_v2", self._context)
+        try:
+            yield
+        finally:
+            self._driver.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
+
+    def current(self) -> Stream:
+        return torch.cuda.current_stream(self._device)
+
+    def stream(self) -> Stream:
+        return torch.cuda.Stream(self._device)
+
+    def copy(self, stream: Stream, copies: Copies, *, saving: bool, pinned: bool) -> None:
+        target, source = (copies.slots, copies.paged) if saving else (copies.paged, copies.slots)
+        handle = stream.cuda_stream  # type: ignore[attr-defined]
+        with self._bound():
+            if pinned and self._batched:
+                # What a save reads, the engine's stream has just written; what a load reads, nobody writes.
+                order = _SOURCE_IN_ORDER if saving else _SOURCE_ANY_TIME
+                self._submit(target, source, copies.sizes, order, handle)
+                return
+            for row in zip(target.tolist(), source.tolist(), copies.sizes.tolist(), strict=True):
+                self._call("cuMemcpyAsync", *map(ctypes.c_size_t, row), ctypes.c_void_p(handle))
+
+    def _submit(self, target: Offsets, source: Offsets, sizes: Offsets, order: int, handle: int) -> None:
+        columns = [np.ascontiguousarray(column) for column in (target, source, sizes)]
+        attributes, first, failed = _Attributes(order), ctypes.c_size_t(0), ctypes.c_size_t(0)
+        self._call(
+            "cuMemcpyBatchAsync",
+            *(ctypes.c_void_p(column.ctypes.data) for column in columns),
+            ctypes.c_size_t(len(sizes)),
+            ctypes.byref(attributes),
+            ctypes.byref(first),
+            ctypes.c_size_t(1),
+            ctypes.byref(failed),
+            ctypes.c_void_p(handle),
+        )
+
+    def gather(self, stream: Stream, copies: Copies) -> None:
+        if not self._kernel:  # host memory has another address on the device: not on any usual Linux
+            self.copy(stream, copies, saving=False, pinned=True)
+            return
+        table = torch.from_numpy(np.stack(copies)).pin_memory()  # [targets, sources, sizes]
+        with torch.cuda.stream(stream):  # type: ignore[arg-type]
+            copy_words(table.to(self._device, non_blocking=True))
+
+    def register(self, address: int, nbytes: int) -> bool:
+        with self._bound():
+            error = self._driver.cuMemHostRegister_v2(
+                ctypes.c_void_p(address), ctypes.c_size_t(nbytes), ctypes.c_uint(0)
+            )
+        return not error
+
+    def unregister(self, address: int) -> None:
+        with self._bound():
+            self._call("cuMemHostUnregister", ctypes.c_void_p(address))

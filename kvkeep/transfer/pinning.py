@@ -1,0 +1,81 @@
+"""Registers the arena's mapping with a device, so that its copy engines reach it directly.
+
+In the background and in pieces: registering takes up to a second per GiB, and holds locks of the driver
+meanwhile. What is registered is always the arena's beginning, so one number says how far it is.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+
+from kvkeep.transfer.base import await_allocation, populate
+from kvkeep.transfer.streams import Backend
+
+__all__ = ["REGISTER_STEP", "Pinning"]
+
+log = logging.getLogger("kvkeep.transfer")
+
+REGISTER_STEP = 256 << 20
+"""Bytes per registration: a piece must not hold the driver's locks for long. Not measured yet on a GPU."""
+
+
+class Pinning:
+    """One process's registration of one arena mapping; `registered` bytes from its start are pinned."""
+
+    def __init__(self, backend: Backend, base: int, nbytes: int, step: int = REGISTER_STEP) -> None:
+        self.registered = 0
+        self.step = step
+        self._backend, self._base, self._nbytes = backend, base, nbytes
+        self._pieces: list[int] = []
+        self._lock = threading.Lock()  # one piece is registered, or all are let go of
+        self._closed = False
+
+    def start(self, fd: int) -> threading.Thread:
+        """Register all of it in a thread, as the keeper allocates it; `fd` stays the caller's."""
+        thread = threading.Thread(target=self._run, args=(os.dup(fd),), name="kvkeep-pin", daemon=True)
+        thread.start()
+        return thread
+
+    def _run(self, fd: int) -> None:
+        try:
+            there = await_allocation(fd, self._nbytes, lambda: self._closed)
+        finally:
+            os.close(fd)
+        if not there:
+            if not self._closed:
+                self._warn("the keeper does not allocate it ahead (--prefault no)")
+            return
+        for offset in range(0, self._nbytes, self.step):
+            size = min(self.step, self._nbytes - offset)
+            populate(self._base + offset, size)
+            if not self._register(offset, size):
+                return
+
+    def _register(self, offset: int, size: int) -> bool:
+        with self._lock:
+            if self._closed:
+                return False
+            if not self._backend.register(self._base + offset, size):
+                self._warn("the driver refuses more of it; see `kvkeep doctor`")
+                return False
+            self._pieces.append(self._base + offset)
+            self.registered = offset + size
+        return True
+
+    def _warn(self, why: str) -> None:
+        log.warning(
+            "%.1f of the arena's %.1f GiB are pinned, as %s: other copies go through pageable memory, slower",
+            self.registered / 2**30,
+            self._nbytes / 2**30,
+            why,
+        )
+
+    def close(self) -> None:
+        """Let go of what is registered. No copy may be under way."""
+        with self._lock:
+            self._closed, self.registered = True, 0
+            pieces, self._pieces = self._pieces, []
+            for address in pieces:
+                self._backend.unregister(address)

@@ -1,0 +1,87 @@
+"""Around copies that go on while the engine computes: in which order layers are needed, and what follows."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import threading
+from collections.abc import Callable
+
+from kvkeep.errors import KVKeepError
+from kvkeep.transfer.streams import Pending
+
+__all__ = ["Completions", "LayerOrder"]
+
+log = logging.getLogger("kvkeep.transfer")
+
+
+class Completions:
+    """Waits for copies on a thread of its own, one after the other, and then does what is to follow.
+
+    So the engine's thread never asks the device, and an idle engine's last save is reported at once.
+    """
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[tuple[Pending, Callable[[float], None], Callable[[], None]] | None]
+        self._queue = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="kvkeep-completions", daemon=True)
+        self._thread.start()
+
+    def add(self, pending: Pending, then: Callable[[float], None], failed: Callable[[], None]) -> None:
+        """Call `then(seconds on the device)` when the bytes are there, or `failed()`, on that thread."""
+        self._queue.put((pending, then, failed))
+
+    def close(self) -> None:
+        """Let what is under way end."""
+        self._queue.put(None)
+        self._thread.join(timeout=5.0)
+
+    def _run(self) -> None:
+        while (item := self._queue.get()) is not None:
+            pending, then, failed = item
+            try:
+                seconds = pending.wait()
+            except (KVKeepError, RuntimeError) as error:  # torch's errors of a device are RuntimeErrors
+                log.warning("kvkeep: a copy on the device failed: %s", error)
+                with contextlib.suppress(KVKeepError):
+                    failed()
+                continue
+            then(seconds)
+
+
+class LayerOrder:
+    """In which order a forward asks for its layers, learned by watching; per way of running it.
+
+    An engine asks for a layer where Python runs between its layers. It does not where a graph of the whole
+    model is replayed, and says beforehand which way it goes. To be sure of more than its word, an order is
+    used only once two forwards of its kind have asked for the same; and each later one is held against it.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[str, ...]] = {}
+        self._before: dict[str, tuple[str, ...]] = {}
+        self._broken: set[str] = set()
+        self._asked: dict[str, None] = {}
+
+    def of(self, kind: str) -> tuple[str, ...]:
+        """The layers of such a forward; empty while it is not known."""
+        return self._known.get(kind, ())
+
+    def ask(self, layer: str) -> None:
+        """The forward has come to this layer."""
+        self._asked[layer] = None
+
+    def end(self, kind: str) -> bool:
+        """The forward is over. False where it has left out a layer: never rely on this kind again."""
+        asked, self._asked = tuple(self._asked), {}
+        known = self._known.get(kind)
+        if known is not None and not set(known) <= set(asked):
+            del self._known[kind]
+            self._broken.add(kind)
+            return False
+        if known is None and asked and kind not in self._broken:
+            if self._before.get(kind) == asked:
+                self._known[kind] = asked
+            self._before[kind] = asked
+        return True

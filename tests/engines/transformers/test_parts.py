@@ -1,0 +1,136 @@
+"""The pieces: copies equal the reference's, rows are named only by what is certain, layers grow in place."""
+
+from __future__ import annotations
+
+import importlib.util
+import mmap
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvkeep.engines.transformers.book import Book, name_rows
+from kvkeep.engines.transformers.copies import StagedTransfer, as_blocks, make_copier
+from kvkeep.engines.transformers.describe import weights_digest
+from kvkeep.engines.transformers.layers import FullLayer
+from kvkeep.errors import LayoutError
+from kvkeep.transfer.reference import ReferenceTransfer
+
+ROOT = Path(__file__).parents[3]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(1, 4), st.integers(1, 5), st.integers(1, 5), st.integers(1, 6), st.sampled_from(["f4", "bf"])
+)
+def test_staged_copies_equal_the_references(
+    heads: int, size: int, tokens: int, count: int, kind: str
+) -> None:
+    dtype = torch.float32 if kind == "f4" else torch.bfloat16
+    rng = np.random.default_rng(heads * 100 + size)
+    states = [
+        torch.randn(2, heads, 2 + tokens * count + (tokens > 1), size + extra).to(dtype) for extra in (0, 2)
+    ]
+    views = [(str(i), as_blocks(one[1, :, 2:], tokens)) for i, one in enumerate(states)]
+    block = sum(view[0].numel() * view.element_size() for _, view in views)
+    blocks = rng.permutation(count)[: rng.integers(1, count + 1)]
+    offsets = (rng.permutation(count)[: len(blocks)] * (block + 64)).astype(np.int64)
+    arenas = [mmap.mmap(-1, count * (block + 64)) for _ in range(3)]
+    kinds = (ReferenceTransfer([views], count, arenas[0]), StagedTransfer([views], count, arenas[1]))
+    for one in (*kinds, make_copier(views, arenas[2], 1)):
+        assert one.save(0, offsets, blocks) == len(blocks) * block
+    assert arenas[0][:] == arenas[1][:] == arenas[2][:]
+    before = [one.clone() for one in states]
+    for one in states:
+        one[1, :, 2 : 2 + tokens * count] = 0
+    kinds[1].load(0, offsets, blocks)
+    for one, old in zip(states, before, strict=True):
+        for number in range(count):
+            columns = slice(2 + number * tokens, 2 + (number + 1) * tokens)
+            assert one[1, :, columns].equal(old[1, :, columns] * (number in blocks))
+        assert one[0].equal(old[0])
+
+
+def test_rows_are_named_by_what_is_certain() -> None:
+    ids = torch.arange(10, 22).view(2, 6)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 0, 1, 1]], dtype=torch.bool)
+    first, second = name_rows(ids, mask)
+    assert (first.start, first.tokens.tolist()) == (2, [12, 13, 14, 15])
+    assert (second.start, second.tokens.tolist()) == (0, [16, 17, 18])
+    first, _ = name_rows(ids, mask, torch.tensor([[0, 0, 0, 1, 3, 4], [0, 1, 2, 3, 4, 5]]))
+    assert first.tokens.tolist() == [12, 13]
+    (empty,) = name_rows(ids[:1], mask[:1] & False)
+    assert (empty.start, len(empty.tokens)) == (6, 0)
+
+
+def test_a_book_follows_rows_and_columns() -> None:
+    ids, positions = torch.arange(10, 22).view(2, 6), torch.arange(6)[None]
+    whole = torch.ones(2, 6, dtype=torch.bool)
+    book = Book(ids[:, :2], whole[:, :2], positions[:, :2].expand(2, 2))
+    book.note(ids[:, 2:], whole, positions[:, 2:])
+    book.crop(1)
+    book.select(torch.tensor([1, 1, 0]))
+    assert [row.tokens.tolist() for row in book.rows()] == [[*range(16, 21)]] * 2 + [[*range(10, 15)]]
+    changed = torch.ones(3, 6, dtype=torch.bool)
+    changed[0, 1] = False
+    book.note(torch.tensor([[1], [2], [3]]), changed, torch.tensor([[5]]))
+    assert [len(row.tokens) for row in book.rows()] == [0, 6, 6]
+
+
+def test_a_layer_grows_in_place_and_not_over_what_was_cut_off() -> None:
+    layer, states = FullLayer(), torch.randn(1, 2, 9, 4)
+    layer.update(states[:, :, :3], -states[:, :, :3])
+    kept = layer.keys
+    layer.update(states[:, :, 3:5], -states[:, :, 3:5])
+    assert layer.keys.data_ptr() == kept.data_ptr()
+    layer.crop(-2)
+    layer.update(states[:, :, 3:], -states[:, :, 3:])
+    assert layer.keys.equal(states)
+    assert layer.values.equal(-states)
+    layer.reorder_cache(torch.tensor([0]))
+    layer.update(states, -states)
+    assert layer.keys.equal(torch.cat([states, states], 2))
+    for _ in range(300):  # past the room
+        layer.update(states[:, :, :1], -states[:, :, :1])
+    assert layer.keys[:, :, :18].equal(torch.cat([states, states], 2))
+
+
+def test_weights_that_are_not_in_memory(kit: Any) -> None:
+    model = kit.model("Llama")
+    digest = weights_digest(model)
+    with torch.no_grad():
+        model.model.norm.weight[3] += 1e-3
+    assert weights_digest(model) != digest
+    with pytest.raises(LayoutError, match="model_id"):
+        weights_digest(model.to("meta"))
+
+
+def test_the_gpu_benchmark_runs_on_a_cpu(tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("gpu_ttft", ROOT / "benchmarks" / "gpu" / "ttft.py")
+    assert spec is not None
+    assert spec.loader is not None
+    ttft = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(ttft)
+    rows = ttft.measure(
+        ttft.TINY, [500, 800], device="cpu", dtype=torch.float32, memory="32MiB", disk=tmp_path, rounds=1
+    )
+    assert [(row["tokens"], row["loaded_bytes"]) for row in rows] == [(500, 786432), (800, 1572864)]
+    assert all(row["load_ratio"] > 0 and row["disk_ratio"] > 0 for row in rows)
+
+
+def test_the_page_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    if not (ROOT / "demo" / "models" / "smollm2").is_dir():
+        pytest.skip("smollm2 is not prepared: run `make models`")
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    text = (ROOT / "docs" / "transformers.md").read_text()
+    names: dict[str, Any] = {}
+    for block in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        exec(compile(block, "docs/transformers.md", "exec"), names)
+    assert names["past"].loaded > 100
+    assert names["cache"].stats.errors == 0

@@ -1,0 +1,220 @@
+"""A rank on a device, with a real keeper: the device is one of the tests' own, late and out of order."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+pytest.importorskip("triton")
+
+from vllm.config import CUDAGraphMode
+from vllm.forward_context import ForwardContext
+from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
+
+from kvbench.host_device import HostBackend
+from kvkeep.config import EngineConfig
+from kvkeep.engines.link import session_name
+from kvkeep.engines.vllm import worker
+from kvkeep.engines.vllm.connector import KVKeepConnector
+from kvkeep.engines.vllm.describe import describe_backends
+from kvkeep.engines.vllm.device import Device, by_blocks, kind_of
+from kvkeep.engines.vllm.geometry import blocks_written
+from kvkeep.engines.vllm.metadata import Copies, Session, StepMeta
+from kvkeep.transfer import cuda
+from kvkeep.transfer.cuda import CudaTransfer
+from kvkeep.wire.messages import Reservation
+
+pytestmark = pytest.mark.slow  # to import vLLM takes ten seconds
+
+LAYERS, BLOCKS, PER_CHUNK, CHUNKS = 4, 24, 4, 2
+NAMES = [f"layer.{n}" for n in range(LAYERS)]
+
+
+def context(mode: CUDAGraphMode = CUDAGraphMode.PIECEWISE, metadata: Any = True) -> ForwardContext:
+    return ForwardContext({}, {NAMES[0]: object()} if metadata else {}, {}, cudagraph_runtime_mode=mode)
+
+
+class Rank:
+    """One worker of an engine on the tests' device, and its scheduler as far as the keeper sees it."""
+
+    def __init__(self, keeper: Any, patch: pytest.MonkeyPatch, seed: int) -> None:
+        self.keeper = keeper
+        self.backend = HostBackend(random.Random(seed))
+        self.layers = {name: torch.randn(BLOCKS, 1024) for name in NAMES}
+        group = SimpleNamespace(rank_in_group=0)
+        patch.setattr(cuda, "_STAGE_BYTES", 1)
+        patch.setattr(worker, "get_pp_group", lambda: group)
+        patch.setattr(worker, "get_tp_group", lambda: group)
+        patch.setattr(worker, "get_forward_context", context)
+        patch.setattr(
+            worker, "make_transfer", lambda layers, n, arena, _: CudaTransfer(layers, n, arena, self.backend)
+        )
+        config = SimpleNamespace(
+            kv_transfer_config=SimpleNamespace(engine_id="engine"),
+            compilation_config=SimpleNamespace(static_forward_context={}),
+        )
+        kv = SimpleNamespace(
+            num_blocks=BLOCKS,
+            kv_cache_groups=[SimpleNamespace(layer_names=NAMES)],
+            needs_kv_cache_zeroing=False,
+        )
+        self.side = worker.WorkerSide(config, kv, EngineConfig(socket=keeper.socket))
+        self.side.register(self.layers)
+        assert self.side.handshake().attached
+        self.side._device = Device()
+        self.link = keeper.connect(session_name("engine", 0))
+        size = self.side.handshake().block_bytes[0]
+        assert size == LAYERS * 4096
+        self.space = self.link.open_namespace(b"f" * 32, "test", [(size * PER_CHUNK, None)], 1, 1)
+        self.session = Session(0, {(0, 0): [0]}, {(0, 0): 0})
+
+    def copies(self, offsets: np.ndarray, blocks: list[int], claim: int) -> Copies:
+        copies = Copies(claims=[claim], tokens=len(blocks))
+        index = np.tile(np.arange(PER_CHUNK), CHUNKS)
+        copies.add(0, np.repeat(offsets, PER_CHUNK), index, np.array(blocks, np.int64))
+        return copies
+
+    def step(
+        self, loads: Copies | None = None, saves: Copies | None = None, writes: int | None = None
+    ) -> bool:
+        """One step as Model Runner V2 makes it; `writes`: a block that its forward overwrites."""
+        reused = np.array([] if writes is None else [writes], np.int64)
+        meta = StepMeta(0, loads, saves, self.session, reused=reused, scheduled_tokens=128)
+        self.side.fence(meta)
+        self.side.begin_step()
+        assert self.side.load(meta, context())
+        for name in NAMES:
+            self.side.arrive(name)
+            if writes is not None:
+                target = self.layers[name]
+                self.backend.engine.submit([lambda target=target: target[writes].fill_(7)])
+        fine = self.side.end_forward(meta)
+        self.side.save(meta)
+        return fine
+
+    def figure(self, name: str) -> int:
+        return int(self.keeper.figures()[name])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_saved_behind_the_forward_and_loaded_beside_it(
+    seed: int, keeper_process: Callable[..., Any], wait_until, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rank, keys = Rank(keeper_process(), monkeypatch, seed), bytes(range(16 * CHUNKS))
+    before = {name: tensor.clone() for name, tensor in rank.layers.items()}
+    saved, fresh = list(range(1, 9)), list(range(12, 20))
+    [reserved] = rank.link.reserve(rank.space, [Reservation(keys, [b"\1" * CHUNKS], 0, 0)])
+    assert rank.step(saves=rank.copies(reserved.offsets[0], saved, reserved.reservation))
+    assert rank.step(writes=saved[3])  # given to somebody else while it is still being saved
+    wait_until(lambda: not rank.figure("reservations"), 20)
+    assert rank.step()  # by now the order of layers is known
+
+    found = rank.link.lookup(rank.space, keys)
+    assert found.chunks == CHUNKS
+    assert rank.side._device._order.of(kind_of(context())) == tuple(NAMES)
+    assert rank.step(loads=rank.copies(found.offsets[0], fresh, found.lease))
+    wait_until(lambda: not rank.figure("leases"), 20)
+    for name, tensor in rank.layers.items():
+        assert torch.equal(tensor[fresh], before[name][saved]), name
+        assert (tensor[saved[3]] == 7).all()
+
+    rank.side.stop(wait=20)
+    assert rank.side._joined.connection.closed
+    rank.side.begin_step()
+    figures = rank.side.stats.data
+    assert figures["saved_bytes"] == figures["loaded_bytes"] == 8 * LAYERS * 4096
+    assert figures["save_seconds"] > 0
+    assert figures["computed_tokens"] == 3 * 128
+
+
+def test_a_connection_ends_after_the_copies(
+    keeper_process: Callable[..., Any], wait_until, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its claims protect slots that the device still writes; and what was under way is not committed."""
+    rank, keys = Rank(keeper_process(), monkeypatch, 1), bytes(range(16 * CHUNKS))
+    rank.step()
+    [reserved] = rank.link.reserve(rank.space, [Reservation(keys, [b"\1" * CHUNKS], 0, 0)])
+    rank.backend._lock.acquire()  # the device stands still
+    try:
+        rank.step(saves=rank.copies(reserved.offsets[0], list(range(1, 9)), reserved.reservation))
+        rank.side.stop()
+        assert rank.side._joined.closed
+        assert not rank.side._joined.connection.closed
+        assert rank.side._joined._ending.is_alive()
+    finally:
+        rank.backend._lock.release()
+    rank.side.stop(wait=20)
+    assert rank.side._joined.connection.closed
+    assert rank.figure("reservations") == 1
+    rank.link.close()
+    wait_until(lambda: not rank.figure("reservations"), 20)
+    assert rank.figure("chunks") == 0
+
+
+def test_a_forward_that_asks_for_fewer_layers_fails_its_load(
+    keeper_process: Callable[..., Any], wait_until, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rank, keys = Rank(keeper_process(), monkeypatch, 2), bytes(range(16 * CHUNKS))
+    [reserved] = rank.link.reserve(rank.space, [Reservation(keys, [b"\1" * CHUNKS], 0, 0)])
+    for saves in (rank.copies(reserved.offsets[0], list(range(1, 9)), reserved.reservation), None):
+        rank.step(saves=saves)
+    wait_until(lambda: not rank.figure("reservations"), 20)
+    found = rank.link.lookup(rank.space, keys)
+    monkeypatch.setitem(globals(), "NAMES", NAMES[:2])
+    assert not rank.step(loads=rank.copies(found.offsets[0], list(range(12, 20)), found.lease))
+    rank.side.stop(wait=20)
+
+
+def test_how_a_forward_runs() -> None:
+    assert kind_of(context(CUDAGraphMode.FULL)) == kind_of(context(metadata=False)) == ""
+    kinds = {kind_of(context(mode)) for mode in (CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE)}
+    assert len(kinds - {""}) == 2
+
+
+def test_kernel_blocks_are_put_together_again() -> None:
+    on_device = torch.empty(12, 2, 16, 8, device="meta")
+    assert by_blocks(on_device, 12).shape == (12, 2, 16, 8)
+    assert by_blocks(on_device, 3).shape == (3, 4, 2, 16, 8)
+    assert by_blocks(on_device, 5) is on_device  # for `group_layout` to refuse
+
+
+def test_blocks_that_a_step_may_write() -> None:
+    new = NewRequestData("a", [1], [], None, None, ([3, 4], [9]), 0, None)
+    cached = CachedRequestData(["b", "c"], {"c"}, [], {}, [None, ([5], [0])], [0, 0], [0, 0])
+    output = SchedulerOutput([new], cached, {}, 0, {}, {}, set(), [])
+    loads = Copies()
+    loads.add(1, np.array([0]), np.array([0]), np.array([7]))
+    assert blocks_written(output, loads).tolist() == [0, 3, 4, 5, 7, 9]
+    assert blocks_written(SchedulerOutput.make_empty(), None).tolist() == []
+
+
+def test_the_layout_that_is_asked_for() -> None:
+    def wish(
+        device: str = "cuda", mla: bool = False, hybrid: bool = False, block: int | None = 16
+    ) -> str | None:
+        config = SimpleNamespace(
+            device_config=SimpleNamespace(device_type=device),
+            model_config=SimpleNamespace(use_mla=mla, is_hybrid=hybrid),
+            cache_config=SimpleNamespace(block_size=block),
+        )
+        return KVKeepConnector.get_required_kvcache_layout(config)
+
+    assert wish() == wish(block=None) == "BLHNC"
+    assert wish("cpu") is wish(mla=True) is wish(hybrid=True) is wish(block=128) is None
+
+
+def test_each_layers_backend_is_in_the_namespace_of_a_gpu() -> None:
+    def module(name: str) -> SimpleNamespace:
+        return SimpleNamespace(attn_backend=SimpleNamespace(get_name=lambda: name))
+
+    one, two = ({"a": module(name)} for name in ("FLASH_ATTN", "FLASHINFER"))
+    assert describe_backends(["a"], one, "cuda") != describe_backends(["a"], two, "cuda")
+    assert describe_backends(["a"], one, "cpu") == describe_backends(["a"], two, "cpu") == ""
+    assert "null" in describe_backends(["a"], {}, "cuda")

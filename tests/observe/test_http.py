@@ -1,0 +1,277 @@
+"""The HTTP side: what is ready, who may do what, what is bounded, and that actions act."""
+
+import contextlib
+import json
+import os
+import re
+import socket
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+
+from kvkeep.config import KeeperConfig
+from kvkeep.errors import ConfigError
+from kvkeep.observe.http import Web
+from kvkeep.wire.server import KeeperServer
+from tests.observe.traffic import CHUNK_TOKENS, keys_of, traffic
+
+
+def raw(url: str, request: bytes) -> bytes:
+    """What comes back for these bytes, until the server closes."""
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as link:
+        link.sendall(request)
+        answer = b""
+        while piece := link.recv(65536):
+            answer += piece
+    return answer
+
+
+def test_health_and_readiness(watched) -> None:
+    one = watched(tier=True)
+    assert one.client.get("/healthz").text == "ok\n"
+    ready = one.client.get("/readyz")
+    assert (ready.status_code, ready.json()["ready"]) == (200, True)
+    assert list(ready.json()["tiers"].values()) == ["on"]
+
+
+def test_where_tokens_came_from(busy) -> None:
+    state = busy.state()
+    newest = state["requests"][0]
+    (tier,) = [tier["name"] for tier in state["tiers"]]
+    assert newest["chunk_tokens"] == CHUNK_TOKENS
+    assert newest["local"] == 2
+    assert newest["chunks"] == 15
+    assert newest["local"] + newest["memory"] + newest["tiers"][tier] == 14  # one chunk longer than before
+    assert not any(request["waiting"] for request in state["requests"])
+    assert sum(state["arena"].values()) == state["keeper"]["memory_bytes"]
+    assert state["arena"]["held"] == state["keeper"]["used_bytes"]
+    assert state["tiers"][0]["found"] > 0
+
+
+def test_the_heaviest_prefix_comes_first(watched) -> None:
+    one = watched(memory="16MiB")
+    for _ in range(3):
+        one.engine.request(1, 20)
+    for _ in range(10):
+        one.engine.request(2, 5)
+    prefixes = one.state()["prefixes"]
+    assert [(p["chunks"], p["uses"]) for p in prefixes] == [(5, 9), (20, 2)]
+    assert [p["weight"] for p in prefixes] == [9 * 5 * 65536, 2 * 20 * 65536]
+    assert prefixes[0]["prefix"] == keys_of(2, 5)[-16:-10].hex()
+
+
+def test_pin_unpin_clear(watched) -> None:
+    one = watched()
+    for _ in range(2):
+        one.engine.request(1, 10)
+    (prefix,) = one.state()["prefixes"]
+    assert one.act("pin", prefix=prefix["prefix"]) == {"pinned_chunks": 10}
+    traffic(one.engine, documents=12)
+    state = one.state()
+    assert state["keeper"]["counters"]["evicted_chunks"] > 0
+    assert one.engine.request(1, 10) == 10
+    assert state["arena"]["pinned"] == 10 * 65536
+    (mine,) = [p for p in state["prefixes"] if p["prefix"] == prefix["prefix"]]
+    assert mine["pinned"]
+    assert one.act("unpin") == {"unpinned_chunks": 10}
+    assert one.act("clear", namespace=0)["forgotten_chunks"] > 10
+    assert one.state()["keeper"]["chunks"] == 0
+
+
+def test_drain_ends_the_keeper_and_takes_its_token_along(watched) -> None:
+    one = watched(tier=True)
+    one.engine.request(1, 10)
+    assert one.act("drain") == {"draining": True}
+    assert one.keeper.process.wait(20) == 0
+    assert not os.path.exists(f"{one.keeper.socket}.token")
+
+
+def test_while_it_drains_it_is_not_ready(watched) -> None:
+    slow = "import kvkeep.tiers.fs as fs, time; put = fs.FsTier.put\n"
+    slow += "fs.FsTier.put = lambda *a: (time.sleep(60), put(*a))[1]"
+    one = watched("--drain", "20", tier=True, patch=slow)
+    one.engine.request(1, 10)
+    one.act("drain")
+    codes = {one.client.get("/readyz").status_code for _ in range(3)}
+    assert codes <= {200, 503}
+    assert one.client.get("/readyz").status_code == 503
+    assert one.client.get("/healthz").status_code == 200
+    assert "kvkeep_ready 0\n" in one.text()
+    one.keeper.process.kill()
+
+
+def test_actions_need_the_token(watched) -> None:
+    one = watched()
+    one.engine.request(1, 10)
+    for headers in (
+        {},
+        {"Authorization": "Bearer"},
+        {"Authorization": "Bearer wrong"},
+        {"Cookie": "token=x"},
+    ):
+        for action in ("clear", "pin", "unpin", "drain"):
+            assert one.client.post(f"/api/{action}", json={}, headers=headers).status_code == 401
+    place = Path(f"{one.keeper.socket}.token")
+    assert stat.S_IMODE(place.stat().st_mode) == 0o600
+    assert str(place) in one.keeper.log.read_text()
+    assert place.read_text().strip() not in one.keeper.log.read_text()
+    assert one.state()["keeper"]["chunks"] == 10
+
+
+def test_another_sites_name_is_refused(watched) -> None:
+    """DNS rebinding: a page of evil.example whose name now leads here sends its own name along."""
+    one = watched()
+    for host in ("evil.example", "evil.example:80", "127.0.0.1.evil.example", ""):
+        answer = raw(
+            one.url, f"GET /api/state HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode()
+        )
+        assert answer.split()[1] in (b"403", b"400"), host
+    for host in ("localhost:1234", "127.0.0.1", "[::1]:9"):
+        assert one.client.get("/healthz", headers={"Host": host}).status_code == 200
+    preflight = {"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"}
+    answer = one.client.options("/api/clear", headers=preflight)
+    assert answer.status_code == 401
+    assert not [name for name in answer.headers if name.startswith("access-control")]
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b"[]", 400),
+        (b'{"namespace": "all"}', 400),
+        (b'{"name": 1}', 400),
+        (b"\xff", 400),
+        (b'{"namespace": 77}', 409),
+        (b'{"namespace": -1}', 409),
+        (b'{"prefix": "beef"}', 409),
+        (b"x" * 5000, 413),
+    ],
+)
+def test_bad_actions_change_nothing(busy, body: bytes, status: int) -> None:
+    before = busy.state()["keeper"]["chunks"]
+    for action in ("clear", "pin", "unpin"):
+        answer = busy.client.post(f"/api/{action}", content=body, headers=busy.token())
+        assert answer.status_code == status, answer.text
+    assert busy.state()["keeper"]["chunks"] == before
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        b"GET /" + b"x" * 9000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 9000 + b"\r\n\r\n",
+        b"\x00\x01\x02 nonsense\r\n\r\n",
+        b"GET / HTTP/9.9\r\nHost: localhost\r\nContent-Length: -5\r\n\r\n",
+    ],
+)
+def test_bad_requests_are_turned_away(busy, request_: bytes) -> None:
+    assert raw(busy.url, request_).split()[1] == b"400"
+    assert busy.client.get("/healthz").status_code == 200
+
+
+def test_too_many_connections_are_hung_up_on(watched) -> None:
+    one = watched()
+    host, port = one.url.removeprefix("http://").split(":")
+    links = []
+    try:
+        for _ in range(66):
+            links.append(socket.create_connection((host, int(port)), timeout=20))
+            links[-1].sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            if len(links) <= 64:
+                assert links[-1].recv(65536)
+        with contextlib.suppress(ConnectionResetError):
+            assert links[-1].recv(1) == b""
+        assert one.engine.request(3, 3) == 0  # engines do not notice
+    finally:
+        for link in links:
+            link.close()
+
+
+def test_what_has_no_place_here(busy) -> None:
+    for path in ("/etc/passwd", "/../secret", "/api/clear"):
+        assert busy.client.get(path).status_code in (404, 405)
+    page = busy.client.get("/")
+    assert "default-src 'self'" in page.headers["content-security-policy"]
+    assert not re.search(r"https?://", "".join(busy.client.get(p).text for p in ("/", "/page.css")))
+
+
+def serve(*options: str) -> str:
+    command = [sys.executable, "-m", "kvkeep.cli", "serve", "--memory", "4MiB", *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2, done.stderr
+    return done.stderr
+
+
+def test_an_address_that_others_reach_needs_a_token(tmp_path: Path) -> None:
+    sock = str(tmp_path / "k.sock")
+    said = serve("--socket", sock, "--http", "0.0.0.0:0")
+    assert "needs a token" in said
+    (tmp_path / "token").write_text("short")
+    said = serve("--socket", sock, "--http", "0.0.0.0:0", "--http-token", str(tmp_path / "token"))
+    assert "16 characters" in said
+    assert "cannot read" in serve("--socket", sock, "--http", "0.0.0.0:0", "--http-token", str(tmp_path))
+    for wrong in ("9400", "example.org:80", "127.0.0.1:99999", ":80", "127.0.0.1:x"):
+        assert "--http takes" in serve("--socket", sock, "--http", wrong)
+
+
+def test_there_reading_needs_it_too(keeper_process, tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text("0123456789abcdef\n")
+    keeper = keeper_process("--http", "0.0.0.0:0", "--http-token", str(token))
+    port = re.search(r"http://0\.0\.0\.0:(\d+)", keeper.log.read_text())[1]  # type: ignore[index]
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
+        for path in ("/metrics", "/api/state", "/nothing"):
+            assert client.get(path).status_code == 401
+        for path in ("/", "/page.js", "/healthz", "/readyz"):
+            assert client.get(path).status_code == 200
+        allowed = {"Authorization": "Bearer 0123456789abcdef", "Host": "keeper.example"}
+        assert client.get("/metrics", headers=allowed).status_code == 200
+    assert not os.path.exists(f"{keeper.socket}.token")
+
+
+def test_a_port_in_use_is_said(watched, tmp_path: Path) -> None:
+    one = watched()
+    assert "cannot listen" in serve(
+        "--socket", str(tmp_path / "k.sock"), "--http", one.url.removeprefix("http://")
+    )
+
+
+def test_without_the_library_it_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from kvkeep.cli import main
+
+    monkeypatch.setitem(sys.modules, "kvkeep.observe.http", None)
+    arguments = ["serve", "--memory", "4MiB", "--socket", str(tmp_path / "k.sock"), "--http", "127.0.0.1:0"]
+    assert main(arguments) == 2
+    assert "pip install 'kvkeep[http]'" in capsys.readouterr().err
+
+
+def test_json_logs(keeper_process) -> None:
+    keeper = keeper_process("--log-format", "json")
+    with socket.socket(socket.AF_UNIX) as stranger:
+        stranger.connect(keeper.socket)
+        stranger.sendall(b"\1\0\0\0x")
+        while stranger.recv(4096):
+            pass
+    lines = [json.loads(line) for line in keeper.log.read_text().splitlines()]
+    assert {line["logger"] for line in lines} == {"kvkeep.keeper"}
+    assert lines[0]["message"].startswith("keeper ")
+    assert lines[-1]["level"] == "warning"
+    assert lines[-1]["event"] == "dropped a client: %s"
+
+
+def test_a_refused_configuration_leaves_nothing(tmp_path: Path) -> None:
+    server = KeeperServer(KeeperConfig(str(tmp_path / "k.sock"), memory=4 << 20))
+    try:
+        with pytest.raises(ConfigError):
+            Web(server, KeeperConfig(str(tmp_path / "k.sock"), http="nowhere"))
+        assert server.watch is None
+        assert list(tmp_path.iterdir()) == []
+    finally:
+        os.close(server.arena_fd)

@@ -1,0 +1,226 @@
+"""Metrics: named as the page says, few labels, right sums; each query of the dashboard finds its data."""
+
+import json
+import re
+import shutil
+import socket
+import subprocess
+from pathlib import Path
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from kvkeep.observe.histogram import Histogram
+from kvkeep.wire.messages import Reservation
+from tests.observe.traffic import CHUNK, Engine, keys_of, traffic
+
+ROOT = Path(__file__).parents[2]
+DASHBOARD = ROOT / "deploy" / "grafana" / "kvkeep.json"
+
+
+def queries() -> list[tuple[str, str]]:
+    """(panel, query) of all targets, as Grafana would send them."""
+    panels = json.loads(DASHBOARD.read_text())["panels"]
+    return [
+        (panel["title"], target["expr"].replace("$__rate_interval", "5s").replace("$instance", ".*"))
+        for panel in panels
+        for target in panel["targets"]
+    ]
+
+
+def samples(text: str) -> dict[str, list]:
+    found: dict[str, list] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            found.setdefault(sample.name, []).append(sample)
+    return found
+
+
+def value(text: str, name: str, **labels: str) -> float:
+    """Sum of the samples with these labels, at least one of which must be there."""
+    rows = [s for s in samples(text)[name] if labels.items() <= s.labels.items()]
+    assert rows, f"no {name} with {labels}"
+    return sum(row.value for row in rows)
+
+
+def test_sums(busy) -> None:
+    text, state = busy.text(), busy.state()
+    namespace = "07070707 SmolLM2-135M bfloat16 tp1"
+    asked = value(text, "kvkeep_asked_chunks_total", namespace=namespace)
+    assert asked == sum(12 + turn - (2 * (d % 2) if turn else 0) for turn in range(4) for d in range(8))
+    hits = value(text, "kvkeep_hit_chunks_total", namespace=namespace)
+    known = asked - 8 * 12 - 8 * 3  # the first round, and one chunk more in each later one, are new
+    assert 0.7 * known < hits <= known, "but for what was evicted before the tier had it"
+    (tier,) = [tier["name"] for tier in state["tiers"]]
+    assert value(text, "kvkeep_hit_chunks_total", tier=tier) > 0
+    arena = {
+        use: value(text, "kvkeep_arena_bytes", use=use) for use in ("held", "pinned", "reserved", "free")
+    }
+    assert arena == state["arena"]
+    assert value(text, "kvkeep_used_bytes") == arena["held"] + arena["pinned"] + arena["reserved"]
+    counters = state["keeper"]["counters"]
+    for name in ("stored", "evicted", "refused", "fetched", "aborted"):
+        assert value(text, f"kvkeep_{name}_chunks_total") == counters[f"{name}_chunks"], name
+    assert value(text, "kvkeep_lookup_seconds_count") == value(text, "kvkeep_lookups_total")
+    assert value(text, "kvkeep_tier_got_bytes_total") == value(text, "kvkeep_move_bytes_sum", verb="get")
+    assert value(text, "kvkeep_tier_up") == 1
+
+
+def test_names_and_types_are_those_of_the_page(busy) -> None:
+    page = (ROOT / "docs" / "observe.md").read_text()
+    told = set(re.findall(r"^\| `(kvkeep_\w+)", page, re.MULTILINE))
+    families = {f.name: f for f in text_string_to_metric_families(busy.text()) if f.name.startswith("kvkeep")}
+    exported = {f"{name}_total" if f.type == "counter" else name for name, f in families.items()}
+    assert told == exported
+    assert all(family.documentation for family in families.values())
+
+
+def test_each_query_of_the_dashboard_names_what_is_exported(busy) -> None:
+    found = samples(busy.text())
+    assert len(queries()) > 20
+    for panel, query in queries():
+        names = re.findall(r"\b(?:kvkeep|process)_\w+", query)
+        assert names, panel
+        for name in names:
+            assert name in found, f"{panel}: {name} is not exported"
+        labels = {label for name in names for s in found[name] for label in s.labels} | {"instance"}
+        for group in re.findall(r"by \(([^)]*)\)", query):
+            assert set(group.replace(" ", "").split(",")) <= labels, f"{panel}: {query}"
+        for label, wanted in re.findall(r'(\w+)!?="([^"]*)"', query):
+            assert any(s.labels.get(label) == wanted for name in names for s in found[name]), (
+                f"{panel}: {label}"
+            )
+
+
+def test_namespaces_are_bounded(watched) -> None:
+    one = watched()
+    for number in range(40):
+        Engine(one.engine.connection, f"model-{number}", 100 + number).request(number, 2)
+    text = one.text()
+    names = {sample.labels["namespace"] for sample in samples(text)["kvkeep_asked_chunks_total"]}
+    assert len(names) == 33
+    assert value(text, "kvkeep_asked_chunks_total", namespace="others") == 2 * 9
+    assert value(text, "kvkeep_stored_chunks_total", namespace="others") == 2 * 9
+    assert value(text, "kvkeep_stored_chunks_total") == 80
+    assert value(text, "kvkeep_used_bytes") == 80 * CHUNK if 80 * CHUNK <= 4 << 20 else True
+
+
+def test_errors_by_kind(watched) -> None:
+    one = watched()
+    with socket.socket(socket.AF_UNIX) as stranger:
+        stranger.connect(one.keeper.socket)
+        stranger.sendall(b"\1\0\0\0x")
+        while stranger.recv(4096):
+            pass
+    one.engine.connection.release(12345)
+    one.engine.request(1, 1)
+    text = one.text()
+    errors = {s.labels["kind"]: s.value for s in samples(text)["kvkeep_errors_total"]}
+    assert errors == {"protocol": 1, "silent": 0, "unread": 0, "user": 0, "refused": 1}
+
+
+def test_labels_cannot_break_the_format(watched) -> None:
+    one = watched()
+    name = 'a"b\\c\nd\x00é' + "x" * 400
+    Engine(one.engine.connection, name, 9).request(1, 1)
+    rows = samples(one.text())["kvkeep_asked_chunks_total"]
+    assert [row.labels["namespace"] for row in rows if row.labels["namespace"].startswith("0909")] == [
+        f"09090909 {name[:60]}"
+    ]
+
+
+def test_a_histogram() -> None:
+    histogram = Histogram((1.0, 2.0))
+    for number in (0.5, 1.0, 1.5, 9.0):
+        histogram.add(number)
+    assert histogram.buckets() == [("1.0", 2.0), ("2.0", 3.0), ("+Inf", 4.0)]
+    assert histogram.sum == 12.0
+
+
+def test_watching_is_bounded(watched) -> None:
+    """Whatever is asked, what is remembered of it is not more: many documents, each hit once."""
+    one = watched(memory="16MiB")
+    for document in range(600):
+        keys = keys_of(document, 1)
+        found = one.engine.connection.lookup(one.engine.space, keys)
+        (done,) = one.engine.connection.reserve(
+            one.engine.space, [Reservation(keys, [b"\1"], 0, found.epoch)]
+        )
+        one.engine.connection.commit(done.reservation, 0)
+        lease = one.engine.connection.lookup(one.engine.space, keys).lease
+        one.engine.connection.release(lease, 0)
+    state = one.state()
+    assert len(state["requests"]) == 100
+    assert len(state["prefixes"]) == 12
+
+
+@pytest.fixture(scope="module")
+def prometheus(busy, tmp_path_factory: pytest.TempPathFactory, wait_until):
+    """A real Prometheus that scrapes the keeper five times a second."""
+    program = shutil.which("prometheus")
+    if program is None:
+        pytest.skip("no prometheus on this machine (Debian: apt-get install prometheus)")
+    folder = tmp_path_factory.mktemp("prometheus")
+    target = busy.url.removeprefix("http://")
+    (folder / "config.yml").write_text(
+        "global: {scrape_interval: 200ms, scrape_timeout: 200ms}\n"
+        f"scrape_configs: [{{job_name: kvkeep, static_configs: [{{targets: ['{target}']}}]}}]\n"
+    )
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    options = [f"--config.file={folder}/config.yml", f"--storage.tsdb.path={folder}/data"]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(
+            [program, *options, f"--web.listen-address={address}"], stdout=log, stderr=log
+        )
+    with httpx.Client(base_url=f"http://{address}", timeout=20) as client:
+        try:
+            wait_until(lambda: _ready(client), 30)
+            yield client
+        finally:
+            process.terminate()
+            process.wait(20)
+
+
+def _ready(client: httpx.Client) -> bool:
+    try:
+        return client.get("/-/ready").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+@pytest.mark.slow
+def test_each_query_finds_data_in_a_real_prometheus(busy, prometheus: httpx.Client, wait_until) -> None:
+    missing = dict.fromkeys(queries())
+
+    def asked() -> bool:
+        traffic(busy.engine, rounds=1, documents=8)
+        for panel, query in list(missing):
+            answer = prometheus.get("/api/v1/query", params={"query": query}).json()
+            assert answer["status"] == "success", (panel, query, answer)
+            values = [row["value"][1] for row in answer["data"]["result"]]
+            if any(value != "NaN" for value in values):
+                del missing[panel, query]
+        return not missing
+
+    try:
+        wait_until(asked, 40)
+    except AssertionError:
+        pytest.fail(f"no data for {list(missing)}")
+
+
+def test_promtool_finds_nothing_to_say(busy) -> None:
+    program = shutil.which("promtool")
+    if program is None:
+        pytest.skip("no promtool on this machine (Debian: apt-get install prometheus)")
+    done = subprocess.run(
+        [program, "check", "metrics"],
+        input=busy.text(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")

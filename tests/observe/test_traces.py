@@ -1,0 +1,107 @@
+"""Spans: children of the request's own, made where it has one, sent as OTLP that a collector reads."""
+
+import http.server
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from kvkeep.cli import main
+from tests.observe.traffic import Engine, traffic
+
+pytest.importorskip("opentelemetry.sdk", reason="pip install 'kvkeep[otel]'")
+
+TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
+PARENT = f"00-{TRACE}-00f067aa0ba902b7-01"
+UNSAMPLED = f"00-{TRACE[::-1]}-00f067aa0ba902b7-00"
+
+
+class Collector(http.server.ThreadingHTTPServer):
+    """Takes what an OTLP collector takes, and keeps the spans."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Post)
+        self.spans: list[Any] = []
+        self.services: set[str] = set()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/v1/traces"
+
+
+class _Post(http.server.BaseHTTPRequestHandler):
+    server: Collector
+
+    def do_POST(self) -> None:
+        from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
+            self.server.services |= {a.value.string_value for a in resource.resource.attributes}
+            for scope in resource.scope_spans:
+                self.server.spans += scope.spans
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def collector() -> Iterator[Collector]:
+    with Collector() as server:
+        serving = threading.Thread(target=server.serve_forever)
+        serving.start()
+        yield server
+        server.shutdown()
+        serving.join()
+
+
+@pytest.mark.parametrize("http_too", [False, True])
+def test_spans_join_the_requests_trace(
+    keeper_process, wait_until, collector: Collector, http_too: bool
+) -> None:
+    options = ["--http", "127.0.0.1:0"] if http_too else []
+    below = f"fs://{keeper_process.directory()}?capacity=64MiB"
+    keeper = keeper_process("--traces", collector.url, "--tier", below, *options)
+    engine = Engine(keeper.connect("engine:0"))
+    traffic(engine, rounds=1, documents=2)  # no trace: no span
+    wait_until(lambda: not keeper.figures()["tiers"][0]["waiting_chunks"])
+    engine.connection.clear()  # what is asked for now comes from the tier
+    engine.request(0, 12, trace=UNSAMPLED)
+    engine.request(1, 12, trace=PARENT)
+    engine.request(1, 12, trace="nonsense")
+    keeper.process.terminate()
+    keeper.process.wait(20)
+    spans = [span for span in collector.spans if span.trace_id.hex() == TRACE]
+    names = sorted(span.name for span in spans)
+    assert names == ["kvkeep.fetch", "kvkeep.load", "kvkeep.lookup", "kvkeep.lookup"]
+    assert {span.parent_span_id.hex() for span in spans} == {"00f067aa0ba902b7"}
+    assert all(span.start_time_unix_nano <= span.end_time_unix_nano for span in spans)
+    (fetch,) = [span for span in spans if span.name == "kvkeep.fetch"]
+    assert [a.value.int_value for a in fetch.attributes] == [12]
+    assert "kvkeep" in collector.services
+    assert not [span for span in collector.spans if span.trace_id.hex() == TRACE[::-1]]
+
+
+def test_a_dead_collector_is_nobodys_business(keeper_process) -> None:
+    keeper = keeper_process("--traces", "http://127.0.0.1:9/v1/traces")
+    engine = Engine(keeper.connect("engine:0"))
+    assert [engine.request(1, 5, trace=PARENT) for _ in range(3)] == [0, 5, 5]
+    keeper.process.terminate()
+    assert keeper.process.wait(20) == 0
+
+
+def test_an_endpoint_that_is_none(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = [
+        "serve",
+        "--memory",
+        "4MiB",
+        "--socket",
+        str(tmp_path / "k.sock"),
+        "--traces",
+        "collector:4317",
+    ]
+    assert main(options) == 2
+    assert "OTLP/HTTP URL" in capsys.readouterr().err

@@ -1,0 +1,431 @@
+"""The GPU's copy engine on a device that is none: bytes, order, fences, registration."""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import random
+from collections.abc import Iterator
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("triton")
+
+import triton
+
+from kvbench.host_device import HostBackend
+from kvkeep.errors import DeviceError, LayoutError
+from kvkeep.transfer import base, choose, cuda, pinning
+from kvkeep.transfer.base import Move
+from kvkeep.transfer.cuda import CudaTransfer
+from kvkeep.transfer.reference import ReferenceTransfer
+from kvkeep.transfer.streams import Copies, Pending, merge, split
+from tests.transfer.test_transfer import DTYPES, FORMS, paged
+from tests.transfer.test_transfer import random as random_tensor
+
+STEP = 1 << 16  # small registrations: copies cross their borders
+
+
+@pytest.fixture(scope="module")
+def kernels() -> ModuleType:
+    """The kernels for Triton's interpreter, which decides when they are defined."""
+    import importlib.util
+
+    from kvkeep.transfer import kernels as compiled
+
+    with triton.knobs.runtime.scope():
+        triton.knobs.runtime.interpret = True
+        spec = importlib.util.spec_from_file_location("interpreted", compiled.__file__)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_stages() -> Iterator[None]:
+    """Loads of a few KiB arrive layer by layer."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda, "_STAGE_BYTES", 64)
+        yield
+
+
+def engine(layers, blocks: int, memory: mmap.mmap, backend: HostBackend, pinned: bool = True) -> CudaTransfer:
+    """A transfer with all of its arena registered, or none."""
+    transfer = CudaTransfer(layers, blocks, memory, backend)
+    transfer.pinning = pinning.Pinning(backend, transfer._base, len(memory), STEP)
+    if pinned:
+        for offset in range(0, len(memory), STEP):
+            assert transfer.pinning._register(offset, min(STEP, len(memory) - offset))
+    return transfer
+
+
+def raw(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.uint8)
+
+
+GEOMETRY = {
+    "form": st.sampled_from(FORMS),
+    "blocks": st.integers(3, 12),
+    "heads": st.integers(1, 4),
+    "tokens": st.sampled_from([1, 16, 32]),
+    "dim": st.sampled_from([8, 24, 64]),
+    "layers": st.integers(1, 3),
+    "dtype": st.sampled_from(DTYPES),
+    "seed": st.integers(0, 2**31),
+}
+
+
+@settings(max_examples=80, deadline=None)
+@given(**GEOMETRY, pinned=st.booleans(), layered=st.booleans(), late=st.booleans())
+def test_equal_to_the_reference(
+    form, blocks, heads, tokens, dim, layers, dtype, seed, pinned, layered, late
+) -> None:
+    torch.manual_seed(seed)
+    rng, chance = np.random.default_rng(seed), random.Random(seed)
+    tensors = [
+        (f"layer {n}", tensor)
+        for n, tensor in enumerate(paged(form, blocks, heads, tokens, dim, layers, dtype))
+    ]
+    arenas = [mmap.mmap(-1, 4 << 20) for _ in range(2)]
+    fast = engine([tensors], blocks, arenas[0], HostBackend(chance if late else None), pinned)
+    slow = ReferenceTransfer([tensors], blocks, arenas[1])
+    size = fast.layouts[0].block_bytes
+    chosen = rng.permutation(blocks)[: rng.integers(1, blocks + 1)].astype(np.int64)
+    if rng.random() < 0.5:
+        chosen.sort()  # neighbours: larger copies
+    first = rng.integers(0, (4 << 20) // size - len(chosen) + 1)
+    offsets = (first + np.arange(len(chosen))) * size
+    assert fast.save(0, offsets, chosen) == slow.save(0, offsets, chosen) == size * len(chosen)
+    assert arenas[0][:] == arenas[1][:]
+    before = [raw(tensor).clone() for _, tensor in tensors]
+    for _, tensor in tensors:
+        tensor.copy_(torch.zeros(tensor.shape, dtype=torch.uint8).to(torch.float32).to(dtype))
+    names = [name for name, _ in tensors]
+    if layered:
+        pending = fast.start_load([Move(0, offsets, chosen)], names)
+        assert pending.wait() >= 0
+    else:
+        assert fast.load(0, offsets, chosen) == size * len(chosen)
+    others = torch.tensor([block for block in range(blocks) if block not in set(chosen.tolist())], dtype=int)
+    for expected, (_, tensor) in zip(before, tensors, strict=True):
+        axis = 1 if form == "apart" else 0
+        index = torch.from_numpy(chosen)
+        assert torch.equal(expected.index_select(axis, index), raw(tensor).index_select(axis, index))
+        assert not raw(tensor).index_select(axis, others).any(), "a block that was not loaded has changed"
+    fast.close()
+    assert not fast.backend.registered
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    count=st.integers(1, 60),
+    words=st.lists(st.integers(1, 3000), min_size=1, max_size=5),
+    seed=st.integers(0, 2**31),
+)
+def test_the_kernel_equals_its_reference(
+    kernels: ModuleType, count: int, words: list[int], seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    sizes = 8 * rng.choice(np.array(words, np.int64), count)
+    room = int(sizes.max()) + 8
+    source = torch.from_numpy(rng.integers(0, 256, count * room, np.uint8))
+    targets = [torch.zeros_like(source) for _ in range(2)]
+    places = rng.permutation(count) * room
+    reads = source.data_ptr() + np.arange(count) * room
+    table = torch.from_numpy(np.stack([targets[0].data_ptr() + places, reads, sizes]))
+    kernels.copy_words(table)
+    kernels.copy_words_reference(targets[1].data_ptr() + places, reads, sizes)
+    assert torch.equal(*targets)
+    assert int(targets[0].count_nonzero()) > 0
+
+
+def test_many_small_pieces_take_the_kernel(kernels: ModuleType) -> None:
+    """And of each kind the right ones do: small, aligned, enough of them, pinned."""
+
+    def gathering(copies: Copies) -> None:
+        kernels.copy_words(torch.from_numpy(np.stack(copies)))
+
+    for dim, blocks, pinned, expected in (
+        (8, 32, True, 64),
+        (8, 7, True, 0),
+        (8, 32, False, 0),
+        (2048, 32, True, 0),
+    ):
+        backend = HostBackend(gathering=gathering)
+        tensors = [(f"{n}", random_tensor(torch.float32, blocks, 4, dim)) for n in range(2)]
+        transfer = engine([tensors], blocks, mmap.mmap(-1, 4 << 20), backend, pinned)
+        block_ids, size = np.arange(blocks), transfer.layouts[0].block_bytes
+        transfer.save(0, block_ids * size, block_ids)
+        expected_bytes = [raw(tensor).clone() for _, tensor in tensors]
+        for _, tensor in tensors:
+            tensor.zero_()
+        transfer.load(0, block_ids * size, block_ids)
+        assert all(torch.equal(a, raw(b)) for a, (_, b) in zip(expected_bytes, tensors, strict=True))
+        # A piece that crosses a registration's border counts twice.
+        assert expected <= backend.gathered <= expected * 1.1
+        transfer.close()
+
+
+class Engine:
+    """What an engine does to its blocks, each with its fence, on a device that is as late as it may be.
+
+    All in the arena and in a forward's reads is compared with what was true when it was submitted.
+    """
+
+    LAYERS, BLOCKS, SLOTS = 4, 12, 40
+
+    def __init__(self, seed: int, form: str, pinned: bool = True) -> None:
+        self.chance = random.Random(seed)
+        self.backend = HostBackend(random.Random(seed + 1))
+        if form == "block outermost":
+            whole = torch.randn(self.BLOCKS, self.LAYERS, 64)
+            self.layers = [(f"{n}", whole[:, n]) for n in range(self.LAYERS)]
+        else:
+            self.layers = [(f"{n}", torch.randn(self.BLOCKS, 64)) for n in range(self.LAYERS)]
+        # Two groups whose layers alias one memory: a block belongs to one of them at a time.
+        self.groups = [self.layers, [(f"alias {name}", tensor) for name, tensor in self.layers]]
+        self.arena = mmap.mmap(-1, self.SLOTS * self.LAYERS * 256)
+        self.transfer = engine(self.groups, self.BLOCKS, self.arena, self.backend, pinned)
+        self.truth = torch.stack([tensor for _, tensor in self.layers]).clone()  # [layer, block, 64]
+        self.kept: dict[int, torch.Tensor] = {}
+        self.saving: list[tuple[Pending, dict[int, torch.Tensor]]] = []
+        self.leased: list[tuple[Pending, list[int]]] = []
+        self.checks: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.value = 1.0
+
+    def compute(self, layer: int, block: int) -> None:
+        """Write a block of one layer, on the engine's stream."""
+        self.value += 1
+        new, target = torch.full((64,), self.value), self.layers[layer][1]
+        self.truth[layer, block] = new
+        self.backend.engine.submit([lambda: target[block].copy_(new)])
+
+    def step(self) -> None:
+        blocks = self.chance.sample(range(self.BLOCKS), self.chance.randint(1, 6))
+        cut = self.chance.randint(0, len(blocks))
+        fresh, loads = blocks[:cut], blocks[cut:]
+        self.settle(wait=False)
+        held = sorted(self.kept)
+        slots = self.chance.sample(held, min(len(loads), len(held)))
+        loads = loads[: len(slots)]
+        self.transfer.fence(np.array(fresh + loads, np.int64))
+        if loads:
+            names = [f"{n}" for n in range(self.LAYERS)] if self.chance.random() < 0.7 else []
+            group = self.chance.randint(0, 1)
+            names = [f"alias {name}" for name in names] if group else names
+            pending = self.transfer.start_load(
+                [self.move(group, slots, loads)], names[self.chance.randint(0, 2) :]
+            )
+            self.leased.append((pending, slots))
+            for slot, block in zip(slots, loads, strict=True):
+                self.truth[:, block] = self.kept[slot]
+        for layer in range(self.LAYERS - (self.chance.random() < 0.5)):  # at times it leaves the last one out
+            for name in (f"{layer}", f"alias {layer}"):
+                self.transfer.arrive(name)
+            for block in fresh:
+                self.compute(layer, block)
+            self.read(layer)
+        self.transfer.end_forward()
+        self.leased = [(pending, slots) for pending, slots in self.leased if not pending.done()]
+        taken = [slot for _, slots in [*self.saving, *self.leased] for slot in slots]
+        free = sorted(set(range(self.SLOTS)) - set(self.kept) - set(taken))
+        whence = loads if loads and self.chance.random() < 0.5 else range(self.BLOCKS)
+        chosen = self.chance.sample(whence, min(self.chance.randint(0, 5), len(free), len(whence)))
+        if chosen:
+            slots = self.chance.sample(free, len(chosen))
+            pending = self.transfer.start_save([self.move(self.chance.randint(0, 1), slots, chosen)])
+            written = {slot: self.truth[:, block].clone() for slot, block in zip(slots, chosen, strict=True)}
+            self.saving.append((pending, written))
+
+    def move(self, group: int, slots: list[int], blocks: list[int]) -> Move:
+        size = self.transfer.layouts[group].block_bytes
+        return Move(group, np.array(slots, np.int64) * size, np.array(blocks, np.int64))
+
+    def read(self, layer: int) -> None:
+        """What attention does: read all blocks of a layer, on the engine's stream."""
+        seen, target = torch.zeros(self.BLOCKS, 64), self.layers[layer][1]
+        self.backend.engine.submit([lambda: seen.copy_(target)])
+        self.checks.append((seen, self.truth[layer].clone()))
+
+    def settle(self, wait: bool) -> None:
+        """What the keeper hears: a slot may be loaded once its save is done."""
+        for entry in self.saving[:]:
+            pending, written = entry
+            if wait:
+                pending.wait()
+            if pending.done():
+                self.kept |= written
+                self.saving.remove(entry)
+                if len(self.kept) > self.SLOTS // 2:
+                    del self.kept[min(self.kept)]
+
+    def finish(self) -> int:
+        """Run to the end; returns how much was wrong."""
+        self.settle(wait=True)
+        self.backend.finish()
+        slots = torch.frombuffer(self.arena, dtype=torch.float32).view(self.SLOTS, self.LAYERS, 64)
+        wrong = sum(not torch.equal(slots[slot], value) for slot, value in self.kept.items())
+        wrong += sum(not torch.equal(seen, expected) for seen, expected in self.checks)
+        self.transfer.close()
+        return wrong
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    form=st.sampled_from(["apart", "block outermost"]),
+    pinned=st.sampled_from([True] * 4 + [False]),
+)
+def test_no_order_of_execution_gives_wrong_bytes(seed: int, form: str, pinned: bool) -> None:
+    world = Engine(seed, form, pinned)
+    for _ in range(12):
+        world.step()
+    assert world.finish() == 0
+
+
+@pytest.mark.parametrize("missing", ["fence", "arrive", "end_forward", "wait for the engine"])
+def test_a_missing_fence_shows(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So the test above can fail: without any one of the fences some order of execution is wrong."""
+    wrong = 0
+    for seed in range(40):
+        world = Engine(seed, "apart")
+        if missing == "wait for the engine":
+            for stream in (world.transfer._saves, world.transfer._loads):
+                monkeypatch.setattr(stream, "wait_event", lambda event: None)
+        else:
+            monkeypatch.setattr(world.transfer, missing, lambda *_: None)
+        for _ in range(12):
+            world.step()
+        wrong += world.finish() > 0
+    assert wrong
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_layer_in_anothers_tensor_comes_with_it(seed: int) -> None:
+    backend = HostBackend(random.Random(seed))
+    first, last = torch.randn(4, 1024), torch.randn(4, 1024)
+    tensors = [("first", first), ("last", last), ("sharer", first)]
+    transfer = engine([tensors], 4, mmap.mmap(-1, 1 << 16), backend)
+    one = np.array([2])
+    assert transfer.save(0, one * 0, one) == transfer.layouts[0].block_bytes == 2 * 4096
+    expected = first[2].clone()
+    first[2].zero_()
+    transfer.start_load([Move(0, one * 0, one)], ["last", "sharer", "first"])
+    transfer.arrive("sharer")
+    seen = torch.zeros_like(expected)
+    backend.engine.submit([lambda: seen.copy_(first[2])])
+    backend.finish()
+    assert torch.equal(seen, expected)
+    transfer.close()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_stage_that_is_refused_leaves_nothing_under_way(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its blocks are computed then: what had been begun must not come after that."""
+    backend = HostBackend(random.Random(seed))
+    tensors = [(f"{n}", torch.randn(4, 1024)) for n in range(3)]
+    transfer = engine([tensors], 4, mmap.mmap(-1, 1 << 16), backend)
+    one, copy, calls = np.array([2]), backend.copy, list[int]()
+    transfer.save(0, one * 0, one)
+
+    def refuse(*args, **kwargs) -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise DeviceError("no more")
+        copy(*args, **kwargs)
+
+    monkeypatch.setattr(backend, "copy", refuse)
+    with pytest.raises(DeviceError):
+        transfer.start_load([Move(0, one * 0, one)], ["0", "1", "2"])
+    transfer.end_forward()
+    backend.engine.submit([lambda: tensors[0][1][2].fill_(7)])
+    backend.finish()
+    assert (tensors[0][1][2] == 7).all()
+    transfer.close()
+
+
+def test_merged_and_split() -> None:
+    copies = Copies(np.array([100, 110, 130, 140]), np.array([7, 17, 27, 37]), np.array([10, 10, 10, 25]))
+    merged = merge(copies)
+    assert [column.tolist() for column in merged] == [[100, 130], [7, 27], [20, 35]]
+    cut = split(merged, base=5, step=15)
+    assert cut.slots.tolist() == [7, 20, 27, 35, 50]
+    assert cut.sizes.tolist() == [13, 7, 8, 15, 12]
+    assert cut.paged.tolist() == [100, 113, 130, 138, 153]
+    assert split(cut, 5, 15) is cut
+
+
+def test_places_out_of_bounds_are_refused_before_a_byte_moves() -> None:
+    transfer = engine([[("0", random_tensor(torch.float32, 4, 16))]], 4, mmap.mmap(-1, STEP), HostBackend())
+    good, bad = Move(0, np.array([0]), np.array([1])), Move(0, np.array([STEP]), np.array([1]))
+    for start in (transfer.start_save, transfer.start_load):
+        with pytest.raises(LayoutError):
+            start([good, bad])
+    assert not any(transfer.arena)
+    transfer.close()
+
+
+def test_what_is_not_registered_is_not_taken_for_pinned() -> None:
+    """The backend refuses a pinned copy outside its registrations, so this would be an error."""
+    tensor = random_tensor(torch.float32, 8, STEP // 4)
+    backend, memory = HostBackend(), mmap.mmap(-1, 8 * STEP)
+    transfer = engine([[("0", tensor)]], 8, memory, backend, pinned=False)
+    assert transfer.pinning._register(0, STEP)
+    every = np.arange(8)
+    transfer.save(0, every * STEP, every)
+    assert memory[:] == raw(tensor).numpy().tobytes()
+    with pytest.raises(DeviceError):
+        backend.copy(backend.engine, transfer._plan([Move(0, every * STEP, every)]), saving=True, pinned=True)
+    transfer.close()
+
+
+@pytest.fixture
+def shared() -> tuple[mmap.mmap, int]:
+    fd = os.memfd_create("test")
+    os.posix_fallocate(fd, 0, 5 * STEP)
+    return mmap.mmap(fd, 5 * STEP), fd
+
+
+@pytest.mark.parametrize("limit", [float("inf"), 2 * STEP, 0])
+def test_registration_stops_where_it_is_refused(
+    limit: float, shared: tuple[mmap.mmap, int], caplog: pytest.LogCaptureFixture, monkeypatch
+) -> None:
+    memory, fd = shared
+    backend = HostBackend(limit=limit)
+    pins = pinning.Pinning(backend, 4096, len(memory), STEP)
+    monkeypatch.setattr(pinning, "populate", lambda address, nbytes: True)
+    with caplog.at_level(logging.WARNING):
+        pins.start(fd).join(20)
+    assert pins.registered == min(limit, 5 * STEP)
+    assert sorted(backend.registered) == [4096 + n * STEP for n in range(pins.registered // STEP)]
+    assert len(caplog.records) == (limit < 5 * STEP)
+    pins.close()
+    assert not backend.registered
+    os.close(fd)
+
+
+def test_an_arena_that_is_not_allocated_ahead_stays_so(caplog: pytest.LogCaptureFixture, monkeypatch) -> None:
+    monkeypatch.setattr(base, "_PATIENCE", 0.1)
+    fd = os.memfd_create("test")
+    os.ftruncate(fd, STEP)
+    pins = pinning.Pinning(HostBackend(), 4096, STEP, STEP)
+    pins.start(fd).join(20)
+    assert pins.registered == os.fstat(fd).st_blocks == 0
+    assert "--prefault no" in caplog.text
+    os.close(fd)
+
+
+def test_a_device_that_is_not_served_is_named() -> None:
+    class Elsewhere:
+        device = torch.device("xpu", 1)
+
+    with pytest.raises(LayoutError, match="KV on xpu:1 cannot be moved"):
+        choose.make_transfer([[("0", Elsewhere())]], 1, mmap.mmap(-1, 4096))
