@@ -1,14 +1,12 @@
 """Work that can wait: preparing memory while an engine may need every core.
 
-Priorities do not suffice: with scheduler autogroups, and with cgroups, a thread of lowest priority in the
-keeper's session still gets as much of a core as an engine's thread, and engines wait for their slowest one
-(seen: a prefill three times as long while an arena of 4 GiB was prepared on two cores).
+By pauses, not by priority. With scheduler autogroups, and with cgroups, a thread of lowest priority in the
+keeper's session gets as much of a core as an engine's thread; and within the engine's process it would hold
+the lock of the address space while it waits for a core, so that the engine waits for both.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
 import threading
 import time
 from pathlib import Path
@@ -21,13 +19,11 @@ _NOTICED_NS, _PAUSE = 200_000, 0.05
 class GiveWay:
     """Called by a background thread after each few milliseconds of work: sleeps where others want its core.
 
-    Made in that thread, which gets the lowest priority. Others want the core when the thread had to wait for
-    one, which the kernel counts (schedstat; without it this never sleeps).
+    Made in that thread. Others want the core when the thread had to wait for one, which the kernel counts
+    (schedstat; without it this never sleeps).
     """
 
     def __init__(self) -> None:
-        with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         self._figures = Path(f"/proc/self/task/{threading.get_native_id()}/schedstat")
         self._waited = self._read()
 

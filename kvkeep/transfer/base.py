@@ -112,7 +112,7 @@ class Transfer(ABC):
 
 
 def prepare_mapping(arena: mmap.mmap, fd: int) -> threading.Thread:
-    """Enter the arena's pages into this process's page table, in the background, at lowest priority.
+    """Enter the arena's pages into this process's page table, in the background, giving way.
 
     A first touch costs about ten times a copy of the same bytes; a copy that comes before its page
     was prepared just pays that. Never allocates a page: it begins once the whole arena is allocated,
@@ -133,18 +133,22 @@ def _populate(address: int, arena: mmap.mmap, fd: int) -> None:
             return
     finally:
         os.close(fd)
-    for offset in range(0, len(arena), _PREPARE_STEP):
-        if not populate(address + offset, min(_PREPARE_STEP, len(arena) - offset)):
-            return
-        give_way()
+    populate(address, len(arena), give_way)
 
 
-def populate(address: int, nbytes: int) -> bool:
+def populate(address: int, nbytes: int, give_way: Callable[[], None]) -> bool:
     """Enter these pages into this process's page table. False on a kernel that cannot (before 5.14), or
-    without memory: they come on first touch instead."""
+    without memory: they come on first touch instead.
+
+    In small steps, since each holds a lock that the process needs for its other memory.
+    """
     madvise = ctypes.CDLL(None).madvise
     madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    return not madvise(address, nbytes, _MADV_POPULATE_WRITE)
+    for offset in range(0, nbytes, _PREPARE_STEP):
+        if madvise(address + offset, min(_PREPARE_STEP, nbytes - offset), _MADV_POPULATE_WRITE):
+            return False
+        give_way()
+    return True
 
 
 def await_allocation(fd: int, nbytes: int, stop: Callable[[], bool] = lambda: False) -> bool:

@@ -10,6 +10,7 @@ import logging
 import os
 import threading
 
+from kvkeep.background import GiveWay
 from kvkeep.transfer.base import await_allocation, populate
 from kvkeep.transfer.streams import Backend
 
@@ -47,9 +48,10 @@ class Pinning:
             if not self._closed:
                 self._warn("the keeper does not allocate it ahead (--prefault no)")
             return
+        give_way = GiveWay()
         for offset in range(0, self._nbytes, self.step):
             size = min(self.step, self._nbytes - offset)
-            populate(self._base + offset, size)
+            populate(self._base + offset, size, give_way)
             if not self._register(offset, size):
                 return
 

@@ -401,7 +401,7 @@ def test_registration_stops_where_it_is_refused(
     memory, fd = shared
     backend = HostBackend(limit=limit)
     pins = pinning.Pinning(backend, 4096, len(memory), STEP)
-    monkeypatch.setattr(pinning, "populate", lambda address, nbytes: True)
+    monkeypatch.setattr(pinning, "populate", lambda address, nbytes, give_way: True)
     with caplog.at_level(logging.WARNING):
         pins.start(fd).join(20)
     assert pins.registered == min(limit, 5 * STEP)
