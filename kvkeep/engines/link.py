@@ -72,6 +72,7 @@ class Link:
         self._arena = arena
         self._opened: Opened | None = None
         self._stop = threading.Event()
+        self._lock = threading.Lock()  # of what was found, against the end of the search
 
     def open(self, epoch: int) -> Opened:
         """Connect now. Raises KVKeepError."""
@@ -106,8 +107,11 @@ class Link:
         return opened
 
     def stop(self) -> None:
-        """End a search."""
-        self._stop.set()
+        """End a search; what it found is closed unless `fresh` has given it away."""
+        with self._lock:
+            self._stop.set()
+            if (found := self.fresh()) is not None:
+                found.connection.close()
 
     def _search(self, epoch: int) -> None:
         wait = _RETRY_FIRST
@@ -119,9 +123,15 @@ class Link:
     def _try(self, epoch: int) -> bool:
         """Whether the search is over: a keeper was found, or it does not want us."""
         try:
-            self._opened = self.open(epoch)
+            found = self.open(epoch)
         except KeeperUnavailable:
             return False
         except KVKeepError as error:
             log.warning("the keeper refuses this engine, which goes on without it: %s", error)
+            return True
+        with self._lock:
+            if self._stop.is_set():
+                found.connection.close()
+            else:
+                self._opened = found
         return True

@@ -122,10 +122,17 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
         meta, worker = self._step(), self._worker
         if worker is None or meta is None:
             return
+        if meta.unplanned and not self._recomputes:
+            raise RuntimeError(
+                "kvkeep: a step could not plan its loads, and this engine cannot recompute them"
+            )
         worker.fail_blocks(meta.unplanned)
         if self._guard(lambda: worker.load(meta, forward_context), False) or meta.loads is None:
             return
-        self._failed_load(meta, worker)
+        if self._recomputes:
+            worker.fail_load(meta)
+        else:
+            worker.load_again(meta)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """On a GPU the device waits for the layer's bytes; on a CPU they are there already."""
@@ -146,7 +153,9 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
         if not worker.end_forward(meta):
             self._errors.add("errors", 1)
             log.error("kvkeep: a forward did not ask for layers that were being loaded; it does not count")
-            self._failed_load(meta, worker)
+            if not self._recomputes:
+                raise RuntimeError("kvkeep: and this engine cannot recompute what it loaded")
+            worker.fail_load(meta)
         if meta.saves is not None:
             self._guard(lambda: worker.save(meta), None)
 
@@ -259,11 +268,15 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
         """`vllm:kvkeep_*` on the engine's /metrics."""
         return KVKeepProm(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
-    def _failed_load(self, meta: StepMeta, worker: WorkerSide) -> None:
-        if len(self._kv_cache_config.kv_cache_groups) == 1:
-            worker.fail_load(meta)
-        else:  # vLLM cannot recompute blocks of several groups: the slow path, or the engine's end
-            worker.load_again(meta)
+    @property
+    def _recomputes(self) -> bool:
+        """Whether the engine recomputes blocks that are said to have failed.
+
+        vLLM 0.32 cannot with several KV-cache groups; and where batches overlap, a request's next step is
+        computed by then, from those blocks, and its token is served.
+        """
+        alone = self._vllm_config.max_concurrent_batches == 1
+        return alone and len(self._kv_cache_config.kv_cache_groups) == 1
 
     def _step(self) -> StepMeta | None:
         return self._connector_metadata if isinstance(self._connector_metadata, StepMeta) else None
