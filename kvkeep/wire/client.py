@@ -164,6 +164,11 @@ class Connection:
         """This rank has read its lease; None gives back the whole lease."""
         self._send(msg.Release(lease, rank))
 
+    def changes(self, namespace: int, keys: bytes, after: int) -> msg.Changed:
+        """What has come and gone since change number `after`, and what the chunks of `keys` (16 bytes each,
+        as `identity.group_keys` makes them) are now."""
+        return self._call(msg.Changes(namespace, keys, after), msg.Changed)
+
     def clear(self, namespace: int | None = None) -> int:
         """Forget what is held; returns the number of chunks."""
         return self._call(msg.Clear(namespace), msg.Cleared).chunks

@@ -10,12 +10,13 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 from kvkeep.config import EngineConfig
 from kvkeep.engines.link import Identity, Link, Opened
 from kvkeep.engines.vllm.describe import describe_model, group_window
+from kvkeep.engines.vllm.events import Events, events_wanted
 from kvkeep.engines.vllm.geometry import Geometry, arrange, blocks_written
 from kvkeep.engines.vllm.metadata import Copies, Handshake, Rank, Session, StepMeta, WorkerMeta
 from kvkeep.engines.vllm.reader import Reader, give_back
@@ -28,6 +29,7 @@ from kvkeep.wire.messages import Reservation
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.distributed.kv_events import KVCacheEvent
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -83,6 +85,8 @@ class SchedulerSide:
         self._reporter = Reporter(config.log_interval)
         self._reader = Reader(config, self.stats)
         self._description: dict[str, object] = {}
+        self.events = Events(vllm_config, kv_config) if events_wanted(vllm_config) else None
+        """What this engine publishes of the chunks that it met; None where it publishes nothing."""
         self._fences = vllm_config.device_config.device_type != "cpu"
 
     # Start
@@ -176,6 +180,8 @@ class SchedulerSide:
         handed to the workers as failed: the engine has counted its tokens as computed.
         """
         promised, self._loads = self._loads, []
+        if self.events is not None:
+            self.events.look_out()
         loads = guard(lambda: self._plan_loads(promised), None) if promised else None
         saves = guard(lambda: self._plan_saves(output), None) if self._ready else None
         guard(self._renew, None)
@@ -205,6 +211,7 @@ class SchedulerSide:
         for tracked, table, local, external in promised:
             self._geometry.add_load(copies, tracked, table, local, external)
             tracked.next_save = max(tracked.next_save, tracked.first + tracked.found)
+            self._met(tracked, 0, tracked.first + tracked.found)
             tracked.forget_claim()
         return copies
 
@@ -230,6 +237,8 @@ class SchedulerSide:
             if result.reservation:
                 self._geometry.add_save(copies, table, item.first, result.offsets)
                 copies.claims.append(result.reservation)
+                if self.events is not None:
+                    self.events.awaiting(sum(int((row >= 0).sum()) for row in result.offsets))
         self.stats.add("reserve_seconds", time.perf_counter() - began)
         return copies if copies.claims else None
 
@@ -249,6 +258,8 @@ class SchedulerSide:
         first, tracked.next_save = tracked.next_save, last
         table = output.kv_connector_block_state.get_block_ids(tracked.request.request_id)
         item = None if table is None else self._geometry.offer(tracked, table, first, last)
+        if item is not None:
+            self._met(tracked, first, last)
         return None if item is None else (item, table)
 
     # Results and housekeeping
@@ -282,6 +293,8 @@ class SchedulerSide:
             tracked.cacheable = False  # part of its KV may be from before
             if all(tracked is not promise.tracked for promise in self._loads):
                 self._give_back(tracked)
+        if self.events is not None:
+            self.events.forget()
         if self._link is None or self._keeper is None:
             return True
         try:
@@ -298,6 +311,20 @@ class SchedulerSide:
             self._link.stop()
         if self._keeper is not None:
             self._keeper.connection.close()
+
+    def take_events(self) -> Sequence[KVCacheEvent]:
+        """What has become of chunks that this engine's requests met, since the last call."""
+        if self.events is None:
+            return ()
+        try:
+            return self.events.take(self._keeper if self._ready else None)
+        except (KeeperUnavailable, RequestRefused) as error:
+            self._lose(error)
+            return ()
+
+    def _met(self, tracked: Tracked, first: int, last: int) -> None:
+        if self.events is not None:
+            self.events.met(tracked, self._fingerprint, self._chunk_tokens, first, last)
 
     def _track(self, request: Request) -> Tracked:
         tracked = self._requests.get(request.request_id)
