@@ -179,7 +179,7 @@ class Events:
         told = keeper.connection.changes(keeper.namespace, b"".join(asked), self._after)
         for key in asked:
             del self._ask[key]
-        if not told.complete and self._after:
+        if not told.complete:
             self._ask |= dict.fromkeys(self._known)
         self._after = told.last
         for at, state in enumerate(told.states):
