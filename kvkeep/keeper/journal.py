@@ -19,7 +19,7 @@ from kvkeep.keeper.chunks import Chunks, ChunkState
 from kvkeep.keeper.index import Keys, Records
 from kvkeep.keeper.namespaces import Namespace
 
-__all__ = ["BELOW", "MEMORY", "Changes", "Journal", "States"]
+__all__ = ["BELOW", "MEMORY", "Changes", "Journal", "States", "states"]
 
 MEMORY, BELOW = 1, 2
 """Bits of a state: readable in the arena; in a tier, as far as this keeper knows."""
@@ -60,13 +60,13 @@ class Journal:
         """These chunks have become readable, have been forgotten, or are in one more tier."""
         keys = self._chunks.table.keys_of(records)
         below = np.where(self._chunks.stored[records] != 0, BELOW, 0).astype(np.uint8)
-        self._add(keys, self._chunks.namespace[records].astype(np.int64), self.states(keys) | below)
+        self._add(keys, self._chunks.namespace[records].astype(np.int64), states(self._chunks, keys) | below)
 
     def probed(self, space: Namespace, names: Sequence[bytes], tiers: Sequence[int]) -> None:
         """Tiers were asked for values by name (8 bytes and the key); negative: none of them has it."""
         keys = np.frombuffer(b"".join(name[-KEY_BYTES:] for name in names), "<u8").reshape(-1, 2)
         below = np.where(np.array(tiers, np.int64) >= 0, BELOW, 0).astype(np.uint8)
-        here = self.states(keys) & np.uint8(MEMORY)
+        here = states(self._chunks, keys) & np.uint8(MEMORY)
         self._add(keys, np.full(len(keys), space.number, np.int64), here | below)
 
     def since(self, after: int, space: Namespace) -> Changes:
@@ -81,16 +81,6 @@ class Journal:
         complete = self._lost <= after <= self._last
         return Changes(self._last, complete, np.concatenate(keys), np.concatenate(states))
 
-    def states(self, keys: Keys) -> States:
-        """What chunks are now, by the keys of their groups; 0: not in memory, and nothing known of tiers."""
-        records = self._chunks.table.find(keys)
-        held = np.flatnonzero(records >= 0)
-        out = np.zeros(len(keys), np.uint8)
-        mine = records[held]
-        out[held] = np.where(self._chunks.state[mine] == ChunkState.COMMITTED, MEMORY, 0)
-        out[held] |= np.where(self._chunks.stored[mine] != 0, BELOW, 0).astype(np.uint8)
-        return out
-
     def _add(self, keys: Keys, spaces: Records, states: States) -> None:
         if not len(keys):
             return
@@ -98,3 +88,14 @@ class Journal:
         self._last += len(keys)
         while self._last - self._lost > self._most and len(self._entries) > 1:
             self._lost += len(self._entries.popleft().keys)
+
+
+def states(chunks: Chunks, keys: Keys) -> States:
+    """What chunks are now, by the keys of their groups; 0: not in memory, and nothing known of tiers."""
+    records = chunks.table.find(keys)
+    held = np.flatnonzero(records >= 0)
+    out = np.zeros(len(keys), np.uint8)
+    mine = records[held]
+    out[held] = np.where(chunks.state[mine] == ChunkState.COMMITTED, MEMORY, 0)
+    out[held] |= np.where(chunks.stored[mine] != 0, BELOW, 0).astype(np.uint8)
+    return out

@@ -16,7 +16,7 @@ import numpy as np
 from kvkeep import __version__
 from kvkeep.errors import ConfigError, ProtocolError, RequestRefused
 from kvkeep.keeper.fetch import Stage
-from kvkeep.keeper.journal import Journal
+from kvkeep.keeper.journal import Journal, states
 from kvkeep.keeper.movers import Asked
 from kvkeep.keeper.namespaces import GroupSpec, Namespace
 from kvkeep.observe.watch import Seen
@@ -202,14 +202,14 @@ class ServerConnection(asyncio.Protocol):
         return msg.Reserved(out)
 
     def _changes(self, request: msg.Changes) -> msg.Changed:
-        space, keys = self._space(request.namespace), _keys(request.keys)
-        if self._keeper.journal is None:
-            self._keeper.journal = Journal(self._keeper.chunks)
-        told = self._keeper.journal.since(request.after, space)
-        now = self._keeper.journal.states(np.frombuffer(keys, "<u8").reshape(-1, 2))
-        return msg.Changed(
-            told.last, told.complete, told.keys.tobytes(), told.states.tobytes(), now.tobytes()
-        )
+        space, keys, keeper = self._space(request.namespace), _keys(request.keys), self._keeper
+        now = states(keeper.chunks, np.frombuffer(keys, "<u8").reshape(-1, 2)).tobytes()
+        if request.after is None:
+            return msg.Changed(0, True, b"", b"", now)
+        if keeper.journal is None:
+            keeper.journal = Journal(keeper.chunks)
+        told = keeper.journal.since(request.after, space)
+        return msg.Changed(told.last, told.complete, told.keys.tobytes(), told.states.tobytes(), now)
 
     def _open(self, request: msg.OpenNamespace) -> msg.Namespace:
         if not self._keeper.knows(request.fingerprint) and len(self._keeper.namespaces) >= _MAX_NAMESPACES:

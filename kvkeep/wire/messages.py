@@ -163,13 +163,13 @@ class Forget(_Message):
 
 
 class Changes(_Message):
-    """Ask what has come and gone, for an engine that publishes it. Answered by Changed."""
+    """Ask what chunks are now, and what has come and gone. Answered by Changed."""
 
     namespace: Natural
     keys: Blob
     """Chunks, by the keys of their groups, of which to tell what they are now."""
-    after: Natural
-    """Number of the last change that was told, by this keeper; 0: none."""
+    after: Natural | None
+    """Number of the last change that this keeper told; 0: none yet, None: changes are not wanted."""
 
 
 class Clear(_Message):

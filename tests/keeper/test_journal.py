@@ -10,7 +10,7 @@ from hypothesis.stateful import initialize, invariant, rule
 from kvkeep.identity import group_keys
 from kvkeep.keeper.chunks import ChunkState
 from kvkeep.keeper.flush import FlushQueue
-from kvkeep.keeper.journal import BELOW, MEMORY, Journal
+from kvkeep.keeper.journal import BELOW, MEMORY, Journal, states
 from kvkeep.keeper.keeper import Keeper
 from kvkeep.keeper.namespaces import Namespace
 from tests.keeper.test_fetch import FULL, Below, Bench
@@ -33,7 +33,7 @@ class Client:
         if not told.complete:
             self.lost += 1
             keys = np.frombuffer(b"".join(self.states), "<u8").reshape(-1, 2)
-            self.states = dict(zip(self.states, self.journal.states(keys).tolist(), strict=True))
+            self.states = dict(zip(self.states, states(self.journal._chunks, keys).tolist(), strict=True))
 
     @property
     def held(self) -> set[bytes]:
@@ -85,7 +85,7 @@ def watched() -> tuple[Keeper, Namespace, Client]:
     return keeper, space, Client(keeper.journal, space)
 
 
-def states(client: Client, keys: bytes) -> list[int]:
+def known(client: Client, keys: bytes) -> list[int]:
     """What a client knows of a chain's chunks; -1 where it heard nothing."""
     client.catch_up()
     named = group_keys(keys, client.space.fingerprint, 0)
@@ -95,20 +95,20 @@ def states(client: Client, keys: bytes) -> list[int]:
 def test_changes_are_told_in_their_order_and_once() -> None:
     keeper, space, client = watched()
     save(keeper, space, chain_keys(0, 3))
-    assert states(client, chain_keys(0, 4)) == [MEMORY] * 3 + [-1]
+    assert known(client, chain_keys(0, 4)) == [MEMORY] * 3 + [-1]
     assert not len(keeper.journal.since(client.after, space).keys)
     keeper.clear(space)
     save(keeper, space, chain_key(0, 0))
     told = keeper.journal.since(client.after, space)
     assert told.states.tolist() == [0, 0, 0, MEMORY]
-    assert states(client, chain_keys(0, 3)) == [MEMORY, 0, 0]
+    assert known(client, chain_keys(0, 3)) == [MEMORY, 0, 0]
 
 
 def test_a_namespace_hears_of_itself_only() -> None:
     keeper, _, client = watched()
     other = opened(keeper, "two", ONE_GROUP)
     save(keeper, other, chain_keys(0, 3))
-    assert states(client, chain_keys(0, 3)) == [-1] * 3
+    assert known(client, chain_keys(0, 3)) == [-1] * 3
     assert client.after == 3
     assert not client.lost
 
@@ -128,9 +128,9 @@ def test_what_was_written_to_a_tier_stays_there_when_memory_lets_go() -> None:
     assert flush is not None
     keeper.clear(space)  # while they are being written
     queue.done(flush, np.array([True, True, False]), again=False)
-    assert states(client, chain_keys(0, 3)) == [BELOW, BELOW, 0]
+    assert known(client, chain_keys(0, 3)) == [BELOW, BELOW, 0]
     save(keeper, space, chain_key(0, 2))
-    assert states(client, chain_keys(0, 3)) == [BELOW, BELOW, MEMORY]
+    assert known(client, chain_keys(0, 3)) == [BELOW, BELOW, MEMORY]
 
 
 def test_tiers_tell_by_what_they_are_asked_and_give() -> None:
@@ -144,6 +144,6 @@ def test_tiers_tell_by_what_they_are_asked_and_give() -> None:
         found = [below.tier_of(*below.names[key]) for key in keys]
         bench.keeper.journal.probed(bench.space, keys, found)
         fetch.answer(found)
-    assert states(client, chain_keys(0, 5)) == [BELOW] * 4 + [0]
+    assert known(client, chain_keys(0, 5)) == [BELOW] * 4 + [0]
     bench.land(*bench.plan(fetch, held), bad=(1,))
-    assert states(client, chain_keys(0, 5)) == [BELOW | MEMORY, 0, BELOW | MEMORY, BELOW | MEMORY, 0]
+    assert known(client, chain_keys(0, 5)) == [BELOW | MEMORY, 0, BELOW | MEMORY, BELOW | MEMORY, 0]
