@@ -214,9 +214,7 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> tuple[bool, dict[str, Any] | None]:
         """Saves are complete within their step, so blocks can go at once."""
         scheduler = self._scheduler
-        if scheduler is not None:
-            self._guard(lambda: scheduler.finished(request), None)
-        return False, None
+        return False, None if scheduler is None else self._guard(lambda: scheduler.finished(request), None)
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """The same for an engine without the hybrid memory allocator."""

@@ -96,10 +96,10 @@ class Reader:
         self._tickets = Tickets(config, stats)
         self.speed = ComputeSpeed()
 
-    def rest(self) -> None:
+    def rest(self, others: bool) -> None:
         """An engine that computes nothing while requests wait asks as fast as it can: leave the cores to
-        those who bring the chunks."""
-        if self._tickets.waiting:
+        those who bring the chunks. `others`: whether any waits for something else than tiers."""
+        if others or self._tickets.waiting:
             time.sleep(_REST)
 
     def look(

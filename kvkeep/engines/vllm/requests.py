@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys
 
+from kvkeep.engines.vllm.handover import Awaited, handed_over
 from kvkeep.identity import ChainHasher, encode_extra, file_digest
 
 if TYPE_CHECKING:
@@ -38,6 +39,9 @@ class Tracked:
         )
         # vLLM passes its trace on where it traces itself (--otlp-traces-endpoint).
         self.trace = (request.trace_headers or {}).get("traceparent", "")[:64]
+        self.awaited = Awaited.of(request.kv_transfer_params)
+        self.handed_over = handed_over(request.kv_transfer_params)
+        """Another engine goes on with it."""
         self.epoch = 0
         """The request's place in the keeper's time; children of its chain are older than parents."""
         self.next_save = 0

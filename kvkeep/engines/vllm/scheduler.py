@@ -11,13 +11,14 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 from kvkeep.config import EngineConfig
 from kvkeep.engines.link import Identity, Link, Opened
 from kvkeep.engines.vllm.describe import describe_model, group_window
 from kvkeep.engines.vllm.events import Events, events_wanted
 from kvkeep.engines.vllm.geometry import Geometry, arrange, blocks_written
+from kvkeep.engines.vllm.handover import Arrivals, answer
 from kvkeep.engines.vllm.metadata import Copies, Handshake, Rank, Session, StepMeta, WorkerMeta
 from kvkeep.engines.vllm.reader import Reader, give_back
 from kvkeep.engines.vllm.report import Reporter
@@ -84,6 +85,9 @@ class SchedulerSide:
         self._disabled = False
         self._reporter = Reporter(config.log_interval)
         self._reader = Reader(config, self.stats)
+        self._arrivals = Arrivals(
+            config, self.stats, self._windows.index(None) if None in self._windows else 0
+        )
         self._description: dict[str, object] = {}
         self.events = Events(vllm_config, kv_config) if events_wanted(vllm_config) else None
         """What this engine publishes of the chunks that it met; None where it publishes nothing."""
@@ -145,6 +149,8 @@ class SchedulerSide:
         try:
             if not self._reader.look(self._keeper, tracked, first, limit, self._chunk_tokens):
                 return None
+            if self._arrivals.waits(self._keeper, tracked, self._fingerprint, limit, self._chunk_tokens):
+                return None
         except (KeeperUnavailable, RequestRefused) as error:
             self._lose(error)
         return max(0, (first + tracked.found) * self._chunk_tokens - local)
@@ -164,12 +170,13 @@ class SchedulerSide:
         self.stats.add("hit_tokens", external)
         self._loads.append(Promise(tracked, blocks.get_block_ids(), local, external))
 
-    def finished(self, request: Request) -> None:
-        """A request is over: let go of it."""
+    def finished(self, request: Request) -> dict[str, Any] | None:
+        """A request is over: let go of it. Returns parameters for the engine that goes on with it, if any."""
         tracked = self._requests.pop(request.request_id, None)
-        if tracked is None:
-            return
-        self._give_back(tracked)
+        if tracked is not None:
+            self._give_back(tracked)
+        saved = tracked if self._ready else None
+        return answer(request.kv_transfer_params, request.status, self._engine_id, saved, self._chunk_tokens)
 
     # One step
 
@@ -190,7 +197,7 @@ class SchedulerSide:
         if self._fences:
             meta.reused = blocks_written(output, loads)
         if not meta.scheduled_tokens:
-            self._reader.rest()
+            self._reader.rest(self._arrivals.rests())
         if promised and loads is None:
             meta.unplanned = [block for _, table, *_ in promised for blocks in table for block in blocks]
         if self._session is not None and not (self._told and self._all_joined()):
@@ -210,7 +217,8 @@ class SchedulerSide:
         copies = Copies()
         for tracked, table, local, external in promised:
             self._geometry.add_load(copies, tracked, table, local, external)
-            tracked.next_save = max(tracked.next_save, tracked.first + tracked.found)
+            if not tracked.handed_over:  # then all of it is offered: the keeper may lack what is local here
+                tracked.next_save = max(tracked.next_save, tracked.first + tracked.found)
             self._met(tracked, 0, tracked.first + tracked.found)
             tracked.forget_claim()
         return copies
