@@ -108,7 +108,7 @@ class EngineConfig:
     probe_wait: float = 0.05
     """Seconds that a request waits, at most, to hear whether any tier holds its chunks; or 1 % of what
     computing them would take, where that is more."""
-    remote_wait: float = 2.0
+    remote_wait: float = 5.0
     """Seconds that a request which another engine prefills waits, at most, for its next chunk."""
     chunk_tokens: int | None = None
     """Tokens per chunk; None: the fewest blocks that reach about 1 MiB."""

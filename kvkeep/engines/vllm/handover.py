@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["Arrivals", "Awaited", "answer", "handed_over"]
 
 _POLL_EVERY = 0.003
-_LOOK_EVERY = 0.1  # seconds between looks into tiers, which nobody tells of what other hosts put there
+_LOOK_FIRST, _LOOK_MOST = 0.1, 1.6  # seconds between looks into tiers, of which no other host tells
 _IN_MEMORY = 1
 _WHOLE = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
 
@@ -44,6 +44,8 @@ class Awaited:
     polled: float = 0.0
     looked: float = 0.0
     """When it was looked up last."""
+    pause: float = _LOOK_FIRST
+    """Until the next look, if nothing comes."""
     expected: int = -1
     """Chunks that had come then."""
     over: bool = False
@@ -120,8 +122,9 @@ class Arrivals:
             late = now - awaited.came >= self._patience
             if late and come <= held:
                 return self._end(awaited, now, late=True)
-            if late or come >= wanted > awaited.expected or now - awaited.looked >= _LOOK_EVERY:
+            if late or come >= wanted > awaited.expected or now - awaited.looked >= awaited.pause:
                 awaited.looked, awaited.expected = now, come
+                awaited.pause = min(2 * awaited.pause, _LOOK_MOST)
                 tracked.asked = (-1, -1)  # so it is looked up anew
             if late:
                 self._end(awaited, now, late=True)
@@ -141,7 +144,7 @@ class Arrivals:
 
     def _came(self, awaited: Awaited, chunks: int, now: float) -> None:
         if chunks > awaited.chunks:
-            awaited.chunks, awaited.came = chunks, now
+            awaited.chunks, awaited.came, awaited.pause = chunks, now, _LOOK_FIRST
 
     def _end(self, awaited: Awaited, now: float, late: bool) -> bool:
         awaited.over = True

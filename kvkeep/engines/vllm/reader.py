@@ -150,7 +150,8 @@ class Reader:
         tracked.lease, tracked.found, tracked.offsets = found.lease, found.chunks, found.offsets
         if found.ticket:
             self._tickets.begin(tracked, found.ticket, patience)
-        self._stats.add("lookups", 0 if settles else 1)
+        again = settles or (tracked.awaited is not None and tracked.awaited.begun is not None)
+        self._stats.add("lookups", 0 if again else 1)
         self._stats.add("lookup_seconds", time.perf_counter() - began)
 
 
