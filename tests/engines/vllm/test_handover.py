@@ -128,7 +128,7 @@ def test_what_does_not_come_is_not_waited_for_longer(pair: Pair) -> None:
     assert chunks == 4
     assert waited == pytest.approx(WAIT, abs=0.1)
     assert pair.stats.data["remote_timeouts"] == 1
-    assert pair.ask(tracked) is not None  # and not again
+    assert pair.until_answered(tracked) == (4, 0)  # and not again
 
 
 def test_nothing_at_all_costs_the_wait_once(pair: Pair) -> None:
