@@ -7,7 +7,6 @@ asks: a keeper whose engines publish nothing pays nothing.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -23,7 +22,7 @@ __all__ = ["BELOW", "MEMORY", "Changes", "Journal", "States", "states"]
 
 MEMORY, BELOW = 1, 2
 """Bits of a state: readable in the arena; in a tier, as far as this keeper knows."""
-_MOST = 1 << 18  # 7 MiB: minutes of a busy host
+_MOST = 1 << 18  # 5 MiB: minutes of a busy host
 
 States = npt.NDArray[np.uint8]
 
@@ -41,53 +40,43 @@ class Changes(NamedTuple):
     """What each of them was then."""
 
 
-class _Entry(NamedTuple):
-    keys: Keys
-    spaces: Records
-    states: States
-
-
 class Journal:
     """The changes of one keeper. The event loop's, like the keeper."""
 
     def __init__(self, chunks: Chunks, most: int = _MOST) -> None:
         self._chunks = chunks
         self._most = most
-        self._entries: deque[_Entry] = deque()
-        self._last = self._lost = 0
+        self._keys = np.zeros((most, 2), np.uint64)  # a ring: change number n lies at n modulo `most`
+        self._spaces = np.zeros(most, np.int32)
+        self._states = np.zeros(most, np.uint8)
+        self._last = 0
 
     def note(self, records: Records) -> None:
         """These chunks have become readable, have been forgotten, or are in one more tier."""
         keys = self._chunks.table.keys_of(records)
         below = np.where(self._chunks.stored[records] != 0, BELOW, 0).astype(np.uint8)
-        self._add(keys, self._chunks.namespace[records].astype(np.int64), states(self._chunks, keys) | below)
+        self._add(keys, self._chunks.namespace[records], states(self._chunks, keys) | below)
 
     def probed(self, space: Namespace, names: Sequence[bytes], tiers: Sequence[int]) -> None:
         """Tiers were asked for values by name (8 bytes and the key); negative: none of them has it."""
         keys = np.frombuffer(b"".join(name[-KEY_BYTES:] for name in names), "<u8").reshape(-1, 2)
         below = np.where(np.array(tiers, np.int64) >= 0, BELOW, 0).astype(np.uint8)
         here = states(self._chunks, keys) & np.uint8(MEMORY)
-        self._add(keys, np.full(len(keys), space.number, np.int64), here | below)
+        self._add(keys, np.full(len(keys), space.number, np.int32), here | below)
 
     def since(self, after: int, space: Namespace) -> Changes:
         """The changes of a namespace whose number is above `after`; 0: all that are left."""
-        first, keys, states = self._lost, [np.zeros((0, 2), np.uint64)], [np.zeros(0, np.uint8)]
-        for entry in self._entries:
-            mine = np.flatnonzero(entry.spaces == space.number)
-            mine = mine[mine >= after - first]
-            keys.append(entry.keys[mine])
-            states.append(entry.states[mine])
-            first += len(entry.keys)
-        complete = self._lost <= after <= self._last
-        return Changes(self._last, complete, np.concatenate(keys), np.concatenate(states))
+        lost = max(0, self._last - self._most)
+        complete = lost <= after <= self._last
+        at = np.arange(after if complete else lost, self._last) % self._most
+        at = at[self._spaces[at] == space.number]
+        return Changes(self._last, complete, self._keys[at], self._states[at])
 
-    def _add(self, keys: Keys, spaces: Records, states: States) -> None:
-        if not len(keys):
-            return
-        self._entries.append(_Entry(keys, spaces, states))
+    def _add(self, keys: Keys, spaces: npt.NDArray[np.int32], states: States) -> None:
+        at = np.arange(self._last, self._last + len(keys))[-self._most :] % self._most
+        kept = slice(len(keys) - len(at), None)
+        self._keys[at], self._spaces[at], self._states[at] = keys[kept], spaces[kept], states[kept]
         self._last += len(keys)
-        while self._last - self._lost > self._most and len(self._entries) > 1:
-            self._lost += len(self._entries.popleft().keys)
 
 
 def states(chunks: Chunks, keys: Keys) -> States:
