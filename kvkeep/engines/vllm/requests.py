@@ -63,6 +63,12 @@ class Tracked:
         self.stage = 0
         """How far it is: 0 asking the tiers, 1 reading, 2 done."""
 
+    def loaded(self) -> None:
+        """What was found is being loaded: saves go on behind it. Of a prompt that another engine goes on with
+        all is offered still, since the keeper may lack what this engine had in its own cache."""
+        if not self.handed_over:
+            self.next_save = max(self.next_save, self.first + self.found)
+
     def keys(self, first: int, last: int) -> bytes:
         """Keys of chunks first … last-1; hashes what has not been hashed yet.
 

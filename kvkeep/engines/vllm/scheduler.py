@@ -217,8 +217,7 @@ class SchedulerSide:
         copies = Copies()
         for tracked, table, local, external in promised:
             self._geometry.add_load(copies, tracked, table, local, external)
-            if not tracked.handed_over:  # then all of it is offered: the keeper may lack what is local here
-                tracked.next_save = max(tracked.next_save, tracked.first + tracked.found)
+            tracked.loaded()
             self._met(tracked, 0, tracked.first + tracked.found)
             tracked.forget_claim()
         return copies

@@ -187,6 +187,15 @@ def test_the_answer_is_what_the_decode_side_takes() -> None:
     assert nothing["remote_num_tokens"] == 0
 
 
+@pytest.mark.parametrize(("params", "next_save"), [(None, 5), (REMOTE, 5), (ASKED, 0)])
+def test_a_prompt_that_is_handed_over_is_offered_whole(params: Any, next_save: int) -> None:
+    """Three chunks were in the engine's own cache, of which the keeper says nothing; two are loaded."""
+    tracked = Tracked(request(PROMPT, params), PRINT, CHUNK)
+    tracked.first, tracked.found = 3, 2
+    tracked.loaded()
+    assert tracked.next_save == next_save
+
+
 @pytest.mark.parametrize("params", [None, {}, REMOTE, {"do_remote_decode": "yes"}, [ASKED]])
 def test_who_did_not_ask_is_told_nothing(params: Any) -> None:
     assert answer(params, RequestStatus.FINISHED_STOPPED, "engine", None, CHUNK) is None
