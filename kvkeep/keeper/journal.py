@@ -22,7 +22,7 @@ __all__ = ["BELOW", "MEMORY", "Changes", "Journal", "States", "states"]
 
 MEMORY, BELOW = 1, 2
 """Bits of a state: readable in the arena; in a tier, as far as this keeper knows."""
-_MOST = 1 << 16  # some 64 GiB of chunks; an engine takes 20 ms to go through them
+_MOST = 1 << 16  # some 64 GiB of chunks; 12 ms for an engine to go through
 
 States = npt.NDArray[np.uint8]
 
