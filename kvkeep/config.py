@@ -108,6 +108,8 @@ class EngineConfig:
     probe_wait: float = 0.05
     """Seconds that a request waits, at most, to hear whether any tier holds its chunks; or 1 % of what
     computing them would take, where that is more."""
+    remote_wait: float = 5.0
+    """Seconds that a request which another engine prefills waits, at most, for its next chunk."""
     chunk_tokens: int | None = None
     """Tokens per chunk; None: the fewest blocks that reach about 1 MiB."""
     model_id: str | None = None
@@ -128,8 +130,10 @@ class EngineConfig:
             raise ConfigError("log_interval must be 0 or more seconds")
         if self.load not in LOAD_RULES:
             raise ConfigError(f"load must be one of {', '.join(LOAD_RULES)}, not {self.load!r}")
-        if not (0 <= self.load_wait < math.inf and 0 <= self.probe_wait < math.inf):
-            raise ConfigError("load_wait and probe_wait must be 0 or more seconds")
+        waits = {"load_wait": self.load_wait, "probe_wait": self.probe_wait, "remote_wait": self.remote_wait}
+        for name, seconds in waits.items():
+            if not 0 <= seconds < math.inf:
+                raise ConfigError(f"{name} must be 0 or more seconds")
         if not 1 <= self.copy_threads <= 64:
             raise ConfigError("copy_threads must be 1 to 64")
         if self.chunk_tokens is not None and self.chunk_tokens < 1:

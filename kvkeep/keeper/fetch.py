@@ -239,7 +239,7 @@ class Fetches:
         keeper = self._keeper
         for record in batch.records.tolist():
             del self._arriving[record]
-        keeper.chunks.stored[batch.records] |= np.uint16(1 << batch.tier)
+        keeper.chunks.stored[batch.records[good]] |= np.uint16(1 << batch.tier)
         keeper.settle(batch.claim, MOVERS, good)
         kept = batch.records[good]
         for fetch in batch.waiters:

@@ -96,6 +96,8 @@ class FlushQueue:
         """A batch has been tried. What was not stored is queued anew if `again`."""
         chunks = self._keeper.chunks
         chunks.stored[flush.records[stored]] |= self._bit
+        if self._keeper.journal is not None:
+            self._keeper.journal.note(flush.records[stored])
         missing = flush.records[~stored & (chunks.state[flush.records] == ChunkState.COMMITTED)]
         if again and len(missing):
             chunks.queued[missing] |= self._bit

@@ -7,7 +7,6 @@ leaves the books balanced (`check_integrity`) or raises before it changed anythi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -16,6 +15,7 @@ import numpy.typing as npt
 from kvkeep.errors import ConfigError, RequestRefused
 from kvkeep.identity import group_keys
 from kvkeep.keeper.arena import Arena, SlotClass
+from kvkeep.keeper.chains import check_distinct, runs
 from kvkeep.keeper.chunks import Chunks, ChunkState
 from kvkeep.keeper.index import Keys, Records
 from kvkeep.keeper.leases import Claim, ClaimKind, Claims
@@ -25,6 +25,7 @@ from kvkeep.keeper.usable import usable_chunks
 
 if TYPE_CHECKING:
     from kvkeep.keeper.flush import FlushQueue
+    from kvkeep.keeper.journal import Journal
 
 __all__ = ["Found", "Keeper", "Reserved"]
 
@@ -66,6 +67,8 @@ class Keeper:
         self.counters = Counters()
         self.queues: list[FlushQueue] = []
         """One per tier; told of what is committed and what is used."""
+        self.journal: Journal | None = None
+        """Told of what comes and goes, where an engine publishes that."""
         self._by_fingerprint: dict[bytes, Namespace] = {}
         if policy not in POLICIES:
             raise ConfigError(f"unknown policy {policy!r}: choose one of {', '.join(POLICIES)}")
@@ -137,7 +140,7 @@ class Keeper:
             counters.hit_chunks += usable
         positions = [np.flatnonzero(chain[: first + usable] >= 0) for chain in chains]
         used = [chain[places] for chain, places in zip(chains, positions, strict=True)]
-        _check_distinct(np.concatenate(used))
+        check_distinct(np.concatenate(used))
         for chain, places in zip(used, positions, strict=True):
             self._touch(chain, places, self._clock)
         if not usable:
@@ -176,7 +179,7 @@ class Keeper:
         group g has chunk i to give; `epoch`: from the request's lookup (0: now). Chunks for which nothing
         older than the request can be evicted are refused, never waited for.
         """
-        _check_distinct(np.frombuffer(keys, "<u8")[::2])  # half a key tells chunks apart as surely
+        check_distinct(np.frombuffer(keys, "<u8")[::2])  # half a key tells chunks apart as surely
         if not epoch:
             self._clock += 1
         epoch = min(epoch or self._clock, self._clock)
@@ -219,7 +222,7 @@ class Keeper:
         kind, policy = self._kinds[number], self._policies[number]
         records = self.chunks.add(keys, space.number, number, epoch)
         names = (keys[:, 0] >> np.uint64(4)).tolist()
-        for run in _runs(positions):
+        for run in runs(positions):
             policy.insert(records[run], names[run], epoch, int(positions[run.start]))
         refused = self._make_room(number, records)
         placed = records
@@ -301,7 +304,7 @@ class Keeper:
             return
         self.chunks.epoch[records] = np.maximum(self.chunks.epoch[records], epoch)
         policy = self._policies[int(self.chunks.kind[records[0]])]
-        for run in _runs(positions):
+        for run in runs(positions):
             policy.touch(records[run], epoch, int(positions[run.start]))
         for queue in self.queues:
             queue.used(records)
@@ -360,6 +363,8 @@ class Keeper:
         self.counters.stored_bytes += int(self.slot_bytes(records).sum())
         for queue in self.queues:
             queue.committed(records)
+        if self.journal is not None:
+            self.journal.note(records)
 
     def _count(self, name: str, records: Records) -> None:
         setattr(self.counters, name, getattr(self.counters, name) + len(records))
@@ -373,6 +378,8 @@ class Keeper:
         for number in np.unique(self.chunks.kind[records]).tolist():
             self._policies[number].remove(records[self.chunks.kind[records] == number], evicted=evicted)
         self.chunks.forget(records)
+        if self.journal is not None:
+            self.journal.note(records)
         if evicted:
             self._count("evicted_chunks", records)
         self._free(records[self.chunks.leases[records] == 0])
@@ -382,18 +389,3 @@ class Keeper:
             mine = records[self.chunks.kind[records] == number]
             self.arena.release(self._kinds[number], self.chunks.offset[mine])
         self.chunks.free(records)
-
-
-def _runs(positions: Records) -> list[slice]:
-    """Where positions follow on each other without a gap: policies take chains piece by piece."""
-    if not len(positions):
-        return []
-    cuts = [0, *(np.flatnonzero(np.diff(positions) != 1) + 1).tolist(), len(positions)]
-    return [slice(start, stop) for start, stop in pairwise(cuts)]
-
-
-def _check_distinct(names: npt.NDArray[np.int64] | npt.NDArray[np.uint64]) -> None:
-    """Raise RequestRefused on a repeat: one record, leased twice by one claim, would be freed twice."""
-    ordered = np.sort(names)  # np.unique takes ten times as long
-    if (ordered[1:] == ordered[:-1]).any():
-        raise RequestRefused("a request names a chunk twice")

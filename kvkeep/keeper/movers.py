@@ -146,11 +146,15 @@ class Movers:
 
         def job() -> None:
             tiers = self._find(keys)
-            self._post(lambda: self._answered(fetch, tiers, held, recompute))
+            self._post(lambda: self._answered(fetch, keys, tiers, held, recompute))
 
         self._probes.submit(job)
 
-    def _answered(self, fetch: Fetch, tiers: list[int], held: int, recompute: float) -> None:
+    def _answered(
+        self, fetch: Fetch, keys: list[bytes], tiers: list[int], held: int, recompute: float
+    ) -> None:
+        if self._keeper.journal is not None:
+            self._keeper.journal.probed(fetch.space, keys, tiers)
         fetch.answer(tiers)
         self._ask(fetch, held, recompute)
 

@@ -164,6 +164,11 @@ class Connection:
         """This rank has read its lease; None gives back the whole lease."""
         self._send(msg.Release(lease, rank))
 
+    def changes(self, namespace: int, keys: bytes, after: int | None = None) -> msg.Changed:
+        """What the chunks of `keys` (16 bytes each, made by `identity.group_keys`) are now, and what has
+        come and gone since change number `after`. No use of them, unlike a lookup."""
+        return self._call(msg.Changes(namespace, keys, after), msg.Changed)
+
     def clear(self, namespace: int | None = None) -> int:
         """Forget what is held; returns the number of chunks."""
         return self._call(msg.Clear(namespace), msg.Cleared).chunks

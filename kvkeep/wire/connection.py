@@ -16,6 +16,7 @@ import numpy as np
 from kvkeep import __version__
 from kvkeep.errors import ConfigError, ProtocolError, RequestRefused
 from kvkeep.keeper.fetch import Stage
+from kvkeep.keeper.journal import Journal, states
 from kvkeep.keeper.movers import Asked
 from kvkeep.keeper.namespaces import GroupSpec, Namespace
 from kvkeep.observe.watch import Seen
@@ -138,6 +139,8 @@ class ServerConnection(asyncio.Protocol):
                 keeper.abort(session, request.reservation)
             case msg.OpenNamespace():
                 return self._open(request)
+            case msg.Changes():
+                return self._changes(request)
             case msg.Clear():
                 space = None if request.namespace is None else self._space(request.namespace)
                 return msg.Cleared(keeper.clear(space))
@@ -197,6 +200,16 @@ class ServerConnection(asyncio.Protocol):
                 self._server.recorder.saved(item.epoch, item.first, item.keys)
             out.append((done.reservation, [_int64(row) for row in done.offsets]))
         return msg.Reserved(out)
+
+    def _changes(self, request: msg.Changes) -> msg.Changed:
+        space, keys, keeper = self._space(request.namespace), _keys(request.keys), self._keeper
+        now = states(keeper.chunks, np.frombuffer(keys, "<u8").reshape(-1, 2)).tobytes()
+        if request.after is None:
+            return msg.Changed(0, True, b"", b"", now)
+        if keeper.journal is None:
+            keeper.journal = Journal(keeper.chunks)
+        told = keeper.journal.since(request.after, space)
+        return msg.Changed(told.last, told.complete, told.keys.tobytes(), told.states.tobytes(), now)
 
     def _open(self, request: msg.OpenNamespace) -> msg.Namespace:
         if not self._keeper.knows(request.fingerprint) and len(self._keeper.namespaces) >= _MAX_NAMESPACES:

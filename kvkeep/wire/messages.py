@@ -1,4 +1,4 @@
-"""The messages of protocol version 4, and their framing.
+"""The messages of protocol version 5, and their framing.
 
 A frame is a little-endian u32 length and that many bytes of msgpack: an array whose first item
 names the message. Arrays of numbers travel as bytes (little-endian int64), keys as 16 bytes each.
@@ -18,6 +18,8 @@ __all__ = [
     "MAX_FRAME",
     "VERSION",
     "Abort",
+    "Changed",
+    "Changes",
     "Clear",
     "Cleared",
     "Commit",
@@ -46,7 +48,7 @@ __all__ = [
     "frame_length",
 ]
 
-VERSION = 4
+VERSION = 5
 """Raised with every change of a message: `tests/wire/test_version.py` holds each to its version."""
 MAX_FRAME = 32 << 20
 """Longest frame in bytes; 2 M chunk keys. A longer one is not from a client of ours."""
@@ -160,6 +162,16 @@ class Forget(_Message):
     ticket: Natural
 
 
+class Changes(_Message):
+    """Ask what chunks are now, and what has come and gone. Answered by Changed."""
+
+    namespace: Natural
+    keys: Blob
+    """Chunks, by the keys of their groups, of which to tell what they are now."""
+    after: Natural | None
+    """Number of the last change that this keeper told; 0: none yet, None: changes are not wanted."""
+
+
 class Clear(_Message):
     """Forget what is held, of one namespace or (None) of all. Answered by Cleared."""
 
@@ -201,6 +213,17 @@ class Progress(_Message):
     stages: bytes
 
 
+class Changed(_Message):
+    """See kvkeep.keeper.journal.Changes; a byte per state."""
+
+    last: Natural
+    complete: bool
+    keys: bytes
+    states: bytes
+    now: bytes
+    """Per key that was asked about, what it is now."""
+
+
 class Reserved(_Message):
     """Per item: the reservation's number (0: nothing to write) and int64 offsets per group."""
 
@@ -226,9 +249,22 @@ class Refused(_Message):
 
 
 Request: TypeAlias = (
-    Hello | OpenNamespace | Lookup | Poll | Forget | Reserve | Commit | Abort | Release | Clear | Status
+    Hello
+    | OpenNamespace
+    | Lookup
+    | Poll
+    | Forget
+    | Reserve
+    | Commit
+    | Abort
+    | Release
+    | Changes
+    | Clear
+    | Status
 )
-Reply: TypeAlias = Welcome | Namespace | Found | Progress | Reserved | Cleared | StatusReply | Refused
+Reply: TypeAlias = (
+    Welcome | Namespace | Found | Progress | Reserved | Changed | Cleared | StatusReply | Refused
+)
 
 _encoder = msgspec.msgpack.Encoder()
 _requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)

@@ -66,6 +66,7 @@ DROPPED: dict[str, bytes] = {
     "no message": HELLO + msg.HEADER.pack(1) + b"\xc0",
     "lookup of half a key": HELLO + OPEN + frame("Lookup", 0, b"x" * 17, 0),
     "lookup by text": HELLO + OPEN + frame("Lookup", 0, "x" * 16, 0),
+    "changes of half a key": HELLO + OPEN + frame("Changes", 0, b"x" * 17, 0),
     "reservation of half a key": HELLO + OPEN + reserve(b"x" * 31, [b"\1", b"\1"]),
     "wanted too short": HELLO + OPEN + reserve(wanted=[b"\1\1", b"\1"]),
     "wanted too long": HELLO + OPEN + reserve(wanted=[b"\1\1", b"\1\1\1"]),
@@ -91,6 +92,7 @@ DROPPED: dict[str, bytes] = {
 REFUSED: dict[str, bytes] = {
     "unknown namespace": frame("Lookup", 999, KEYS, 0),
     "reservation in an unknown namespace": reserve(namespace=999),
+    "changes of an unknown namespace": frame("Changes", 999, b"", 0),
     "clear of an unknown namespace": frame("Clear", 2**62),
     "a chunk that fits no slab": frame("OpenNamespace", b"y" * 32, "l", [[2**40, None]], 1, 1),
     "another geometry": frame("OpenNamespace", FINGERPRINT, "l", [[4096, None]], 1, 1),

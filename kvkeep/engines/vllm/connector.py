@@ -8,7 +8,7 @@ engine computes on.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -32,6 +32,7 @@ from kvkeep.errors import ConfigError, KVKeepError, LayoutError
 if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
+    from vllm.distributed.kv_events import KVCacheEvent
     from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
         KVConnectorPromMetrics,
         KVConnectorStats,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     )
     from vllm.forward_context import ForwardContext
     from vllm.v1.attention.backend import AttentionMetadata
+    from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -221,13 +223,27 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> tuple[bool, dict[str, Any] | None]:
         """Saves are complete within their step, so blocks can go at once."""
         scheduler = self._scheduler
-        if scheduler is not None:
-            self._guard(lambda: scheduler.finished(request), None)
-        return False, None
+        return False, None if scheduler is None else self._guard(lambda: scheduler.finished(request), None)
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """The same for an engine without the hybrid memory allocator."""
         return self.request_finished_all_groups(request, (block_ids,))
+
+    def bind_gpu_block_pool(self, gpu_block_pool: BlockPool) -> None:
+        """See `Events.bind`."""
+        if self._scheduler is not None and self._scheduler.events is not None:
+            self._scheduler.events.bind(gpu_block_pool)
+
+    def take_events(self) -> Iterable[KVCacheEvent]:
+        """Chunks of ours that came and went, for the engine's publisher of KV events."""
+        scheduler = self._scheduler
+        nothing: Sequence[KVCacheEvent] = ()
+        return nothing if scheduler is None else self._guard(scheduler.take_events, nothing)
+
+    def has_pending_push_work(self) -> bool:
+        """Whether there is something to announce, for which the engine must go on stepping."""
+        events = None if self._scheduler is None else self._scheduler.events
+        return events is not None and events.pending
 
     def reset_cache(self) -> bool | None:
         """Forget everything of this namespace, in memory and below."""

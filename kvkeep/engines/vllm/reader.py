@@ -96,10 +96,10 @@ class Reader:
         self._tickets = Tickets(config, stats)
         self.speed = ComputeSpeed()
 
-    def rest(self) -> None:
+    def rest(self, others: bool) -> None:
         """An engine that computes nothing while requests wait asks as fast as it can: leave the cores to
-        those who bring the chunks."""
-        if self._tickets.waiting:
+        those who bring the chunks. `others`: whether any waits for something else than tiers."""
+        if others or self._tickets.waiting:
             time.sleep(_REST)
 
     def look(
@@ -150,7 +150,8 @@ class Reader:
         tracked.lease, tracked.found, tracked.offsets = found.lease, found.chunks, found.offsets
         if found.ticket:
             self._tickets.begin(tracked, found.ticket, patience)
-        self._stats.add("lookups", 0 if settles else 1)
+        again = settles or (tracked.awaited is not None and tracked.awaited.begun is not None)
+        self._stats.add("lookups", 0 if again else 1)
         self._stats.add("lookup_seconds", time.perf_counter() - began)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys
 
+from kvkeep.engines.vllm.handover import Awaited, handed_over
 from kvkeep.identity import ChainHasher, encode_extra, file_digest
 
 if TYPE_CHECKING:
@@ -38,6 +39,9 @@ class Tracked:
         )
         # vLLM passes its trace on where it traces itself (--otlp-traces-endpoint).
         self.trace = (request.trace_headers or {}).get("traceparent", "")[:64]
+        self.awaited = Awaited.of(request.kv_transfer_params)
+        self.handed_over = handed_over(request.kv_transfer_params)
+        """Another engine goes on with it."""
         self.epoch = 0
         """The request's place in the keeper's time; children of its chain are older than parents."""
         self.next_save = 0
@@ -58,6 +62,12 @@ class Tracked:
         self.patience = 0.0
         self.stage = 0
         """How far it is: 0 asking the tiers, 1 reading, 2 done."""
+
+    def loaded(self) -> None:
+        """What was found is being loaded: saves go on behind it. Of a prompt that another engine goes on with
+        all is offered still, since the keeper may lack what this engine had in its own cache."""
+        if not self.handed_over:
+            self.next_save = max(self.next_save, self.first + self.found)
 
     def keys(self, first: int, last: int) -> bytes:
         """Keys of chunks first … last-1; hashes what has not been hashed yet.

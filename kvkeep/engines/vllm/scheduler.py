@@ -10,13 +10,15 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 from kvkeep.config import EngineConfig
 from kvkeep.engines.link import Identity, Link, Opened
 from kvkeep.engines.vllm.describe import describe_model, group_window
+from kvkeep.engines.vllm.events import Events, events_wanted
 from kvkeep.engines.vllm.geometry import Geometry, arrange, blocks_written
+from kvkeep.engines.vllm.handover import Arrivals, answer
 from kvkeep.engines.vllm.metadata import Copies, Handshake, Rank, Session, StepMeta, WorkerMeta
 from kvkeep.engines.vllm.reader import Reader, give_back
 from kvkeep.engines.vllm.report import Reporter
@@ -28,6 +30,7 @@ from kvkeep.wire.messages import Reservation
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.distributed.kv_events import KVCacheEvent
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -82,7 +85,12 @@ class SchedulerSide:
         self._disabled = False
         self._reporter = Reporter(config.log_interval)
         self._reader = Reader(config, self.stats)
+        self._arrivals = Arrivals(
+            config, self.stats, self._windows.index(None) if None in self._windows else 0
+        )
         self._description: dict[str, object] = {}
+        self.events = Events(vllm_config, kv_config) if events_wanted(vllm_config) else None
+        """What this engine publishes of the chunks that it met; None where it publishes nothing."""
         self._fences = vllm_config.device_config.device_type != "cpu"
 
     # Start
@@ -141,6 +149,8 @@ class SchedulerSide:
         try:
             if not self._reader.look(self._keeper, tracked, first, limit, self._chunk_tokens):
                 return None
+            if self._arrivals.waits(self._keeper, tracked, self._fingerprint, limit, self._chunk_tokens):
+                return None
         except (KeeperUnavailable, RequestRefused) as error:
             self._lose(error)
         return max(0, (first + tracked.found) * self._chunk_tokens - local)
@@ -160,12 +170,13 @@ class SchedulerSide:
         self.stats.add("hit_tokens", external)
         self._loads.append(Promise(tracked, blocks.get_block_ids(), local, external))
 
-    def finished(self, request: Request) -> None:
-        """A request is over: let go of it."""
+    def finished(self, request: Request) -> dict[str, Any] | None:
+        """A request is over: let go of it. Returns parameters for the engine that goes on with it, if any."""
         tracked = self._requests.pop(request.request_id, None)
-        if tracked is None:
-            return
-        self._give_back(tracked)
+        if tracked is not None:
+            self._give_back(tracked)
+        saved = tracked if self._ready else None
+        return answer(request.kv_transfer_params, request.status, self._engine_id, saved, self._chunk_tokens)
 
     # One step
 
@@ -176,6 +187,8 @@ class SchedulerSide:
         handed to the workers as failed: the engine has counted its tokens as computed.
         """
         promised, self._loads = self._loads, []
+        if self.events is not None:
+            self.events.look_out()
         loads = guard(lambda: self._plan_loads(promised), None) if promised else None
         saves = guard(lambda: self._plan_saves(output), None) if self._ready else None
         guard(self._renew, None)
@@ -184,7 +197,7 @@ class SchedulerSide:
         if self._fences:
             meta.reused = blocks_written(output, loads)
         if not meta.scheduled_tokens:
-            self._reader.rest()
+            self._reader.rest(self._arrivals.rests())
         if promised and loads is None:
             meta.unplanned = [block for _, table, *_ in promised for blocks in table for block in blocks]
         if self._session is not None and not (self._told and self._all_joined()):
@@ -204,7 +217,8 @@ class SchedulerSide:
         copies = Copies()
         for tracked, table, local, external in promised:
             self._geometry.add_load(copies, tracked, table, local, external)
-            tracked.next_save = max(tracked.next_save, tracked.first + tracked.found)
+            tracked.loaded()
+            self._met(tracked, 0, tracked.first + tracked.found)
             tracked.forget_claim()
         return copies
 
@@ -230,6 +244,8 @@ class SchedulerSide:
             if result.reservation:
                 self._geometry.add_save(copies, table, item.first, result.offsets)
                 copies.claims.append(result.reservation)
+                if self.events is not None:
+                    self.events.awaiting(sum(int((row >= 0).sum()) for row in result.offsets))
         self.stats.add("reserve_seconds", time.perf_counter() - began)
         return copies if copies.claims else None
 
@@ -249,6 +265,8 @@ class SchedulerSide:
         first, tracked.next_save = tracked.next_save, last
         table = output.kv_connector_block_state.get_block_ids(tracked.request.request_id)
         item = None if table is None else self._geometry.offer(tracked, table, first, last)
+        if item is not None:
+            self._met(tracked, first, last)
         return None if item is None else (item, table)
 
     # Results and housekeeping
@@ -282,6 +300,8 @@ class SchedulerSide:
             tracked.cacheable = False  # part of its KV may be from before
             if all(tracked is not promise.tracked for promise in self._loads):
                 self._give_back(tracked)
+        if self.events is not None:
+            self.events.forget()
         if self._link is None or self._keeper is None:
             return True
         try:
@@ -298,6 +318,20 @@ class SchedulerSide:
             self._link.stop()
         if self._keeper is not None:
             self._keeper.connection.close()
+
+    def take_events(self) -> Sequence[KVCacheEvent]:
+        """What has become of chunks that this engine's requests met, since the last call."""
+        if self.events is None:
+            return ()
+        try:
+            return self.events.take(self._keeper if self._ready else None)
+        except (KeeperUnavailable, RequestRefused) as error:
+            self._lose(error)
+            return ()
+
+    def _met(self, tracked: Tracked, first: int, last: int) -> None:
+        if self.events is not None:
+            self.events.met(tracked, self._fingerprint, self._chunk_tokens, first, last)
 
     def _track(self, request: Request) -> Tracked:
         tracked = self._requests.get(request.request_id)

@@ -1,0 +1,131 @@
+"""One engine prefills, another decodes, on one host: answers are those of one engine, whoever dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from kvbench.engine import VllmServer, connector_args
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(400)]
+
+BLOCK, CHUNK = 32, 64
+ARGS = [
+    "--dtype",
+    "float32",
+    "--max-model-len",
+    "4096",
+    "--block-size",
+    str(BLOCK),
+    "--max-num-batched-tokens",
+    "256",
+]
+SMALL = {"VLLM_CPU_KVCACHE_SPACE": "1"}
+ANSWER = 12
+TO_PREFILL = {"do_remote_decode": True, "do_remote_prefill": False}
+TO_DECODE = {"do_remote_decode": False, "do_remote_prefill": True}
+ORCHESTRATED = dict.fromkeys(("remote_engine_id", "remote_block_ids", "remote_host", "remote_port"))
+
+
+def prompt(seed: int, length: int = 700) -> list[int]:
+    return [3 + (seed * 7919 + i * (seed + 3) * 31) % 4000 for i in range(length)]
+
+
+def arguments(role: str, socket: str) -> list[str]:
+    flag, transfer = connector_args(socket=socket, chunk_tokens=CHUNK, remote_wait=8.0)
+    return [*ARGS, flag, json.dumps(json.loads(transfer) | {"kv_role": role})]
+
+
+class Couple:
+    """A prefill and a decode engine, and what a proxy before them does."""
+
+    def __init__(self, prefill: VllmServer, decode: VllmServer) -> None:
+        self.prefill, self.decode = prefill, decode
+
+    def alone(self, tokens: list[int]) -> str:
+        """As one engine answers that has nothing from anywhere."""
+        return self.decode.complete(tokens, ANSWER, cache_salt="alone").text
+
+    def prefilled(self, tokens: list[int], **params: Any) -> dict[str, Any]:
+        """The prefill engine's answer to a proxy."""
+        body = {"model": "model", "prompt": tokens, "temperature": 0, "max_tokens": 1, "stream": False}
+        body["kv_transfer_params"] = TO_PREFILL | params
+        response = httpx.post(f"{self.prefill.url}/v1/completions", json=body, timeout=120.0)
+        response.raise_for_status()
+        return response.json()
+
+    def decoded(self, tokens: list[int], params: dict[str, Any]) -> tuple[str, int]:
+        """The decode engine's answer, and how many tokens it loaded for it."""
+        before = self.decode.metric("vllm:kvkeep_loaded_tokens_total")
+        text = self.decode.complete(tokens, ANSWER, kv_transfer_params=params).text
+        return text, int(self.decode.metric("vllm:kvkeep_loaded_tokens_total") - before)
+
+
+def as_production_stack_does(couple: Couple) -> None:
+    told = couple.prefilled(prompt(1), **ORCHESTRATED)["kv_transfer_params"]
+    assert told["do_remote_prefill"] is True
+    assert (told["remote_num_tokens"], told["remote_port"]) == (640, None)
+    told["remote_host"] = "127.0.0.1"
+    assert couple.decoded(prompt(1), told) == (couple.alone(prompt(1)), 640)
+
+
+def as_llm_d_does(couple: Couple, clear: Callable[[], object]) -> None:
+    expected = couple.alone(prompt(2))
+    couple.prefilled(prompt(2))
+    assert couple.decoded(prompt(2), TO_DECODE) == (expected, 640)
+    # What the prefill engine has in its own cache, and the keeper not any more, is offered again.
+    clear()
+    couple.decode.reset_local_cache()
+    couple.prefilled(prompt(2))
+    assert couple.decoded(prompt(2), TO_DECODE) == (expected, 640)
+
+
+def both_at_once(couple: Couple, pool: ThreadPoolExecutor) -> None:
+    """The decode engine waits for what the other one is still computing, and computes nothing of it."""
+    tokens = prompt(3, 1500)
+    prefilled = pool.submit(couple.prefilled, tokens)
+    text, loaded = couple.decoded(tokens, TO_DECODE)
+    assert loaded == 1472
+    assert prefilled.result()["kv_transfer_params"]["remote_num_tokens"] == 1472
+    assert couple.decode.metric("vllm:kvkeep_remote_waits_total") >= 1
+    assert text == couple.alone(tokens)
+
+
+def test_one_prefills_and_one_decodes(
+    tiny_model: Path, keeper_process: Callable[..., Any], tmp_path: Path, wait_until: Callable[..., None]
+) -> None:
+    keeper = keeper_process(memory="256MiB")
+    roles = ("kv_producer", "kv_consumer")
+    servers = [
+        VllmServer(tiny_model, arguments(role, keeper.socket), log=tmp_path / role, environ=SMALL)
+        for role in roles
+    ]
+    with servers[0] as prefill, servers[1] as decode, ThreadPoolExecutor(2) as pool:
+        couple = Couple(prefill, decode)
+        as_production_stack_does(couple)
+        as_llm_d_does(couple, keeper.connect("clear").clear)
+        both_at_once(couple, pool)
+
+        tokens = prompt(4, 3500)
+        stored = keeper.figures()["counters"]["stored_chunks"]
+        doomed = pool.submit(couple.prefilled, tokens)
+        wait_until(lambda: keeper.figures()["counters"]["stored_chunks"] > stored + 8, 60)
+        decoded = pool.submit(couple.decoded, tokens, TO_DECODE)
+        wait_until(lambda: keeper.figures()["counters"]["stored_chunks"] > stored + 16, 60)
+        for pid in prefill.pids:
+            os.kill(pid, signal.SIGKILL)
+        assert doomed.exception(60) is not None
+        text, loaded = decoded.result(120)
+        assert 8 * CHUNK < loaded < 3456
+        assert decode.metric("vllm:kvkeep_remote_timeouts_total") == 1
+        assert text == couple.alone(tokens)
+        assert decode.metric("vllm:kvkeep_errors_total") == 0
+    wait_until(lambda: keeper.figures()["leases"] == keeper.figures()["reservations"] == 0, 20)
