@@ -76,12 +76,12 @@ class EngineTokens:
 
     async def tokens(self, body: Body, backends: Sequence[Backend]) -> Tokens | None:
         """See `TokensSource`."""
-        if (ids := given_ids(body)) is not None:
-            return ids
+        prompt = given(body)
+        if isinstance(prompt, np.ndarray):
+            return prompt
         if (found := self._cached.get(body.digest)) is not None:
             return found
-        asked = _question(body)
-        if asked is None:
+        if (asked := _question(body, prompt)) is None:
             return None
         url = min(backends, key=lambda one: one.in_flight).engine.url + "/tokenize"
         timeout = aiohttp.ClientTimeout(_ASK_WAIT)
@@ -117,11 +117,9 @@ class LocalTokens:
 
     async def tokens(self, body: Body, backends: Sequence[Backend]) -> Tokens | None:
         """See `TokensSource`."""
-        if (ids := given_ids(body)) is not None:
-            return ids
-        text = self._template.render(body) if body.chat and self._template else given_text(body)
-        if text is None:
-            return None
+        text = self._template.render(body) if body.chat and self._template else given(body)
+        if not isinstance(text, str):
+            return text
         # A template writes the special tokens that begin a text itself.
         pieces = [(piece, number == 0 and not body.chat) for number, piece in enumerate(cut(text))]
         keys = [xxh3_128_digest(piece.encode("utf-8", "replace"), begins) for piece, begins in pieces]
@@ -155,32 +153,23 @@ def cut(text: str) -> list[str]:
     return [*pieces, text[start:]] if start < len(text) else pieces
 
 
-def given_ids(body: Body) -> Tokens | None:
-    """The prompt, where it was given as token ids; of several, the first."""
+def given(body: Body) -> Tokens | str | None:
+    """A completion's prompt, as ids or text; of several, the first. None: there is none, or it is a chat."""
     if body.chat:
         return None
-    with contextlib.suppress(msgspec.DecodeError, OverflowError):
-        prompt = msgspec.json.decode(body.prompt, type=list[int] | list[list[int]] | str | list[str])
-        if isinstance(prompt, list) and prompt and not isinstance(prompt[0], str):
-            return _array(prompt[0] if isinstance(prompt[0], list) else prompt)
+    with contextlib.suppress(msgspec.DecodeError, OverflowError, TypeError):
+        prompt = msgspec.json.decode(body.prompt, type=str | list[int | str | list[int]])
+        if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
+            prompt = prompt[0]
+        if prompt:
+            return prompt if isinstance(prompt, str) else _array(prompt)
     return None
 
 
-def given_text(body: Body) -> str | None:
-    """The prompt, where it was given as text; of several, the first."""
-    if body.chat:
-        return None
-    with contextlib.suppress(msgspec.DecodeError):
-        prompt = msgspec.json.decode(body.prompt, type=str | list[str])
-        return prompt if isinstance(prompt, str) else prompt[0] if prompt else None
-    return None
-
-
-def _question(body: Body) -> bytes | None:
+def _question(body: Body, prompt: str | None) -> bytes | None:
     """What to ask an engine's /tokenize."""
     if not body.chat:
-        text = given_text(body)
-        return None if text is None else msgspec.json.encode({"model": body.model, "prompt": text})
+        return None if prompt is None else msgspec.json.encode({"model": body.model, "prompt": prompt})
     fields = {
         "messages": body.messages,
         "tools": body.tools,
@@ -190,6 +179,6 @@ def _question(body: Body) -> bytes | None:
     return msgspec.json.encode({"model": body.model, **given})
 
 
-def _array(ids: list[Any]) -> Tokens:
-    """Raises OverflowError on what is no token id."""
+def _array(ids: Sequence[Any]) -> Tokens:
+    """Raises OverflowError or TypeError on what is no token id."""
     return np.frombuffer(array("I", ids), np.uint32)
