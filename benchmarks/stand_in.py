@@ -26,6 +26,7 @@ from kvroute.events import Event, Removed, Stored
 
 BLOCK = 16
 SERVE_EVERY = 0.02
+TOKENS: dict = {}
 
 
 @dataclass
@@ -101,7 +102,8 @@ class StandIn:
         self._caches = [Cache(shape.blocks, "GPU"), Cache(shape.cpu_blocks, "CPU")]
         self._computing = asyncio.Lock()
         self._faults: list[str] = []
-        self._transfers: dict[str, int] = {}
+        self.tokenized: dict | None = TOKENS
+        """What /tokenize answers instead of tokens; None: there is no such path."""
 
     async def start(self, port: int = 0) -> int:
         """Serve; returns the port."""
@@ -156,10 +158,12 @@ class StandIn:
     async def _tokenize(self, request: web.Request) -> web.Response:
         self.stats.tokenized += 1
         tokens = self._prompt(msgspec.json.decode(await request.read()))
-        return web.Response(
-            body=msgspec.json.encode({"count": len(tokens), "max_model_len": 1 << 20, "tokens": tokens}),
-            content_type="application/json",
-        )
+        answer = {"count": len(tokens), "max_model_len": 1 << 20, "tokens": tokens}
+        if self.tokenized is not TOKENS:
+            if self.tokenized is None:
+                raise web.HTTPNotFound
+            answer = self.tokenized
+        return web.Response(body=msgspec.json.encode(answer), content_type="application/json")
 
     def _prompt(self, body: dict) -> list[int]:
         if "messages" in body:

@@ -176,7 +176,8 @@ def parse_place(text: str, role: Role = "any", events: str | None = None, replay
     """A place of engines as it is written. Raises ConfigError."""
     try:
         parts = urlsplit(text)
-        port = parts.netloc.rpartition(":")[2] if parts.scheme == "k8s" else str(parts.port or "")
+        named = parts.netloc.partition(":")[2]  # a service's port may have a name
+        port = named if parts.scheme == "k8s" else str(parts.port or "")
     except ValueError as error:
         raise ConfigError(f"{text!r} is no place of engines ({error}): write {_PLACE}") from error
     port = port or {"http": "80", "https": "443"}.get(parts.scheme, "")

@@ -78,7 +78,7 @@ def _text(content: Any) -> Any:
     """A message's content as text. Raises ValueError on what is none, an image say."""
     if not isinstance(content, list):
         return content
-    if any(part.get("type") != "text" for part in content):
+    if not all(isinstance(part, dict) and part.get("type") == "text" for part in content):
         raise ValueError("more than text")
     return "\n".join(part["text"] for part in content)
 

@@ -96,6 +96,11 @@ class EngineTokens:
         return tokens
 
 
+class _TokenizerFile(msgspec.Struct):
+    version: str
+    model: dict[str, msgspec.Raw]
+
+
 class LocalTokens:
     """A tokenizer.json, and the chat template beside it. Text is cut at spaces into pieces, whose tokens are
     remembered: what prompts have in common is tokenized once. A cut may tokenize otherwise than the engine
@@ -109,7 +114,10 @@ class LocalTokens:
             raise ConfigError("--tokenizer needs tokenizers: pip install tokenizers jinja2") from error
         try:
             text = (Path(folder) / "tokenizer.json").read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            msgspec.json.decode(
+                text, type=_TokenizerFile
+            )  # what the library says of others is a bare Exception
+        except (OSError, UnicodeDecodeError, msgspec.DecodeError) as error:
             raise ConfigError(f"--tokenizer {folder} has no tokenizer.json to read: {error}") from error
         self._tokenizer = Tokenizer.from_str(text)
         self._template = read_template(Path(folder))
