@@ -36,6 +36,7 @@ _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 _BODY_WAIT = 60.0
 _IDLE = 4.0  # uvicorn, and so vLLM, closes an idle connection after 5 s
 _FIRST_CHECK = 10.0
+_BACKLOG = 8192  # a full one costs a client seconds
 _HEADER_BYTES = 16384
 _OPEN = ("/health",)
 _TOPIC = re.compile(r"kv@([^@]+)@.*")
@@ -89,7 +90,7 @@ class Router:
         try:
             await self._find_engines()
             await self._runner.setup()
-            self._site = web.TCPSite(self._runner, *options.address, backlog=1024)
+            self._site = web.TCPSite(self._runner, *options.address, backlog=_BACKLOG)
             await self._site.start()
         except (OSError, ConfigError) as error:
             await self.close()
