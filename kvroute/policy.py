@@ -128,7 +128,7 @@ class Expected:
     `clock`: seconds; a promise is forgotten `lasts` seconds after it was made.
     """
 
-    def __init__(self, clock: Callable[[], float], lasts: float = 20.0) -> None:
+    def __init__(self, clock: Callable[[], float], lasts: float) -> None:
         self._clock, self._lasts = clock, lasts
         self._index = Index(most_blocks=500_000)
         self._promises: deque[tuple[float, str, list[BlockHash]]] = deque()
