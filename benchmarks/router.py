@@ -34,8 +34,7 @@ from benchmarks.stand_in import BLOCK, tokens_of
 from kvbench.workloads import WORKLOADS, Given, Prose, Request, Scale
 
 POLICIES = ("kv", "session", "prefix-hash", "round-robin")
-RATE = 20_000.0  # prompt tokens per second and engine
-ROOM = 0.4  # of all text, that one engine has room for
+ROOM = 0.6  # of all text, that one engine has room for
 LOAD = 0.5  # of what three engines can do where nothing is held
 
 
@@ -88,7 +87,7 @@ class Turn:
 class Talk:
     """A workload with its texts; the engines' answers are part of what is asked next."""
 
-    def __init__(self, name: str, scale: float) -> None:
+    def __init__(self, name: str, scale: float, rate: float) -> None:
         prose, draw = Prose("router"), random.Random(5)
         self.name, self._prose = name, prose
         self.requests = WORKLOADS[name].build(Given(Scale(scale), draw, prose))
@@ -96,7 +95,7 @@ class Talk:
         texts |= {prose.text(one.says) for one in self.requests}
         self.tokens = sum(len(tokens_of(text)) for text in texts)
         total = sum(len(tokens_of(self.text(one))) for one in self.requests)
-        gaps = total / RATE / 3 / LOAD / len(self.requests)
+        gaps = total / rate / 3 / LOAD / len(self.requests)
         self.at, now = [], 0.0
         for _ in self.requests:
             now += draw.expovariate(1 / gaps)
@@ -185,13 +184,13 @@ def policies(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     table = Table(
         "workload", "policy", "hit ratio", "of best", "TTFT mean ms", "p50", "p90", "p99", "× kv's mean"
     )
-    for name, scale in (("conversations", args.scale), ("long_documents", args.scale / 4)):
-        talk = Talk(name, scale)
+    for name in args.workloads:
+        talk = Talk(name, args.scale * (0.25 if name == "long_documents" else 1), args.rate)
         shape = (
             "--blocks",
             str(round(ROOM * talk.tokens / BLOCK)),
             "--prefill-rate",
-            str(RATE),
+            str(args.rate),
             "--itl",
             "0.002",
         )
@@ -321,6 +320,9 @@ def main() -> None:
     )
     parser.add_argument("what", choices=("policies", "cost", "streams"))
     parser.add_argument("--scale", type=float, default=1.0, help="of the workloads")
+    parser.add_argument("--rate", type=float, default=8000.0, help="prompt tokens per second and engine")
+    workloads = ("conversations", "long_documents")
+    parser.add_argument("--workloads", nargs="+", default=workloads, choices=workloads)
     parser.add_argument("--policies", nargs="+", default=POLICIES, choices=POLICIES, help="kv first")
     parser.add_argument("--rounds", type=int, default=200, help="requests per row of `cost`")
     parser.add_argument("--streams", type=int, nargs="+", default=[500, 2000], help="at a time")
