@@ -36,6 +36,10 @@ Tokens = Sequence[int] | npt.NDArray[np.integer[Any]]
 _Block = tuple[int, BlockHash | None]
 """Our key of a block, and the engine's name of the one before it."""
 
+_Reach = tuple[dict[int, int], dict[int, int], dict[int, int]]
+"""Per level, by an engine's slot, tokens."""
+
+_NOWHERE: _Reach = ({}, {}, {})
 _LEVELS = 3
 _PIECE = 128  # blocks hashed at a time: a prompt that nobody holds costs one piece
 _MOST_SIZES = 16  # block sizes per engine; vLLM also tells of blocks that are not full
@@ -95,7 +99,8 @@ class Index:
         self._most_blocks = most_blocks
         self._blocks = 0
         self._engines: dict[str, _Engine] = {}
-        self._names: list[str | None] = []
+        self._names: list[str] = []
+        self._free: list[int] = []
         self._holders: tuple[dict[int, int], ...] = tuple({} for _ in range(_LEVELS))
         self._seed = secrets.randbits(64)  # so that nobody can make prompts whose keys collide
         self._sizes: tuple[int, ...] = ()
@@ -113,27 +118,22 @@ class Index:
         """
         data = _packed(tokens)
         root, first = self._root(lora), _encoded([extra] if isinstance(extra, str) else extra)
-        reach: list[dict[int, int]] = [{} for _ in range(_LEVELS)]
+        reach = _NOWHERE
         for size in self._sizes:
-            self._walk(data, size, root, first, reach)
-        return self._result(*reach)
+            found = self._walk(data, size, root, first)
+            reach = found if reach is _NOWHERE else _longest(reach, found)
+        gpu, cpu, storage = reach
+        names, result = self._names, {}
+        for slot, most in storage.items():  # with a thousand engines this is a third of a lookup
+            near = gpu.get(slot, 0)
+            middle = most if cpu is storage else cpu.get(slot, 0)
+            result[names[slot]] = Held(near, middle - near, most - middle)
+        return result
 
-    def _result(self, gpu: dict[int, int], cpu: dict[int, int], storage: dict[int, int]) -> dict[str, Held]:
-        """Written out: with a thousand engines this is a third of a lookup."""
-        found, names = {}, self._names
-        for slot in {**gpu, **cpu, **storage}:
-            first = gpu.get(slot, 0)
-            second = cpu.get(slot, 0)
-            second = first if second < first else second  # noqa: FURB136
-            third = storage.get(slot, 0)
-            third = second if third < second else third  # noqa: FURB136
-            if (name := names[slot]) is not None:
-                found[name] = Held(first, second - first, third - second)
-        return found
-
-    def _walk(self, data: bytes, size: int, root: int, first: bytes, reach: list[dict[int, int]]) -> None:
-        """Follow one chain; `reach` gets, per level, how many tokens each engine holds at least."""
+    def _walk(self, data: bytes, size: int, root: int, first: bytes) -> _Reach:
+        """Follow one chain: how many tokens each engine holds on each level, faster ones counted in."""
         levels = [level for level, holders in enumerate(self._holders) if holders]
+        reach = {level: dict[int, int]() for level in levels}
         alive, tokens = dict.fromkeys(levels, 0), 0
         for keys in _pieces(data, size, root, first):
             masks: list[int] = []
@@ -143,9 +143,12 @@ class Index:
                 alive[level] = _descend(left, masks, tokens, size, reach[level])
             tokens += len(keys) * size
             if not any(alive.values()):
-                return
+                break
         for level, left in alive.items():
             _note(left, tokens, reach[level])
+        gpu = reach.get(0, {})
+        cpu = reach.get(1, gpu)  # a level that is empty adds nothing to those before
+        return gpu, cpu, reach.get(2, cpu)
 
     # What is told
 
@@ -171,7 +174,7 @@ class Index:
         if known := self._engines.get(engine):
             self._empty(known)
             del self._engines[engine]
-            self._names[known.slot] = None
+            self._free.append(known.slot)
             self._learn_sizes()
 
     def blocks(self, engine: str) -> int:
@@ -184,7 +187,7 @@ class Index:
         return list(self._engines)
 
     def _join(self, name: str) -> _Engine:
-        slot = self._names.index(None) if None in self._names else len(self._names)
+        slot = self._free.pop() if self._free else len(self._names)
         self._names[slot : slot + 1] = [name]
         self._engines[name] = engine = _Engine(slot)
         return engine
@@ -392,9 +395,16 @@ def _descend(alive: int, masks: list[int], start: int, size: int, reach: dict[in
     return alive
 
 
+def _longest(one: _Reach, other: _Reach) -> _Reach:
+    """By blocks of either size."""
+    gpu, cpu, storage = (
+        {slot: max(a.get(slot, 0), b.get(slot, 0)) for slot in a | b} for a, b in zip(one, other, strict=True)
+    )
+    return gpu, cpu, storage
+
+
 def _note(engines: int, tokens: int, reach: dict[int, int]) -> None:
     while engines:
         slot = engines.bit_length() - 1
         engines ^= 1 << slot
-        if tokens > reach.get(slot, 0):
-            reach[slot] = tokens
+        reach[slot] = tokens
