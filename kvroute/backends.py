@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ log = logging.getLogger("kvroute.backends")
 
 _FAILURES = 2  # checks in a row, until an engine counts as down
 _CHECK_WAIT = 2.0
+_SILENCE = 10.0  # seconds
 _MODELS_EVERY = 15  # checks
 
 
@@ -58,6 +60,9 @@ class Backend:
     waiting_tokens: int = 0
     streams: int = 0
     picked: int = 0
+    heard: float = 0.0
+    """When anything came from it last, by the monotonic clock."""
+    visits: set[Visit] = field(default_factory=set)
     answers: dict[str, int] = field(default_factory=dict)
     """Requests so far by how they ended: a class of status codes, or what failed."""
 
@@ -81,6 +86,10 @@ class Visit:
 
     def __init__(self, backend: Backend, tokens: int) -> None:
         self._backend, self._tokens, self._waits = backend, tokens, True
+        self.abandoned = False
+        self.stop: Callable[[], object] | None = None
+        """Ends what the request waits for at the engine."""
+        backend.visits.add(self)
         backend.waiting += 1
         backend.waiting_tokens += tokens
 
@@ -92,12 +101,19 @@ class Visit:
             self._backend.waiting_tokens -= self._tokens
             self._backend.streams += 1
 
+    def abandon(self) -> None:
+        """Wait no longer: nobody is there any more."""
+        self.abandoned = True
+        if self.stop is not None:
+            self.stop()
+
     def __enter__(self) -> Visit:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.answered()
         self._backend.streams -= 1
+        self._backend.visits.discard(self)
 
 
 class Pool:
@@ -189,12 +205,22 @@ class Pool:
             backend.failures += 1
             if backend.up and backend.failures >= _FAILURES:
                 self._down(backend, f"{type(error).__name__} {error}")
+            self._give_up(backend)
             return
         backend.checks += 1
         backend.failures = 0
+        backend.heard = time.monotonic()
         if not backend.up:
             backend.up = True
             log.info("engine %s is up, serves %s", backend.name, ", ".join(backend.models) or "nothing")
+
+    def _give_up(self, backend: Backend) -> None:
+        """Of an engine that is down and silent on all connections (its host is gone, its link cut) nothing
+        more will come. One that is only too busy for checks still answers somebody."""
+        if not backend.up and backend.visits and time.monotonic() - backend.heard > _SILENCE:
+            log.warning("engine %s is silent: %d requests are given up", backend.name, len(backend.visits))
+            for visit in list(backend.visits):
+                visit.abandon()
 
     async def _ask_models(self, backend: Backend) -> None:
         body = await self._get(backend, "/v1/models")

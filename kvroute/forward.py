@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 from urllib.parse import urlsplit
@@ -24,7 +26,7 @@ _HOP = frozenset(
     {"connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te"}
     | {"trailer", "transfer-encoding", "upgrade"}
 )
-_OURS = _HOP | {"host", "content-length", "expect"}
+_OURS = _HOP | {"host", "content-length", "expect", "content-encoding"}  # a body is unpacked as it is read
 _BUSY = (502, 503)  # an engine that is starting, draining or overloaded: another may do it
 _REMOTE = ("remote_engine_id", "remote_block_ids", "remote_host", "remote_port")
 
@@ -66,7 +68,7 @@ class Forwarder:
             chosen(choice)
             with self._pool.visit(choice.backend, choice.missing) as visit:
                 try:
-                    upstream, chunk = await self._begin(choice.backend, request.path, data, headers)
+                    upstream, chunk = await self._begin(choice.backend, visit, request.path, data, headers)
                 except _Failed as error:
                     failed = error
                     self._note(choice.backend, error)
@@ -86,9 +88,9 @@ class Forwarder:
         asked = msgspec.json.encode(_to_prefill(msgspec.json.decode(data, type=dict[str, msgspec.Raw])))
         for choice in self._attempts(choices):
             backend = choice.backend
-            with self._pool.visit(backend, choice.missing):
+            with self._pool.visit(backend, choice.missing) as visit:
                 try:
-                    upstream, chunk = await self._begin(backend, request.path, asked, headers)
+                    upstream, chunk = await self._begin(backend, visit, request.path, asked, headers)
                     answer = chunk + await _rest(upstream)
                 except _Failed as error:
                     self._note(backend, error)
@@ -111,17 +113,23 @@ class Forwarder:
             self._pool.failed(backend, gone=error.gone)
 
     async def _begin(
-        self, backend: Backend, path: str, data: bytes, headers: CIMultiDict[str]
+        self, backend: Backend, visit: Visit, path: str, data: bytes, headers: CIMultiDict[str]
     ) -> tuple[aiohttp.ClientResponse, bytes]:
         """The engine's answer and its first bytes. Raises _Failed where there are none."""
         url = backend.engine.url + path
         upstream: aiohttp.ClientResponse | None = None
+        task = asyncio.current_task()
+        assert task is not None
+        visit.stop = task.cancel
         try:
             upstream = await self._session.post(
                 url, data=data, headers=headers, timeout=self._timeout, allow_redirects=False
             )
             if upstream.status not in _BUSY:
-                return upstream, await upstream.content.readany()
+                chunk = await upstream.content.readany()
+                visit.stop = upstream.close
+                backend.heard = time.monotonic()
+                return upstream, chunk
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             raise _Failed(f"{backend.name} cannot be reached", gone=True) from error
         except asyncio.TimeoutError as error:
@@ -130,10 +138,17 @@ class Forwarder:
             raise _Failed(f"{backend.name} takes too long", status=504) from error
         except (aiohttp.ClientError, OSError) as error:
             raise _Failed(f"{backend.name} broke the connection ({type(error).__name__})") from error
-        except asyncio.CancelledError:  # the client went away: the engine need not go on
+        except asyncio.CancelledError as error:
             if upstream is not None:
                 upstream.close()
-            raise
+            if not visit.abandoned:  # the client went away: the engine need not go on
+                raise
+            if sys.version_info >= (3, 11):
+                task.uncancel()
+            raise _Failed(f"{backend.name} is silent", gone=True) from error
+        finally:
+            if visit.stop == task.cancel:
+                visit.stop = None
         upstream.close()
         raise _Failed(f"{backend.name} says {upstream.status}", status=upstream.status)
 
@@ -153,6 +168,7 @@ class Forwarder:
             while chunk:
                 await response.write(chunk)
                 chunk = await _next(upstream)
+                backend.heard = time.monotonic()
             await response.write_eof()
         except _Failed:
             await self._cut_off(request, response, backend)

@@ -10,16 +10,13 @@ once per block size and follows the chain while any engine is left.
 from __future__ import annotations
 
 import secrets
-from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgspec
-import numpy as np
-import numpy.typing as npt
 from xxhash import xxh3_64_intdigest
 
-from kvkeep.identity import encode_extra
+from kvroute.chain import Tokens, chain, encoded, packed, pieces
 from kvroute.events import BlockHash, Cleared, Event, Removed, Stored
 
 __all__ = ["MEDIA", "Held", "Index"]
@@ -31,8 +28,6 @@ MEDIA = {
 }
 """Level of each medium that is known, in upper case. Others count as storage, none as GPU."""
 
-Tokens = Sequence[int] | npt.NDArray[np.integer[Any]]
-
 _Block = tuple[int, BlockHash | None]
 """Our key of a block, and the engine's name of the one before it."""
 
@@ -41,7 +36,6 @@ _Reach = tuple[dict[int, int], dict[int, int], dict[int, int]]
 
 _NOWHERE: _Reach = ({}, {}, {})
 _LEVELS = 3
-_PIECE = 128  # blocks hashed at a time: a prompt that nobody holds costs one piece
 _MOST_SIZES = 16  # block sizes per engine; vLLM also tells of blocks that are not full
 _LEAST_GHOSTS = 4096
 _WHOLE = ("full_attention", "mla_attention", "sink_full_attention", None)
@@ -116,8 +110,8 @@ class Index:
         `tokens`: ids, a list or an array of them. `lora`: the adapter's name. `extra`: what else the prompt
         is keyed by, its cache salt. Raises OverflowError or TypeError on what is no token id.
         """
-        data = _packed(tokens)
-        root, first = self._root(lora), _encoded([extra] if isinstance(extra, str) else extra)
+        data = packed(tokens)
+        root, first = self._root(lora), encoded([extra] if isinstance(extra, str) else extra)
         reach = _NOWHERE
         for size in self._sizes:
             found = self._walk(data, size, root, first)
@@ -135,7 +129,7 @@ class Index:
         levels = [level for level, holders in enumerate(self._holders) if holders]
         reach = {level: dict[int, int]() for level in levels}
         alive, tokens = dict.fromkeys(levels, 0), 0
-        for keys in _pieces(data, size, root, first):
+        for keys in pieces(data, size, root, first):
             masks: list[int] = []
             for level in levels:
                 masks = _joined(masks, list(map(self._holders[level].get, keys)))
@@ -243,8 +237,8 @@ class Index:
             return [None] * len(names)
         fits = size >= 1 and len(tokens) == size * len(names) and len(extras) in (0, len(names))
         try:
-            keys = _chain(before, tokens, size, [_encoded(extra, lora) for extra in extras]) if fits else []
-        except (OverflowError, TypeError):
+            keys = chain(before, tokens, size, [encoded(extra, lora) for extra in extras]) if fits else []
+        except (OverflowError, TypeError, RecursionError):
             keys = []
         if keys and parent is None and size not in engine.sizes:
             if len(engine.sizes) < _MOST_SIZES:
@@ -316,43 +310,6 @@ class Index:
 
     def _root(self, lora: str | None) -> int:
         return self._seed if lora is None else xxh3_64_intdigest(lora.encode("utf-8", "replace"), self._seed)
-
-
-def _pieces(data: bytes, size: int, key: int, first: bytes) -> Iterator[list[int]]:
-    """Keys of a prompt's whole blocks, some at a time. `first`: what its first block is keyed by as well."""
-    step, at = 4 * size, 0
-    whole = len(data) - len(data) % step
-    while at < whole:
-        stop, keys = min(whole, at + _PIECE * step), []
-        for start in range(at, stop, step):
-            block = data[start : start + step]
-            key = xxh3_64_intdigest(block + first if first and start == 0 else block, key)
-            keys.append(key)
-        yield keys
-        at = stop
-
-
-def _chain(key: int, tokens: Sequence[int], size: int, extras: Sequence[bytes]) -> list[int]:
-    """Keys of whole blocks of `size` tokens that follow the block `key`."""
-    data, step, keys = _packed(tokens), 4 * size, []
-    for number, at in enumerate(range(0, len(data), step)):
-        block = data[at : at + step]
-        key = xxh3_64_intdigest(block + extras[number] if extras else block, key)
-        keys.append(key)
-    return keys
-
-
-def _packed(tokens: Tokens) -> bytes:
-    return tokens.astype("u4").tobytes() if isinstance(tokens, np.ndarray) else array("I", tokens).tobytes()
-
-
-def _encoded(extra: Sequence[Any] | None, lora: str | None = None) -> bytes:
-    """What a block is keyed by beside its tokens; an engine repeats its LoRA there, which the root has.
-
-    Raises TypeError on what has no canonical encoding.
-    """
-    rest = [item for item in extra or () if item != lora or lora is None]
-    return encode_extra(rest) if rest else b""
 
 
 def _level(medium: str | None) -> int:

@@ -53,7 +53,7 @@ MAY_USE: dict[str, tuple[str, ...]] = {
     "kvkeep.engines.transformers": (*_ENGINE, "transformers"),
     "kvkeep.cli": ("kvkeep",),
     "kvbench": ("kvbench", "kvkeep", "torch"),
-    "kvroute": ("kvroute", "kvkeep"),
+    "kvroute": ("kvroute", *_LOW, "kvkeep.observe"),
     "benchmarks": ("kvbench", "kvroute", "kvkeep", "transformers"),  # as a user would: engines are processes
     **dict.fromkeys(
         ("benchmarks.gpu", "benchmarks.transformers_ttft"), ("kvbench", "kvkeep", "torch", "transformers")

@@ -16,6 +16,10 @@ from typing import Any
 import aiohttp
 import pytest
 
+from kvroute import backends
+from kvroute.options import Options, parse_place
+from kvroute.server import Router
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -86,8 +90,8 @@ async def stream(client: aiohttp.ClientSession, url: str, started: Callable[[], 
 
 def test_an_engine_that_is_killed_takes_only_its_own_streams_with_it(processes: Processes) -> None:
     engines = [processes.engine("--itl", "0.02") for _ in range(2)]
-    backends = [word for _, url in engines for word in ("--backend", url)]
-    _, url = processes.router("--policy", "round-robin", *backends)
+    words = [word for _, url in engines for word in ("--backend", url)]
+    _, url = processes.router("--policy", "round-robin", *words)
 
     async def play() -> None:
         async with aiohttp.ClientSession() as client:
@@ -113,6 +117,45 @@ def test_an_engine_that_is_killed_takes_only_its_own_streams_with_it(processes: 
 
     asyncio.run(play())
     assert "is down" in processes.log.read_text()
+
+
+def test_an_engine_that_falls_silent_is_given_up(
+    processes: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its host hangs, or its link is cut: nothing is refused, nothing comes."""
+    monkeypatch.setattr(backends, "_CHECK_WAIT", 0.2)
+    monkeypatch.setattr(backends, "_SILENCE", 0.5)
+    engines = [processes.engine("--itl", "0.05", "--prefill-rate", rate) for rate in ("3", "1e9")]
+
+    async def play() -> None:
+        places = tuple(parse_place(url) for _, url in engines)
+        options = Options(places, listen="127.0.0.1:0", policy="round-robin", check_interval=0.1)
+        router = Router(options)
+        await router.start()
+        url = f"http://127.0.0.1:{router.port}"
+        try:
+            async with aiohttp.ClientSession() as client:
+                begun = [asyncio.Event() for _ in range(3)]
+                first = asyncio.create_task(stream(client, url, begun[0].set))
+                await begun[0].wait()  # after a second, since a, b and c are prefilled
+                second = asyncio.create_task(stream(client, url, begun[1].set))
+                await begun[1].wait()
+                third = asyncio.create_task(stream(client, url, begun[2].set))  # a second, in which it waits
+                await asyncio.sleep(0.1)
+                os.kill(engines[0][0].pid, signal.SIGSTOP)
+                stopped = time.monotonic()
+                end = await first
+                assert end.endswith(b"(cut)")
+                assert b"broke off" in end
+                assert (await second).endswith(b"data: [DONE]\n\n")
+                assert (await third).endswith(b"data: [DONE]\n\n")  # from the other engine
+                assert time.monotonic() - stopped < 10
+                assert (router.figures.cut, router.figures.retries) == (1, 1)
+        finally:
+            os.kill(engines[0][0].pid, signal.SIGCONT)
+            await router.close()
+
+    asyncio.run(play())
 
 
 def test_an_engine_that_was_started_again_is_used_again(
@@ -207,3 +250,12 @@ def test_what_cannot_start_says_why(options: list[str], said: str) -> None:
     assert done.returncode == 2
     assert said in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("missing", ["zmq", "aiohttp"])
+def test_what_is_not_installed_is_named(missing: str) -> None:
+    code = f"import sys; sys.modules[{missing!r}] = None; from kvkeep.cli.main import main; main(['route'])"
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 2
+    assert f"route needs the module {missing}: pip install 'kvkeep[route]'" in done.stderr

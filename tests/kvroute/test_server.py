@@ -1,6 +1,7 @@
 """The router in front of stand-in engines: what clients get, and what they get when something is wrong."""
 
 import asyncio
+import gzip
 import json
 from pathlib import Path
 
@@ -55,6 +56,19 @@ def test_headers_pass_but_for_those_of_the_connection() -> None:
             assert len(got["x-request-id"]) == 32
             await s.ask("a", headers={"X-Request-Id": "theirs"})
             assert s.engines[0].stats.headers[-1]["x-request-id"] == "theirs"
+
+    played(play)
+
+
+def test_a_packed_body_is_unpacked() -> None:
+    async def play() -> None:
+        async with scene(1, max_body=100_000) as s:
+            body = json.dumps({"model": "stand-in", "prompt": "a b"}).encode()
+            async with s.post(gzip.compress(body), headers={"Content-Encoding": "gzip"}) as answer:
+                assert answer.status == 200
+            assert s.engines[0].stats.bodies[-1]["prompt"] == "a b"
+            bomb = gzip.compress(b" " * 50_000_000)
+            assert (await s.refused(bomb, headers={"Content-Encoding": "gzip"}))[0] == 413
 
     played(play)
 
