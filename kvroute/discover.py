@@ -143,10 +143,11 @@ class _Expired(Exception):
 async def watch_service(place: Place, report: Report, cluster: Cluster) -> None:
     """Report the ready endpoints of a service. While the API is away, what was reported last stays."""
     service, _, namespace = place.host.partition(".")
-    path = f"/apis/discovery.k8s.io/v1/namespaces/{namespace or cluster.namespace}/endpointslices"
     async with cluster.session() as session:
         while True:
             try:
+                space = namespace or cluster.namespace
+                path = f"/apis/discovery.k8s.io/v1/namespaces/{space}/endpointslices"
                 await _follow(session, cluster, path, service, lambda slices: report(_engines(place, slices)))
             except _Expired:
                 continue

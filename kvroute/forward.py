@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -173,10 +174,12 @@ class Forwarder:
         except _Failed:
             await self._cut_off(request, response, backend)
             return response
-        except (ConnectionError, asyncio.CancelledError):
+        except (ConnectionError, asyncio.CancelledError) as error:
             self._figures.left += 1
             backend.count("left")
-            raise
+            if isinstance(error, asyncio.CancelledError):
+                raise
+            return response
         finally:
             upstream.close() if not upstream.content.at_eof() else upstream.release()
         backend.count(f"{upstream.status // 100}xx")
@@ -189,7 +192,8 @@ class Forwarder:
         self._pool.failed(backend, gone=False)
         if response.content_type == "text/event-stream":
             error = {"message": f"{backend.name} broke off", "type": "engine_unavailable", "code": 502}
-            await response.write(b"\n\ndata: " + msgspec.json.encode({"error": error}) + b"\n\n")
+            with contextlib.suppress(ConnectionError):
+                await response.write(b"\n\ndata: " + msgspec.json.encode({"error": error}) + b"\n\n")
         if request.transport is not None:
             request.transport.close()  # without the end that HTTP wants
 

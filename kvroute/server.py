@@ -8,7 +8,8 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any
 
 import aiohttp
 import msgspec
@@ -146,14 +147,25 @@ class Router:
                 self.pool.found(place, engines)
                 first.set()
 
-            self._tasks.append(asyncio.create_task(discover(place, report, cluster)))
+            self._keep(discover(place, report, cluster))
             looked.append(first.wait())
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(asyncio.gather(*looked), _FIRST_CHECK)
         await self.pool.check_all()
-        self._tasks.append(asyncio.create_task(self.pool.check()))
+        self._keep(self.pool.check())
         if options.log_interval:
-            self._tasks.append(asyncio.create_task(self._log()))
+            self._keep(self._log())
+
+    def _keep(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do it until the end; where it ends before, say so."""
+
+        def ended(task: asyncio.Task[None]) -> None:
+            if not task.cancelled() and (error := task.exception()):
+                log.error("%s has ended: %s", task.get_name(), error, exc_info=error)
+
+        task = asyncio.create_task(work, name=getattr(work, "__qualname__", "a task"))
+        task.add_done_callback(ended)
+        self._tasks.append(task)
 
     def _engine_of(self, topic: str) -> str | None:
         """Whose events they are, by a topic kv@HOST[:PORT]@MODEL."""
