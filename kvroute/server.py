@@ -133,8 +133,8 @@ class Router:
         """Look everywhere, in the background; the first look is waited for, though not long."""
         options = self._options
         if options.events_listen is not None:
-            address = self._subscriber.listen(options.events_listen, self._engine_of, "kv@")
-            log.info("engines can send their events to %s", address)
+            self.events = self._subscriber.listen(options.events_listen, self._engine_of, "kv@")
+            log.info("engines can send their events to %s", self.events)
         cluster = None
         if any(place.kind == "k8s" for place in options.backends):
             url = options.kubernetes_api

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import aiohttp
 import pytest
+import zmq
 
 from benchmarks.stand_in import Shape
+from kvroute.events import Stored, pack
 from tests.kvroute.scene import DOCUMENT, Scene, played, scene
 
 
@@ -345,5 +347,27 @@ def test_kv_goes_where_the_prompt_is_held(chat: bool) -> None:
             assert metrics["kvroute_held_tokens_total"] == 400
             name = list(s.router.pool.backends)[1]
             assert metrics[f'kvroute_engine_blocks{{engine="{name}"}}'] >= 25
+
+    played(play)
+
+
+def test_engines_may_send_their_events_to_the_router() -> None:
+    async def play() -> None:
+        async with scene(2, events_listen="tcp://127.0.0.1:0") as s:
+            for number, name in enumerate(s.router.pool.backends):
+                s.router._subscriber.leave(name)  # so that only what it sends is known
+                with zmq.Context() as context, context.socket(zmq.PUB) as pub:
+                    pub.setsockopt(zmq.LINGER, 0)
+                    pub.connect(s.router.events)
+                    event = Stored([1], None, [number] * 16, 16)
+                    for sequence in range(500):
+                        for topic in (f"kv@{name}@m", "kv@127.0.0.1@m", "kv@10.0.0.1:1@m", "kv@", "other"):
+                            pub.send_multipart(pack(topic, sequence, 1.0, [event]))
+                        await asyncio.sleep(0.01)
+                        if s.router.index.blocks(name):
+                            break
+                assert list(s.router.index.lookup([number] * 16)) == [name]
+            # A host stands for its only engine; here it has two.
+            assert sorted(s.router.index.engines()) == sorted(s.router.pool.backends)
 
     played(play)
