@@ -191,7 +191,7 @@ class Index:
             return
         holders = self._holders[_level(event.medium)]
         before = event.parent_block_hash
-        if event.token_ids:
+        if len(event.token_ids):
             keys = self._keys(engine, event)
         else:
             keys = [block and block[0] for block in map(engine.block, event.block_hashes)]

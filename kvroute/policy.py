@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -141,7 +141,7 @@ class Expected:
             return
         names: list[BlockHash] = [*range(self._names, self._names + count)]
         self._names += count
-        tokens = ask.tokens[: count * _EXPECTED_BLOCK].tolist()
+        tokens: Any = ask.tokens[: count * _EXPECTED_BLOCK]  # an array does as well as a list
         extra = None if ask.salt is None else [[ask.salt], *[None] * (count - 1)]
         stored = Stored(names, None, tokens, _EXPECTED_BLOCK, lora_name=ask.lora, extra_keys=extra)
         self._index.apply(backend, [stored])

@@ -76,11 +76,13 @@ class EngineTokens:
 
     async def tokens(self, body: Body, backends: Sequence[Backend]) -> Tokens | None:
         """See `TokensSource`."""
+        digest = body.digest
+        if (found := self._cached.get(digest)) is not None:
+            return found
         prompt = given(body)
         if isinstance(prompt, np.ndarray):
+            self._cached.put(digest, prompt)
             return prompt
-        if (found := self._cached.get(body.digest)) is not None:
-            return found
         if (asked := _question(body, prompt)) is None:
             return None
         url = min(backends, key=lambda one: one.in_flight).engine.url + "/tokenize"
@@ -92,7 +94,7 @@ class EngineTokens:
                 tokens = _array(self._decoder.decode(await answer.read()).tokens)
         except (aiohttp.ClientError, OSError, asyncio.TimeoutError, msgspec.DecodeError, OverflowError):
             return None
-        self._cached.put(body.digest, tokens)
+        self._cached.put(digest, tokens)
         return tokens
 
 
