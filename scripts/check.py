@@ -23,6 +23,7 @@ PACKAGE_LINES = {
     "kvkeep/engines/vllm": 2_750,
     "kvkeep/engines/transformers": 1_500,
     "kvbench": 6_000,
+    "kvroute": 3_500,
 }
 FILE_LINES, FUNCTION_LINES = 400, 50
 USUAL_FUNCTION_LINES, USUAL_SHARE = 35, 0.9  # nine functions of ten stay under this
@@ -53,12 +54,13 @@ MAY_USE: dict[str, tuple[str, ...]] = {
     "kvkeep.engines.transformers": (*_ENGINE, "transformers"),
     "kvkeep.cli": ("kvkeep",),
     "kvbench": ("kvbench", "kvkeep", "torch"),
-    "benchmarks": ("kvbench", "kvkeep", "transformers"),  # as a user would: engines are processes
+    "kvroute": ("kvroute", *_LOW, "kvkeep.observe"),
+    "benchmarks": ("kvbench", "kvroute", "kvkeep", "transformers"),  # as a user would: engines are processes
     **dict.fromkeys(
         ("benchmarks.gpu", "benchmarks.transformers_ttft"), ("kvbench", "kvkeep", "torch", "transformers")
     ),
     **dict.fromkeys(
-        ("demo", "scripts", "tests"), ("kvbench", "kvkeep", "torch", "vllm", "transformers", "os")
+        ("demo", "scripts", "tests"), ("kvbench", "kvroute", "kvkeep", "torch", "vllm", "transformers", "os")
     ),
 }
 _PICKLE = "no pickle anywhere (reading one runs its writer's code): msgspec, struct, or numpy without it"
@@ -66,6 +68,7 @@ _ENVIRON = "make it a field in kvkeep/config.py"
 GUARDED = {  # what is not here is free to import
     "kvkeep": "imports flow one way: move it, or turn it round",
     "kvbench": "the cache does not know what measures it",
+    "kvroute": "the cache does not know who asks where it is",
     "torch": "move it to kvkeep/transfer",
     "vllm": "move it to kvkeep/engines/vllm",
     "transformers": "move it to kvkeep/engines/transformers",
@@ -91,7 +94,10 @@ class Source(NamedTuple):
 def main() -> int:
     """Check the tree around this script, or the one that is named."""
     root = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).resolve().parent.parent)
-    sources, outside = load(root, "kvkeep", "kvbench"), load(root, "benchmarks", "demo", "scripts", "tests")
+    sources, outside = (
+        load(root, "kvkeep", "kvbench", "kvroute"),
+        load(root, "benchmarks", "demo", "scripts", "tests"),
+    )
     figures, problems = budgets(sources)
     problems += boundaries(sources + outside) + broad_excepts(sources) + duplicates(sources)
     problems += light_import(root)

@@ -1,0 +1,258 @@
+"""Follows engines' KV events over ZMQ, and keeps the index right when some are lost.
+
+Each engine numbers its messages. Where a number is missing, the engine's replay socket is asked for it; what
+it cannot give any more is a hole: what the engine held before is then not known, and is cleared. A replay
+begins with the last message that was taken: if it is not the same, the engine was started anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import zmq
+import zmq.asyncio
+from xxhash import xxh3_128_digest
+from zmq.utils.monitor import recv_monitor_message
+
+from kvkeep.errors import ConfigError
+from kvroute.events import END_SEQUENCE, Batch, Decoder
+from kvroute.index import Index
+
+__all__ = ["Counters", "Source", "Subscriber"]
+
+log = logging.getLogger("kvroute.subscribe")
+
+_QUEUE = 20_000  # messages that wait for us, per engine; ZMQ drops what is more, and we ask for it again
+_MOST_BYTES = 64 << 20
+_AT_ONCE = 16  # messages taken before others have a turn
+_REPLAYS = 20  # a long replay may overflow the sender's queue, and is then asked for again from there
+
+
+class Source(NamedTuple):
+    """Where an engine's events come from; addresses as ZMQ writes them, tcp://host:port."""
+
+    events: str
+    replay: str | None = None
+    topic: str = ""
+
+
+@dataclass
+class Counters:
+    """What has happened, over all engines."""
+
+    messages: int = 0
+    gaps: int = 0
+    replayed: int = 0
+    resets: int = 0
+    restarts: int = 0
+
+
+@dataclass
+class _Feed:
+    """How far one engine has been followed. `last`: digest of the message before `next`."""
+
+    engine: str
+    replay: str | None = None
+    next: int = 0
+    live: int = -1
+    last: bytes | None = None
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+class Subscriber:
+    """Follows engines, as tasks of the running event loop, which owns the index too.
+
+    `replay_wait`: seconds without an answer after which a replay is given up.
+    """
+
+    def __init__(self, index: Index, *, replay_wait: float = 3.0) -> None:
+        self.counters = Counters()
+        self.decoder = Decoder()
+        self._index, self._replay_wait = index, replay_wait
+        self._context = zmq.asyncio.Context(io_threads=1)
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+
+    def follow(self, engine: str, source: Source) -> None:
+        """Follow an engine until `leave`. Raises ConfigError on an address that is none."""
+        self.leave(engine)
+        sub = self._subscribed(source.topic)
+        try:
+            sub.connect(source.events)
+            if source.replay is not None:
+                with self._context.socket(zmq.DEALER) as tried:
+                    tried.connect(source.replay)
+        except zmq.ZMQError as error:
+            sub.close(0)
+            wrong = f"{source.events} and {source.replay} are no addresses of events and their replay"
+            raise ConfigError(f"{wrong} ({error}): write tcp://HOST:PORT") from error
+        self._tasks[engine] = asyncio.create_task(self._follow(_Feed(engine, source.replay), sub))
+
+    def leave(self, engine: str) -> None:
+        """Follow it no more, and forget what it held."""
+        if task := self._tasks.pop(engine, None):
+            task.cancel()
+        self._index.forget(engine)
+
+    def listen(self, address: str, engine_of: Callable[[str], str | None], topic: str = "") -> str:
+        """Let engines connect to us; `engine_of` says by a message's topic whose it is, None: nobody's.
+
+        Returns the address, with the port that was chosen. There is no replay here: a gap clears the engine.
+        """
+        sub = self._subscribed(topic)
+        try:
+            sub.bind(address)
+        except zmq.ZMQError as error:
+            sub.close(0)
+            raise ConfigError(f"cannot listen for events on {address}: {error}") from error
+        self._tasks[f"listen {address}"] = asyncio.create_task(self._collect(sub, engine_of))
+        return str(sub.getsockopt_string(zmq.LAST_ENDPOINT))
+
+    async def close(self) -> None:
+        """Follow nobody any more."""
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._context.destroy(linger=0)
+
+    def _subscribed(self, topic: str) -> zmq.asyncio.Socket:
+        sub = self._context.socket(zmq.SUB)
+        sub.setsockopt(zmq.IPV6, 1)
+        sub.setsockopt(zmq.RCVHWM, _QUEUE)
+        sub.setsockopt(zmq.MAXMSGSIZE, _MOST_BYTES)
+        sub.setsockopt(zmq.RECONNECT_IVL_MAX, 5000)
+        sub.setsockopt(zmq.TCP_KEEPALIVE, 1)
+        sub.setsockopt(zmq.TCP_KEEPALIVE_IDLE, 30)
+        sub.setsockopt_string(zmq.SUBSCRIBE, topic)
+        return sub
+
+    async def _follow(self, feed: _Feed, sub: zmq.asyncio.Socket) -> None:
+        monitor = sub.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
+        watching = asyncio.create_task(self._watch(feed, monitor))
+        try:
+            async for batch, digest in self._messages(sub):
+                async with feed.lock:
+                    await self._take(feed, batch, digest)
+        finally:
+            watching.cancel()
+            sub.disable_monitor()
+            sub.close(0)
+
+    async def _watch(self, feed: _Feed, monitor: zmq.asyncio.Socket) -> None:
+        """After each connection: what was said while there was none?"""
+        while True:
+            await recv_monitor_message(monitor)
+            async with feed.lock:
+                await self._catch_up(feed)
+
+    async def _collect(self, sub: zmq.asyncio.Socket, engine_of: Callable[[str], str | None]) -> None:
+        feeds = dict[str, _Feed]()
+        try:
+            async for batch, digest in self._messages(sub):
+                if (engine := engine_of(batch.topic)) is not None:
+                    await self._take(feeds.setdefault(engine, _Feed(engine)), batch, digest)
+        finally:
+            sub.close(0)
+
+    async def _messages(self, sub: zmq.asyncio.Socket) -> AsyncIterator[tuple[Batch, bytes]]:
+        while True:
+            for _ in range(_AT_ONCE):
+                frames: list[bytes] = await sub.recv_multipart()
+                self.counters.messages += 1
+                if (batch := self.decoder.decode(frames)) is not None:
+                    yield batch, xxh3_128_digest(frames[2])
+            await asyncio.sleep(0)
+
+    async def _take(self, feed: _Feed, batch: Batch, digest: bytes) -> None:
+        """A message that was just published."""
+        if batch.sequence <= feed.live:
+            self._begin_anew(feed)
+        feed.live = batch.sequence
+        if batch.sequence > feed.next:
+            self.counters.gaps += feed.last is not None
+            await self._catch_up(feed)
+        if batch.sequence > feed.next and feed.last is not None:
+            self._reset(feed)
+        if batch.sequence >= feed.next:
+            self._apply(feed, batch, digest)
+
+    def _apply(self, feed: _Feed, batch: Batch, digest: bytes) -> None:
+        self._index.apply(feed.engine, batch.events)
+        feed.next, feed.last = batch.sequence + 1, digest
+
+    def _reset(self, feed: _Feed) -> None:
+        self.counters.resets += 1
+        self._index.clear(feed.engine)
+        log.info("events of %s are lost: what it held is not known any more", feed.engine)
+
+    def _begin_anew(self, feed: _Feed) -> None:
+        self.counters.restarts += 1
+        self._index.forget(feed.engine)
+        feed.next, feed.live, feed.last = 0, -1, None
+        log.info("%s was started anew: it holds nothing yet", feed.engine)
+
+    async def _catch_up(self, feed: _Feed) -> None:
+        """Ask for all that was published after what we have, as far as it can still be had."""
+        for _ in range(_REPLAYS):
+            before = feed.next, feed.last
+            if not await self._replay(feed) or (feed.next, feed.last) == before:
+                return
+
+    async def _replay(self, feed: _Feed) -> bool:
+        """Take one replay; whether it must be asked again, from where we are then."""
+        first = True
+        async for batch, digest in self._replayed(feed):
+            if batch is None:
+                if first and feed.last is not None:  # it has nothing so late: its count began again
+                    self._begin_anew(feed)
+                    return True
+                return False
+            if first and feed.last is not None and batch.sequence < feed.next:
+                if (batch.sequence, digest) != (feed.next - 1, feed.last):
+                    self._begin_anew(feed)
+                    return True
+            elif first and feed.last is not None:  # it does not reach back so far
+                self._reset(feed)
+                self._apply(feed, batch, digest)
+            elif batch.sequence > feed.next and feed.last is not None:  # its queue was full here
+                return True
+            elif batch.sequence >= feed.next:
+                self._apply(feed, batch, digest)
+            first = False
+            self.counters.replayed += 1
+        return False
+
+    async def _replayed(self, feed: _Feed) -> AsyncIterator[tuple[Batch | None, bytes]]:
+        """What an engine has kept, from our last message on; (None, b"") at its end. Ends without that where
+        it does not answer."""
+        if feed.replay is None:
+            return
+        start = max(0, feed.next - 1)
+        ask = self._context.socket(zmq.DEALER)
+        ask.setsockopt(zmq.IPV6, 1)
+        ask.setsockopt(zmq.RCVHWM, 0)
+        ask.setsockopt(zmq.MAXMSGSIZE, _MOST_BYTES)
+        try:
+            ask.connect(feed.replay)
+            await ask.send_multipart([b"", start.to_bytes(8, "big")])
+            while await ask.poll(int(1000 * self._replay_wait)):
+                for _ in range(_AT_ONCE):
+                    frames: list[Any] = await ask.recv_multipart()
+                    if len(frames) < 3:
+                        return
+                    if frames[-2] == END_SEQUENCE:
+                        yield None, b""
+                        return
+                    if (batch := self.decoder.decode([b"", *frames[-2:]])) is not None:
+                        yield batch, xxh3_128_digest(frames[-1])
+                    if not int(ask.get(zmq.EVENTS)) & zmq.POLLIN:
+                        break
+                await asyncio.sleep(0)
+        except zmq.ZMQError as error:
+            log.warning("no replay from %s: %s", feed.replay, error)
+        finally:
+            ask.close(0)
