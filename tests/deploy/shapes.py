@@ -42,6 +42,21 @@ def _workload(kind: str, required: str, **fields: Any) -> dict[str, Any]:
     )
 
 
+_PORT = _object("protocol port", protocol={"enum": ["TCP", "UDP"]}, port=_WHOLE)
+_PEER = _object("podSelector", podSelector=_SELECTOR, namespaceSelector=_SELECTOR)
+_INGRESS = {
+    "type": "object",
+    "properties": {"from": _list(_PEER), "ports": _list(_PORT)},
+    "required": ["ports"],
+    "additionalProperties": False,
+}
+_POLICY = _object(
+    "podSelector policyTypes ingress",
+    podSelector=_SELECTOR,
+    policyTypes=_list({"enum": ["Ingress", "Egress"]}),
+    ingress=_list(_INGRESS),
+)
+
 # ai-dynamo/dynamo, deploy/operator/api/v1beta1/dynamocomponentdeployment_types.go: the fields that we use.
 _COMPONENT = _object(
     "name type replicas runtimeVersionOverride podTemplate",
@@ -104,6 +119,13 @@ _SOURCE = _object("pluginRef extractors", pluginRef=_TEXT, extractors=_list(_REF
 SHAPES = {
     "Deployment": _workload("Deployment", "replicas", replicas=_WHOLE),
     "DaemonSet": _workload("DaemonSet", "", updateStrategy=_UPDATE),
+    "NetworkPolicy": _object(
+        "apiVersion kind metadata spec",
+        apiVersion={"const": "networking.k8s.io/v1"},
+        kind={"const": "NetworkPolicy"},
+        metadata=NAMES,
+        spec=_POLICY,
+    ),
     "DynamoGraphDeployment": _object(
         "apiVersion kind metadata spec",
         apiVersion={"const": "nvidia.com/v1beta1"},

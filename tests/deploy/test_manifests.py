@@ -309,3 +309,18 @@ def test_schedulers_follow_the_events_of_their_engines() -> None:
         assert events["replay_endpoint"] == f"tcp://*:{discovery['replaySocketPort']}"
         block = json.loads(" ".join(line).replace("=", " ").split("--block-size ")[1].split()[0])
         assert block == producer["tokenProcessorConfig"]["blockSizeTokens"]
+
+
+def test_ports_of_the_router_are_those_of_the_events() -> None:
+    """The chart's values say a port in three places."""
+    (values,) = [m.body for m in ALL if m.kind == HELM and m.body["routerSpec"]["routingLogic"] == "kvaware"]
+    (policy,) = [m.body["spec"] for m in ALL if m.kind == "NetworkPolicy"]
+    (pod,) = [pod for pod in PODS if pod.file == "production-stack/kv-aware.yaml"]
+    events = option(pod.spec["containers"][0], "--kv-events-config")
+    assert events is not None
+    published = [int(events[name].rpartition(":")[2]) for name in ("endpoint", "replay_endpoint")]
+    line = values["routerSpec"]["extraArgs"]
+    asked = [int(line[line.index(f"--kvkeep-{name}-port") + 1]) for name in ("events", "replay")]
+    allowed = [port["port"] for rule in policy["ingress"] if "from" in rule for port in rule["ports"]]
+    assert published == asked == allowed
+    assert policy["podSelector"]["matchLabels"] == {"model": pod.name}
