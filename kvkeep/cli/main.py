@@ -18,6 +18,7 @@ _COMMANDS = {
     "clear": ("kvkeep.cli.clear", "make a keeper forget what it holds"),
     "fsck": ("kvkeep.cli.fsck", "verify, and with --repair mend, all that a tier holds"),
     "warm": ("kvkeep.cli.warm", "have documents prefilled ahead of use"),
+    "route": ("kvroute.command", "route requests to the engine that holds most of their prompt"),
     "doctor": ("kvkeep.cli.doctor", "check this machine and its engine for all that kvkeep needs"),
 }
 _BENCHES = {
@@ -29,6 +30,8 @@ _BENCHES = {
     "serve": ("kvbench.serve", "what users of an OpenAI-compatible server feel, under load"),
     "compare": ("kvbench.compare.command", "a workload over several set-ups in turn: table, picture, report"),
 }
+
+_EXTRAS = {"kvbench": "bench", "kvroute": "route"}  # what each package beside the cache needs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,9 +68,9 @@ def _add(
             try:
                 module = importlib.import_module(module_name)
             except ModuleNotFoundError as error:
-                if table is not _BENCHES:
+                if (package := module_name.partition(".")[0]) not in _EXTRAS:
                     raise
-                remedy = "pip install 'kvkeep[bench]'"
+                remedy = f"pip install 'kvkeep[{_EXTRAS[package]}]'"
                 parser.exit(CONFIG_EXIT, f"kvkeep: {name} needs the module {error.name}: {remedy}\n")
             module.add_arguments(parser)
             parser.set_defaults(run=module.run)

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import zmq
 
+from benchmarks.publisher import Publisher, publisher
 from kvkeep.errors import ConfigError
 from kvroute.events import Removed, Stored
 from kvroute.index import Held, Index
 from kvroute.subscribe import Source, Subscriber
-from tests.kvroute.publisher import Publisher, publisher
 
 BLOCK = 4
 

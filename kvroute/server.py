@@ -1,0 +1,311 @@
+"""The router's HTTP side: what OpenAI's clients ask, and what operators do."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import re
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
+
+import aiohttp
+import msgspec
+from aiohttp import web
+from blake3 import blake3
+
+from kvkeep.errors import ConfigError
+from kvroute.backends import Backend, Engine, Pool
+from kvroute.discover import Cluster, discover
+from kvroute.figures import CONTENT_TYPE, Figures, Summary, metrics
+from kvroute.forward import Forwarder, upstream_headers
+from kvroute.gate import Gate
+from kvroute.index import Index
+from kvroute.options import Options, Role
+from kvroute.policy import Ask, Choice, Expected, Kv, Policy, PrefixHash, RoundRobin, Session
+from kvroute.request import BadRequest, Body, read_body
+from kvroute.subscribe import Subscriber
+from kvroute.tokens import EngineTokens, LocalTokens, Tokens, TokensSource
+
+__all__ = ["Router"]
+
+log = logging.getLogger("kvroute.server")
+
+_Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+_BODY_WAIT = 60.0
+_IDLE = 4.0  # uvicorn, and so vLLM, closes an idle connection after 5 s
+_FIRST_CHECK = 10.0
+_HEADER_BYTES = 16384
+_OPEN = ("/health",)
+_TOPIC = re.compile(r"kv@([^@]+)@.*")
+
+
+class Router:
+    """One router. `start`, then it serves until `close`; all of it on the running event loop."""
+
+    def __init__(self, options: Options) -> None:
+        """Raises ConfigError on keys or a tokenizer that cannot be read."""
+        self._options = options
+        self._keys = {blake3(key.encode()).digest() for key in options.client_keys()}
+        self._backend_key = options.key_for_backends()
+        self._local = LocalTokens(options.tokenizer) if options.tokenizer else None
+        self._gate = Gate(options.max_requests, options.queue, options.queue_wait)
+        self.figures = Figures()
+        self.index = Index()
+        self._expected = Expected(time.monotonic)
+        self._policy = self._chosen_policy()
+        self._draining = False
+        self._tasks: list[asyncio.Task[None]] = []
+
+    # Life
+
+    async def start(self) -> None:
+        """Find the engines, and listen. Raises ConfigError where the address cannot be had."""
+        options = self._options
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=5, sock_read=options.timeout)
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE)
+        self._session = aiohttp.ClientSession(
+            connector=connector,
+            timeout=timeout,
+            auto_decompress=False,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            skip_auto_headers=("Accept", "Accept-Encoding", "User-Agent", "Content-Type"),
+        )
+        headers = {} if self._backend_key is None else {"Authorization": f"Bearer {self._backend_key}"}
+        self.pool = Pool(self._session, options.check_interval, headers)
+        self._subscriber = self.pool.subscriber = Subscriber(self.index)
+        self._tokens: TokensSource = self._local or EngineTokens(self._session, headers)
+        self._forwarder = Forwarder(
+            self._session, self.pool, self.figures, retries=options.retries, timeout=options.timeout
+        )
+        self._runner = web.AppRunner(
+            self._app(),
+            access_log=None,
+            handler_cancellation=True,
+            max_field_size=_HEADER_BYTES,
+            shutdown_timeout=0.5,
+        )
+        try:
+            await self._find_engines()
+            await self._runner.setup()
+            self._site = web.TCPSite(self._runner, *options.address, backlog=1024)
+            await self._site.start()
+        except (OSError, ConfigError) as error:
+            await self.close()
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(f"cannot listen on {options.listen}: {error.strerror or error}") from error
+
+    @property
+    def port(self) -> int:
+        """Where it listens."""
+        return int(self._runner.addresses[0][1])
+
+    async def drain(self) -> None:
+        """Take on nothing new, and wait until what runs has ended, as long as the options say."""
+        self._draining = True
+        log.info("draining: %d requests are running", self._gate.running)
+        if not await self._gate.emptied(self._options.drain):
+            log.warning("%d requests are cut off after %g s", self._gate.running, self._options.drain)
+
+    async def close(self) -> None:
+        """End at once."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._runner.cleanup()
+        await self._subscriber.close()
+        await self._session.close()
+
+    def _chosen_policy(self) -> Policy:
+        if self._options.policy == "kv":
+            return Kv(self.index, self._expected)
+        plain: dict[str, Callable[[], Policy]] = {"session": Session, "prefix-hash": PrefixHash}
+        return plain.get(self._options.policy, RoundRobin)()
+
+    async def _find_engines(self) -> None:
+        """Look everywhere, in the background; the first look is waited for, though not long."""
+        options = self._options
+        if options.events_listen is not None:
+            address = self._subscriber.listen(options.events_listen, self._engine_of, "kv@")
+            log.info("engines can send their events to %s", address)
+        cluster = None
+        if any(place.kind == "k8s" for place in options.backends):
+            url = options.kubernetes_api
+            cluster = Cluster.of_this_pod() if url is None else Cluster(url.rstrip("/"))
+        looked = []
+        for place in options.backends:
+            first = asyncio.Event()
+
+            def report(engines: list[Engine], place: object = place, first: asyncio.Event = first) -> None:
+                self.pool.found(place, engines)
+                first.set()
+
+            self._tasks.append(asyncio.create_task(discover(place, report, cluster)))
+            looked.append(first.wait())
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(asyncio.gather(*looked), _FIRST_CHECK)
+        await self.pool.check_all()
+        self._tasks.append(asyncio.create_task(self.pool.check()))
+        if options.log_interval:
+            self._tasks.append(asyncio.create_task(self._log()))
+
+    def _engine_of(self, topic: str) -> str | None:
+        """Whose events they are, by a topic kv@HOST[:PORT]@MODEL."""
+        match = _TOPIC.fullmatch(topic)
+        named = match[1] if match else ""
+        found = [name for name in self.pool.backends if name == named or name.rpartition(":")[0] == named]
+        return found[0] if len(found) == 1 else None
+
+    async def _log(self) -> None:
+        before = Summary.of(self.figures)
+        while True:
+            await asyncio.sleep(self._options.log_interval)
+            now = Summary.of(self.figures)
+            log.info("%s", now.line(before, self._options.log_interval, self.pool))
+            before = now
+
+    # Requests
+
+    def _app(self) -> web.Application:
+        app = web.Application(client_max_size=self._options.max_body, middlewares=[self._guard])
+        app.router.add_post("/v1/completions", self._complete)
+        app.router.add_post("/v1/chat/completions", self._complete)
+        app.router.add_get("/v1/models", self._models)
+        app.router.add_get("/health", self._health)
+        app.router.add_get("/metrics", self._metrics)
+        return app
+
+    @web.middleware
+    async def _guard(self, request: web.Request, handler: _Handler) -> web.StreamResponse:
+        """Refuse who may not; and say what was wrong in the words of OpenAI's API."""
+        try:
+            self._admit(request)
+            return await handler(request)
+        except BadRequest as error:
+            return self._refusal(error)
+        except web.HTTPRequestEntityTooLarge:
+            most = self._options.max_body
+            return self._refusal(BadRequest(f"the body is longer than {most} bytes", 413, "too_large"))
+        except web.HTTPException as error:  # no such path, no such method
+            return self._refusal(BadRequest(error.reason, error.status, "invalid_request_error"))
+
+    def _admit(self, request: web.Request) -> None:
+        if self._keys:
+            kind, _, key = request.headers.get("Authorization", "").partition(" ")
+            known = kind.lower() == "bearer" and blake3(key.strip().encode()).digest() in self._keys
+            if not known and request.path not in _OPEN:
+                raise BadRequest("send the header Authorization: Bearer KEY", 401, "authentication_error")
+        elif self._options.loopback:
+            # A web site whose name was pointed at this host must not get in.
+            name = re.sub(r":\d+$", "", request.host).strip("[]").lower()
+            if name not in ("localhost", "127.0.0.1", "::1", self._options.address[0]):
+                raise BadRequest("that is not the name of this host", 403, "permission_error")
+
+    def _refusal(self, error: BadRequest) -> web.Response:
+        self.figures.refuse(error.kind)
+        said = {"message": str(error), "type": error.kind, "param": None, "code": error.status}
+        headers = {"Retry-After": "1"} if error.status == 503 else {}
+        if error.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        body = msgspec.json.encode({"error": said})
+        return web.Response(status=error.status, body=body, content_type="application/json", headers=headers)
+
+    async def _complete(self, request: web.Request) -> web.StreamResponse:
+        """A completion or a chat."""
+        if self._draining:
+            raise BadRequest("this router is about to end", 503, "overloaded")
+        if request.content_type != "application/json":
+            raise BadRequest("send the header Content-Type: application/json", 415)
+        try:
+            data = await asyncio.wait_for(request.read(), _BODY_WAIT)
+        except asyncio.TimeoutError as error:
+            raise BadRequest(f"the body did not come within {_BODY_WAIT:g} s", 408) from error
+        arrived = time.perf_counter()
+        body = read_body(data, chat=request.path.endswith("/chat/completions"))
+        if self.pool.serves(body.model) is False:
+            raise BadRequest(f"no engine serves the model {body.model!r}", 404, "not_found_error")
+        read = time.perf_counter() - arrived
+        async with self._gate:
+            self.figures.requests += 1
+            return await self._route(request, data, body, arrived, read)
+
+    async def _route(
+        self, request: web.Request, data: bytes, body: Body, arrived: float, read: float
+    ) -> web.StreamResponse:
+        began = time.perf_counter()
+        split = self._options.backends[0].role != "any"
+        first = self._usable(body.model, "prefill" if split else "any")
+        tokens, waited = await self._tokens_of(body, first)
+        ask = Ask(body.text, _session_of(request, body, self._options), tokens, salt=body.cache_salt)
+        if self.pool.is_lora(body.model):
+            ask = ask._replace(lora=body.model)
+        headers = upstream_headers(request, self._backend_key, ours=bool(self._keys))
+        headers.setdefault("X-Request-Id", uuid.uuid4().hex)  # prefill and decode know it by one name
+        choices = self._policy.rank(ask, first)
+        self.figures.own.add(read + time.perf_counter() - began - waited)
+        if split:
+            self._expected.promise(ask, choices[0].backend.name)
+            prefilled = await self._forwarder.prefill(request, data, headers, choices)
+            if isinstance(prefilled, web.Response):
+                return prefilled
+            data, choices = prefilled, self._policy.rank(ask, self._usable(body.model, "decode"))
+        return await self._forwarder.answer(
+            request,
+            data,
+            headers,
+            choices,
+            lambda choice: self._note(ask, choice),
+            lambda: self.figures.first_byte.add(time.perf_counter() - arrived),
+        )
+
+    def _usable(self, model: str, role: Role) -> list[Backend]:
+        if found := self.pool.usable(model, role):
+            return found
+        raise BadRequest(f"no engine that serves {model!r} is up", 503, "engine_unavailable")
+
+    async def _tokens_of(self, body: Body, backends: Sequence[Backend]) -> tuple[Tokens | None, float]:
+        """The prompt's tokens, where the policy wants them, and how long it took."""
+        if not self._policy.wants_tokens:
+            return None, 0.0
+        began = time.perf_counter()
+        tokens = await self._tokens.tokens(body, backends)
+        took = time.perf_counter() - began
+        self.figures.tokenize.add(took)
+        self.figures.unknown_tokens += tokens is None
+        return tokens, took
+
+    def _note(self, ask: Ask, choice: Choice) -> None:
+        """A request goes there."""
+        if ask.tokens is not None:
+            self.figures.prompt_tokens += len(ask.tokens)
+            self.figures.held_tokens += choice.held
+            self._expected.promise(ask, choice.backend.name)
+
+    async def _models(self, request: web.Request) -> web.Response:
+        return _json({"object": "list", "data": list(self.pool.models())})
+
+    async def _health(self, request: web.Request) -> web.Response:
+        """Healthy: requests are taken on, and an engine of each kind is up."""
+        kinds = {place.role for place in self._options.backends}
+        up = {
+            kind: sum(one.up and one.engine.role == kind for one in self.pool.backends.values())
+            for kind in kinds
+        }
+        healthy = not self._draining and all(up.values())
+        return _json({"healthy": healthy, "draining": self._draining, "up": up}, 200 if healthy else 503)
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        text = metrics(self.figures, self.pool, self._gate, self.index, self._subscriber)
+        return web.Response(body=text, headers={"Content-Type": CONTENT_TYPE})
+
+
+def _session_of(request: web.Request, body: Body, options: Options) -> str | None:
+    """What names the request's session: a header, or a field of the body."""
+    given = request.headers.get(options.session_header) or body.session_id or body.user
+    return None if given is None else str(given)
+
+
+def _json(value: object, status: int = 200) -> web.Response:
+    return web.Response(status=status, body=msgspec.json.encode(value), content_type="application/json")

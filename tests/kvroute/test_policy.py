@@ -1,0 +1,133 @@
+"""The order in which policies put engines."""
+
+import numpy as np
+import pytest
+
+from kvroute.backends import Backend, Engine
+from kvroute.events import Stored
+from kvroute.index import Index
+from kvroute.policy import Ask, Expected, Kv, PrefixHash, RoundRobin, Session
+
+
+def backends(count: int) -> list[Backend]:
+    return [Backend(Engine(f"10.0.0.{number}:8000", ""), up=True) for number in range(count)]
+
+
+def names(choices: list) -> list[str]:
+    return [choice.backend.name[7:].partition(":")[0] for choice in choices]
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def tokens(count: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 100_000, count, np.uint32)
+
+
+class Kvs:
+    """A kv policy over three engines, the first of which holds `held` tokens of a prompt on a medium."""
+
+    def __init__(self, held: int = 0, medium: str = "GPU") -> None:
+        self.index, self.clock = Index(), Clock()
+        self.expected = Expected(self.clock, lasts=5.0)
+        self.engines = backends(3)
+        self.prompt = tokens(1600)
+        if held:
+            name = self.engines[0].name
+            ids = self.prompt[:held].tolist()
+            self.index.apply(name, [Stored(list(range(held // 16)), None, ids, 16, medium=medium)])
+        self.policy = Kv(self.index, self.expected)
+
+    def first(self, ask: Ask | None = None) -> str:
+        return names(self.policy.rank(ask or Ask(b"", tokens=self.prompt), self.engines))[0]
+
+
+def test_round_robin() -> None:
+    engines = backends(3)
+    for turn, expected in enumerate("012012"):
+        chosen = RoundRobin().rank(Ask(b""), engines)
+        assert names(chosen)[0] == expected
+        chosen[0].backend.picked = turn + 1
+
+
+def test_a_hash_moves_only_what_it_must() -> None:
+    engines = backends(5)
+    keys = [f"session {number}" for number in range(200)]
+    before = {key: names(Session().rank(Ask(b"", key), engines))[0] for key in keys}
+    assert set(before.values()) == set("01234")
+    after = {key: names(Session().rank(Ask(b"", key), engines[:-1]))[0] for key in keys}
+    assert all(after[key] == before[key] for key in keys if before[key] != "4")
+
+
+def test_without_a_session_the_idlest() -> None:
+    engines = backends(3)
+    engines[0].waiting, engines[1].streams = 2, 1
+    assert names(Session().rank(Ask(b""), engines)) == ["2", "1", "0"]
+
+
+def test_prefix_hash_passes_over_who_is_overloaded() -> None:
+    engines, ask = backends(3), Ask(b"x" * 5000)
+    first, second, _ = names(PrefixHash().rank(ask, engines))
+    assert names(PrefixHash().rank(Ask(b"x" * 4000 + b"y"), engines))[0] == first
+    engines[int(first)].streams = 9
+    assert names(PrefixHash().rank(ask, engines))[0] == second
+    for one in engines:
+        one.streams = 9
+    assert names(PrefixHash().rank(ask, engines))[0] == first
+
+
+def test_kv_prefers_who_holds_the_prefix_until_it_has_more_to_do() -> None:
+    kv = Kvs(held=1280)
+    choice = kv.policy.rank(Ask(b"", tokens=kv.prompt), kv.engines)[0]
+    assert (choice.backend, choice.held, choice.missing) == (kv.engines[0], 1280, 320)
+    kv.engines[0].waiting_tokens = 1200
+    assert kv.first() == "0"
+    kv.engines[0].waiting_tokens = 1300
+    assert kv.first() == "1"
+    kv.engines[1].streams = kv.engines[2].streams = 2
+    assert kv.first() == "0"
+
+
+@pytest.mark.parametrize(("medium", "worth"), [("GPU", 1000), ("CPU", 800), ("STORAGE", 500)])
+def test_kv_weighs_tiers(medium: str, worth: int) -> None:
+    kv = Kvs(held=1600, medium=medium)
+    kv.engines[0].waiting_tokens = 1600 * worth // 1000 - 1
+    assert kv.first() == "0"
+    kv.engines[0].waiting_tokens += 2
+    assert kv.first() == "1"
+
+
+def test_kv_knows_what_is_on_its_way() -> None:
+    kv = Kvs()
+    ask = Ask(b"", tokens=kv.prompt)
+    kv.engines[0].picked = 1
+    assert kv.first(ask) == "1"
+    kv.expected.promise(ask, kv.engines[2].name)
+    assert kv.first(ask) == "2"
+    choice = kv.policy.rank(Ask(b"", tokens=np.append(kv.prompt, kv.prompt)), kv.engines)[0]
+    assert (choice.held, choice.missing) == (1600, 1600)
+    for other in (ask._replace(salt="tenant"), ask._replace(lora="french"), Ask(b"", tokens=tokens(1600, 1))):
+        assert kv.first(other) == "1"
+    kv.clock.now += 5.0
+    assert kv.first(ask) == "1"
+
+
+def test_kv_keeps_adapters_and_salts_apart_in_promises() -> None:
+    kv = Kvs()
+    ask = Ask(b"", tokens=kv.prompt, lora="french", salt="tenant")
+    kv.expected.promise(ask, kv.engines[2].name)
+    assert kv.first(ask) == "2"
+    assert kv.first(ask._replace(salt=None)) == "0"
+    assert kv.first(ask._replace(lora=None)) == "0"
+
+
+def test_kv_without_tokens_goes_by_the_text() -> None:
+    kv = Kvs(held=1600)
+    for text in (b"a", b"b", b"c", b"d"):
+        wanted = names(PrefixHash().rank(Ask(text), kv.engines))
+        assert names(kv.policy.rank(Ask(text), kv.engines)) == wanted
