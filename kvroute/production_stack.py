@@ -29,6 +29,7 @@ import msgspec
 
 from kvkeep.errors import ConfigError
 from kvroute.index import Held, Index
+from kvroute.policy import TIER_WEIGHTS
 from kvroute.subscribe import Source, Subscriber
 
 __all__ = ["Endpoint", "Options", "install", "main"]
@@ -37,7 +38,6 @@ log = logging.getLogger("kvroute.production_stack")
 
 _LOOK_EVERY = 1.0
 _MOST_WAIT = 0.5  # seconds that a request waits for the index's thread, at most
-_CPU_WORTH, _STORAGE_WORTH = 0.75, 0.25  # of a token in a keeper's memory and in its tiers; on the GPU: 1
 
 
 class Endpoint(Protocol):
@@ -257,7 +257,8 @@ def _module(name: str, package: ModuleType | None) -> ModuleType:
 
 
 def _worth(held: Held) -> float:
-    return held.gpu + _CPU_WORTH * held.cpu + _STORAGE_WORTH * held.storage
+    gpu, cpu, storage = TIER_WEIGHTS
+    return gpu * held.gpu + cpu * held.cpu + storage * held.storage
 
 
 def _slowest(held: Held) -> str:

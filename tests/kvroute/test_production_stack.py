@@ -24,6 +24,7 @@ from typing import Any
 import pytest
 import zmq
 
+from benchmarks.publisher import publisher
 from kvroute.events import Stored, pack
 from kvroute.production_stack import (
     Controller,
@@ -33,7 +34,6 @@ from kvroute.production_stack import (
     QueryInstMsg,
     QueryInstRetMsg,
 )
-from tests.kvroute.publisher import publisher
 
 ROOT = Path(__file__).parents[2]
 BLOCK = 16
