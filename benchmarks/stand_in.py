@@ -253,10 +253,10 @@ async def event(response: web.StreamResponse, value: dict) -> None:
     await response.write(b"data: " + msgspec.json.encode(value) + b"\n\n")
 
 
-async def serve(count: int, shape: Shape) -> None:
+async def serve(count: int, port: int, shape: Shape) -> None:
     """Serve until stdin ends; print where."""
     engines = [StandIn(shape) for _ in range(count)]
-    ports = [await one.start() for one in engines]
+    ports = [await one.start(port) for one in engines]
     addresses = [
         {"url": f"http://127.0.0.1:{port}", "events": one.publisher.events, "replay": one.publisher.replay}
         for one, port in zip(engines, ports, strict=True)
@@ -270,13 +270,14 @@ async def serve(count: int, shape: Shape) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--engines", type=int, default=1)
+    parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--blocks", type=int, default=4096)
     parser.add_argument("--cpu-blocks", type=int, default=0)
     parser.add_argument("--prefill-rate", type=float, default=1e9)
     parser.add_argument("--itl", type=float, default=0.0)
     args = vars(parser.parse_args())
     with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(serve(args.pop("engines"), Shape(**args)))
+        asyncio.run(serve(args.pop("engines"), args.pop("port"), Shape(**args)))
 
 
 if __name__ == "__main__":

@@ -128,7 +128,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("prefill", "engines that prefill"),
         ("decode", "that decode"),
     ):
-        add(f"--{name}", action="append", default=[], metavar="PLACE", help=f"{text}: {_PLACE}; repeatable")
+        add(
+            f"--{name}",
+            action="append",
+            default=[],
+            metavar="PLACE",
+            help=f"{text}: {_PLACE}; repeatable; ,events=,replay= behind it: its own",
+        )
     add("--events", metavar="ADDRESS", help="KV events of each engine, e.g. tcp://{host}:5557")
     add("--replay", metavar="ADDRESS", help="where lost events are asked for, e.g. tcp://{host}:5558")
     add("--events-listen", metavar="ADDRESS", help="engines connect here with topic kv@HOST[:PORT]@MODEL")
@@ -173,7 +179,13 @@ def read_options(args: argparse.Namespace) -> Options:
 
 
 def parse_place(text: str, role: Role = "any", events: str | None = None, replay: str | None = None) -> Place:
-    """A place of engines as it is written. Raises ConfigError."""
+    """A place of engines as it is written. Behind a comma it may say where its own events are, as
+    `,events=ADDRESS,replay=ADDRESS`. Raises ConfigError."""
+    text, *more = text.split(",")
+    own = dict(part.partition("=")[::2] for part in more)
+    if own.keys() - {"events", "replay"}:
+        raise ConfigError(f"{','.join(more)!r} behind {text}: write ,events=ADDRESS and ,replay=ADDRESS")
+    events, replay = own.get("events", events), own.get("replay", replay)
     try:
         parts = urlsplit(text)
         named = parts.netloc.partition(":")[2]  # a service's port may have a name

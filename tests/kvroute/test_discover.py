@@ -252,6 +252,18 @@ def test_places(text: str, kind: str, host: str, port: str) -> None:
     assert (place.kind, place.host, place.port, place.secure) == (kind, host, port, text.startswith("https"))
 
 
+def test_a_place_with_events_of_its_own() -> None:
+    given = ("tcp://{host}:1", "tcp://{host}:2")
+    own = parse_place("http://h:80,events=tcp://h:5557,replay=tcp://h:5558", "any", *given)
+    assert own.source("h") == Source("tcp://h:5557", "tcp://h:5558")
+    assert parse_place("http://[::1]:80", "any", *given).source("::1") == Source(
+        "tcp://[::1]:1", "tcp://[::1]:2"
+    )
+    assert parse_place("http://h:80").source("h") is None
+    with pytest.raises(ConfigError, match="events=ADDRESS"):
+        parse_place("http://h:80,event=tcp://h:5557")
+
+
 @pytest.mark.parametrize(
     "text",
     [

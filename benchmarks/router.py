@@ -1,0 +1,335 @@
+"""What `kvkeep route` costs and gains, in front of stand-in engines that account their KV and publish events.
+
+    python -m benchmarks.router policies     # hit ratio and TTFT: kv against the other policies and the best
+    python -m benchmarks.router cost         # latency through the router against the engine itself
+    python -m benchmarks.router streams      # many streams at once, and what they take of the router's core
+
+All figures of one table come from one run. Engines, router and client are processes of one machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import random
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import aiohttp
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.stand_in import BLOCK, tokens_of
+from kvbench.workloads import WORKLOADS, Given, Prose, Request, Scale
+
+POLICIES = ("kv", "session", "prefix-hash", "round-robin")
+RATE = 20_000.0  # prompt tokens per second and engine
+ROOM = 0.4  # of all text, that one engine has room for
+LOAD = 0.5  # of what three engines can do where nothing is held
+
+
+class Served(NamedTuple):
+    """Engines behind a router."""
+
+    router: str
+    engines: list[str]
+    pid: int
+
+
+@contextlib.contextmanager
+def served(policy: str, engines: int, *shape: str, core: int | None = None) -> Iterator[Served]:
+    """Start them, and end them. `core`: where the router runs, alone."""
+    command = [sys.executable, "-m", "benchmarks.stand_in", "--engines", str(engines), *shape]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with contextlib.ExitStack() as stack:
+        stand_ins = stack.enter_context(subprocess.Popen(command, **pipes))
+        stack.callback(stand_ins.terminate)
+        places = json.loads(stand_ins.stdout.readline())
+        log = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "log"
+        words = [sys.executable, "-m", "kvkeep.cli", "route", "--listen", "127.0.0.1:0", "--policy", policy]
+        words += ["--max-requests", "20000"]
+        for place in places:
+            words += ["--backend", f"{place['url']},events={place['events']},replay={place['replay']}"]
+        router = stack.enter_context(subprocess.Popen(words, stderr=log.open("w")))
+        stack.callback(router.terminate)
+        while not (found := re.search(r"routing at (http://\S+)", log.read_text())):
+            if router.poll() is not None:
+                raise SystemExit(log.read_text())
+            time.sleep(0.02)
+        if core is not None:
+            os.sched_setaffinity(router.pid, {core})
+        yield Served(found[1], [place["url"] for place in places], router.pid)
+
+
+# Policies
+
+
+@dataclass
+class Turn:
+    """One request of a workload: who asks, when at the earliest, and the messages."""
+
+    user: int
+    at: float
+    messages: list[dict[str, str]]
+    answer_tokens: int
+
+
+class Talk:
+    """A workload with its texts; the engines' answers are part of what is asked next."""
+
+    def __init__(self, name: str, scale: float) -> None:
+        prose, draw = Prose("router"), random.Random(5)
+        self.name, self._prose = name, prose
+        self.requests = WORKLOADS[name].build(Given(Scale(scale), draw, prose))
+        texts = {prose.text(message.parts) for one in self.requests for message in one.opening}
+        texts |= {prose.text(one.says) for one in self.requests}
+        self.tokens = sum(len(tokens_of(text)) for text in texts)
+        total = sum(len(tokens_of(self.text(one))) for one in self.requests)
+        gaps = total / RATE / 3 / LOAD / len(self.requests)
+        self.at, now = [], 0.0
+        for _ in self.requests:
+            now += draw.expovariate(1 / gaps)
+            self.at.append(now)
+
+    def text(self, request: Request) -> str:
+        """What is new in a request."""
+        opening = [self._prose.text(message.parts) for message in request.opening]
+        return " ".join([*opening, self._prose.text(request.says)])
+
+    def messages(self, request: Request, before: list[dict[str, str]]) -> list[dict[str, str]]:
+        """What a request sends, after what its user said and heard before."""
+        opening = [{"role": one.role, "content": self._prose.text(one.parts)} for one in request.opening]
+        return [*(before or opening), {"role": "user", "content": self._prose.text(request.says)}]
+
+
+class Outcome(NamedTuple):
+    """Of one policy on one workload."""
+
+    hit: float
+    ttft: list[float]
+    best: float
+
+
+async def play(talk: Talk, url: str) -> tuple[list[float], list[list[int]]]:
+    """Send all requests when they are due; a user's next one after the answer to the last.
+
+    Returns times to first token, and prompts as tokens in the order in which they were sent.
+    """
+    said: dict[int, list[dict[str, str]]] = {}
+    turns: dict[int, asyncio.Lock] = {}
+    ttft, prompts = list[float](), list[list[int]]()
+    began = time.monotonic()
+
+    async def ask(client: aiohttp.ClientSession, request: Request, at: float) -> None:
+        await asyncio.sleep(began + at - time.monotonic())
+        async with turns.setdefault(request.user, asyncio.Lock()):
+            messages = talk.messages(request, said.get(request.user, []))
+            prompts.append(tokens_of(" ".join(f"<{one['role']}> {one['content']}" for one in messages)))
+            body = {
+                "model": "stand-in",
+                "messages": messages,
+                "max_tokens": request.answer_tokens,
+                "stream": True,
+            }
+            sent, answer = time.monotonic(), ""
+            headers = {"X-Session-Id": f"user {request.user}"}
+            async with client.post(f"{url}/v1/chat/completions", json=body, headers=headers) as response:
+                async for line in response.content:
+                    if line.startswith(b"data: {"):
+                        if not answer:
+                            ttft.append(time.monotonic() - sent)
+                        answer += json.loads(line[6:])["choices"][0]["delta"]["content"]
+            said[request.user] = [*messages, {"role": "assistant", "content": answer.strip()}]
+
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as client:
+        await asyncio.gather(*(ask(client, *pair) for pair in zip(talk.requests, talk.at, strict=True)))
+    return ttft, prompts
+
+
+async def stats(engines: list[str]) -> list[dict[str, Any]]:
+    async with aiohttp.ClientSession() as client:
+        found = []
+        for url in engines:
+            async with client.get(f"{url}/stats") as answer:
+                found.append(await answer.json())
+        return found
+
+
+def best_possible(prompts: list[list[int]]) -> float:
+    """The share of tokens that one cache without bounds would have held: every block is computed once."""
+    seen, held, total = set[int](), 0, 0
+    for tokens in prompts:
+        key, total, run = 0, total + len(tokens), True
+        for at in range(0, len(tokens) - BLOCK + 1, BLOCK):
+            key = hash((key, *tokens[at : at + BLOCK]))
+            run = run and key in seen
+            held += BLOCK * run
+            seen.add(key)
+    return held / total
+
+
+def policies(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Each policy on each workload, on engines that begin with nothing."""
+    found: dict[str, Any] = {}
+    table = Table(
+        "workload", "policy", "hit ratio", "of best", "TTFT mean ms", "p50", "p90", "p99", "× kv's mean"
+    )
+    for name, scale in (("conversations", args.scale), ("long_documents", args.scale / 4)):
+        talk = Talk(name, scale)
+        shape = (
+            "--blocks",
+            str(round(ROOM * talk.tokens / BLOCK)),
+            "--prefill-rate",
+            str(RATE),
+            "--itl",
+            "0.002",
+        )
+        for policy in POLICIES:
+            with served(policy, 3, *shape) as there:
+                ttft, prompts = asyncio.run(play(talk, there.router))
+                told = asyncio.run(stats(there.engines))
+            hit = sum(one["cached_tokens"] for one in told) / sum(one["prompt_tokens"] for one in told)
+            found[f"{name} {policy}"] = one = Outcome(hit, ttft, best_possible(prompts))
+            mean, cuts = statistics.mean(one.ttft), statistics.quantiles(one.ttft, n=100)
+            kv = statistics.mean(found[f"{name} kv"].ttft)
+            milliseconds = [f"{1000 * value:.0f}" for value in (mean, cuts[49], cuts[89], cuts[98])]
+            table.add_row(
+                name, policy, f"{hit:.3f}", f"{hit / one.best:.2f}", *milliseconds, f"{mean / kv:.2f}"
+            )
+        rows = f"{len(talk.requests)} requests, {sum(map(len, prompts))} prompt tokens"
+        table.add_row(name, "best possible", f"{one.best:.3f}", "1", *[""] * 4, rows)
+    console.print(table)
+    return {name: {"hit": one.hit, "best": one.best, "ttft": one.ttft} for name, one in found.items()}
+
+
+# Cost
+
+
+async def _timed(client: aiohttp.ClientSession, url: str, body: bytes) -> float:
+    began = time.perf_counter()
+    headers = {"Content-Type": "application/json"}
+    async with client.post(f"{url}/v1/completions", data=body, headers=headers) as answer:
+        await answer.read()
+        assert answer.status == 200
+    return time.perf_counter() - began
+
+
+async def _pairs(there: Served, bodies: list[bytes], rounds: int) -> tuple[list[float], list[float]]:
+    """Times of requests to the engine itself and through the router, in turns."""
+    direct, routed = list[float](), list[float]()
+    async with aiohttp.ClientSession() as client:
+        for number in range(rounds):
+            for url, times in ((there.engines[0], direct), (there.router, routed)):
+                times.append(await _timed(client, url, bodies[number % len(bodies)]))
+    return direct[rounds // 10 :], routed[rounds // 10 :]
+
+
+def cost(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """One request at a time, one engine, answers of one token."""
+    found: dict[str, Any] = {}
+    table = Table("policy", "prompt", "engine ms", "through the router ms", "own cost ms, median", "p90")
+    prose = Prose("cost")
+    prompts = {
+        "50 words, ever new": [f"{number} {' '.join(f'w{n}' for n in range(50))}" for number in range(5000)],
+        "20,000 words, the same": [" ".join(prose.windows(1, 27_000))],
+        "20,000 token ids, the same": [list(range(20_000))],
+    }
+    for policy in POLICIES:
+        with served(policy, 1) as there:
+            for name, texts in prompts.items():
+                bodies = [
+                    json.dumps({"model": "stand-in", "prompt": text, "max_tokens": 1}).encode()
+                    for text in texts
+                ]
+                direct, routed = asyncio.run(_pairs(there, bodies, args.rounds))
+                own = [via - alone for via, alone in zip(routed, direct, strict=True)]
+                median = statistics.median(routed) - statistics.median(direct)
+                found[f"{policy} {name}"] = median
+                milliseconds = [1000 * statistics.median(times) for times in (direct, routed)]
+                late = 1000 * statistics.quantiles(own, n=10)[8]
+                table.add_row(
+                    policy,
+                    name,
+                    *(f"{one:.2f}" for one in milliseconds),
+                    f"{1000 * median:.2f}",
+                    f"{late:.2f}",
+                )
+    console.print(table)
+    return found
+
+
+# Streams
+
+
+async def _stream(client: aiohttp.ClientSession, url: str, tokens: int) -> tuple[float, int]:
+    """Time to first byte, and how many events came."""
+    body = {"model": "stand-in", "prompt": "a b c", "max_tokens": tokens, "stream": True}
+    began, first, events = time.monotonic(), 0.0, 0
+    async with client.post(f"{url}/v1/completions", json=body) as answer:
+        async for chunk in answer.content.iter_any():
+            first = first or time.monotonic() - began
+            events += chunk.count(b"data: ")
+    return first, events
+
+
+def _cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+async def _all(url: str, count: int, tokens: int) -> list[tuple[float, int]]:
+    timeout = aiohttp.ClientTimeout(total=300)
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(connector=connector, timeout=timeout) as client:
+        return await asyncio.gather(*(_stream(client, url, tokens) for _ in range(count)))
+
+
+def streams(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Many at once, the router on a core of its own; engines and client share the others."""
+    found: dict[str, Any] = {}
+    table = Table("streams", "whole", "events/s", "router's CPU", "µs per event", "last first byte s")
+    core = max(os.sched_getaffinity(0))
+    for count in args.streams:
+        with served("round-robin", 3, "--itl", "1.0", core=core) as there:
+            before, began = _cpu_seconds(there.pid), time.monotonic()
+            outcomes = asyncio.run(_all(there.router, count, args.tokens))
+            took, cpu = time.monotonic() - began, _cpu_seconds(there.pid) - before
+        events = sum(events for _, events in outcomes)
+        whole = sum(events == args.tokens + 1 for _, events in outcomes)
+        found[str(count)] = {"whole": whole, "cpu": cpu / took, "us_per_event": 1e6 * cpu / events}
+        last = max(first for first, _ in outcomes)
+        row = (str(count), str(whole), f"{events / took:.0f}", f"{cpu / took:.0%}")
+        table.add_row(*row, f"{1e6 * cpu / events:.0f}", f"{last:.2f}")
+    console.print(table)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("policies", "cost", "streams"))
+    parser.add_argument("--scale", type=float, default=1.0, help="of the workloads")
+    parser.add_argument("--rounds", type=int, default=200, help="requests per row of `cost`")
+    parser.add_argument("--streams", type=int, nargs="+", default=[500, 2000], help="at a time")
+    parser.add_argument("--tokens", type=int, default=10, help="of each stream, one per second")
+    parser.add_argument("--json", type=Path, help="write the figures there")
+    args = parser.parse_args()
+    figures = {"policies": policies, "cost": cost, "streams": streams}[args.what](args, Console())
+    if args.json:
+        args.json.write_text(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()
