@@ -6,9 +6,10 @@ Its `--routing-logic kvaware` imports LMCache's controller and two of its messag
 lead to an index of the engines' KV events instead. Which engines there are, the router's own discovery knows:
 what it lists is followed at its host's events port, and forgotten when it goes. Nothing listens.
 
-The router names an engine by its host alone, tokenises with one model's tokenizer, and does not say which
-model a prompt is for. So engines that share a host, or that do not all serve the same models, are not named:
-the router then falls back to its session key or to the load, as it does where nobody holds the prompt.
+An engine whose events cannot be reached is not named. The router names an engine by its host alone, has one
+model's tokenizer, and does not say which model a prompt is for. So engines that share a host, or that do not
+all serve the same models, are not named either: the router then falls back to its session key or to the load,
+as it does where nobody holds the prompt.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ from typing import NamedTuple, Protocol
 from urllib.parse import urlsplit
 
 import msgspec
+import zmq
+import zmq.asyncio
+from zmq.utils.monitor import recv_monitor_message
 
 from kvkeep.errors import ConfigError
 from kvroute.index import Held, Index
@@ -85,6 +89,33 @@ class QueryInstRetMsg(msgspec.Struct):
     event_id: str
 
 
+class _Link:
+    """Whether an engine is up: a connection to its events over which none come, with heartbeats."""
+
+    def __init__(self, context: zmq.asyncio.Context, address: str) -> None:
+        self.up = False
+        self._socket = context.socket(zmq.SUB)
+        self._socket.setsockopt(zmq.IPV6, 1)
+        self._socket.setsockopt(zmq.HEARTBEAT_IVL, 1000)
+        self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 3000)
+        self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
+        self._monitor = self._socket.get_monitor_socket(
+            zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+        )
+        self._watching = asyncio.create_task(self._watch())
+        self._socket.connect(address)
+
+    async def _watch(self) -> None:
+        while True:
+            event = await recv_monitor_message(self._monitor)
+            self.up = event["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED
+
+    def close(self) -> None:
+        self._watching.cancel()
+        self._socket.disable_monitor()
+        self._socket.close(0)
+
+
 class Controller:
     """Stands in for LMCacheControllerManager. `start_all` runs on a loop of its own, which owns the index;
     `handle_orchestration_message` is called on the router's."""
@@ -101,7 +132,7 @@ class Controller:
         del urls, health_check_interval, lmcache_worker_timeout
         self._endpoints, self._options = endpoints, options
         self._index = Index()
-        self._followed: set[str] = set()
+        self._links: dict[str, _Link] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._turn = 0
         self._said: set[str] = set()
@@ -109,13 +140,17 @@ class Controller:
     async def start_all(self) -> None:
         """Follow the engines that the router knows, until cancelled."""
         subscriber, self._loop = Subscriber(self._index), asyncio.get_running_loop()
+        context = zmq.asyncio.Context()
         try:
             while True:
-                self._follow(subscriber, {host for host, _ in self._named()})
+                self._follow(subscriber, context, {host for host, _ in self._named()})
                 await asyncio.sleep(_LOOK_EVERY)
         finally:
-            self._loop, self._followed = None, set()
+            self._loop = None
+            for host in list(self._links):
+                self._links.pop(host).close()
             await subscriber.close()
+            context.destroy(linger=0)
             log.info("KV-aware routing has ended")
 
     async def handle_orchestration_message(
@@ -137,7 +172,7 @@ class Controller:
 
     async def _layout(self, tokens: list[int]) -> dict[str, tuple[str, int]]:
         """Who holds enough of a prompt; of those that hold as much each is the first in turn."""
-        now = {host for host, names in self._named() if self._one_model(names)}
+        now = {host for host, names in self._named() if self._up(host) and self._one_model(names)}
         least = self._options.min_share * len(tokens)
         held = [
             (host, found)
@@ -164,24 +199,28 @@ class Controller:
             self._say("engines serve different models: KV-aware routing is off, run a router for each model")
         return every == {names}
 
-    def _follow(self, subscriber: Subscriber, hosts: set[str]) -> None:
-        for host in self._followed - hosts:
+    def _up(self, host: str) -> bool:
+        link = self._links.get(host)
+        return link is not None and link.up
+
+    def _follow(self, subscriber: Subscriber, context: zmq.asyncio.Context, hosts: set[str]) -> None:
+        for host in self._links.keys() - hosts:
             log.info("%s is gone", host)
+            self._links.pop(host).close()
             subscriber.leave(host)
-        for host in hosts - self._followed:
+        for host in hosts - self._links.keys():
             name = f"[{host}]" if ":" in host else host
-            replay = self._options.replay_port
-            source = Source(
-                f"tcp://{name}:{self._options.events_port}",
-                None if replay is None else f"tcp://{name}:{replay}",
-                self._options.topic,
-            )
+            events, replay = f"tcp://{name}:{self._options.events_port}", self._options.replay_port
             try:
-                subscriber.follow(host, source)
-                log.info("following the KV events of %s", host)
+                subscriber.follow(
+                    host,
+                    Source(events, None if replay is None else f"tcp://{name}:{replay}", self._options.topic),
+                )
             except ConfigError as error:
                 self._say(str(error))
-        self._followed = hosts
+                continue
+            self._links[host] = _Link(context, events)
+            log.info("following the KV events of %s", host)
 
     def _say(self, warning: str) -> None:
         """Warn, of each thing once."""

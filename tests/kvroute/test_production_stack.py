@@ -210,6 +210,21 @@ def test_engines_come_and_go(fleet, start, wait_until) -> None:
     assert router.layout(document) == {}
 
 
+def test_an_engine_that_is_down_is_not_named(fleet, start, wait_until) -> None:
+    router, document = start(), prompt(11)
+    for engine in fleet[:2]:
+        until_held(router, engine, document, wait_until)
+    address = fleet[0].pub.getsockopt_string(zmq.LAST_ENDPOINT)
+    fleet[0].pub.close(0)
+    wait_until(lambda: list(router.layout(document)) == ["127.0.0.2"])
+    assert {router.route(document) for _ in range(4)} == {fleet[1].url}
+    fleet[0].pub = zmq.Context.instance().socket(zmq.PUB)
+    fleet[0].pub.bind(address)
+    fleet[0].sequence = 0
+    until_held(router, fleet[0], document, wait_until)
+    fleet[0].pub.close(0)
+
+
 def test_what_was_told_before_we_came_is_replayed(start, wait_until) -> None:
     with publisher() as told:
         engine, document = Engine("127.0.0.1"), prompt(6)
@@ -218,6 +233,7 @@ def test_what_was_told_before_we_came_is_replayed(start, wait_until) -> None:
         router = start([engine], events_port=events, replay_port=replay)
 
         def arrived() -> bool:
+            told.publish(Stored([2], None, prompt(7, BLOCK), BLOCK))
             told.serve()
             return "127.0.0.1" in router.layout(document[:BLOCK])
 
