@@ -2,7 +2,7 @@
 # newer for vLLM) with venv, make, and a PyPI that pip can reach.
 #
 #   make demo            vLLM with and without kvkeep on a real small model   MODEL=smollm2 | gemma3
-#   make test            checks and tests                                     PYTEST_ARGS="-k wire -x"
+#   make test            checks and tests                                     PYTEST_ARGS="-k wire -x" JOBS=2
 #   make check           ruff, mypy, budgets and import boundaries
 #   make bench           kvkeep bench                                         BENCH_ARGS="policy"
 #   make gpu-check       what the copies reach on this machine's GPU          GPU_PYTHON=python3
@@ -12,6 +12,8 @@ PYTHON ?= python3
 MODEL ?= smollm2
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+# Tests that run side by side: engines start on one core, and much of the rest waits.
+JOBS ?= 2
 BENCH_ARGS ?=
 PIP_ARGS ?=
 GPU_PYTHON ?= python3
@@ -59,7 +61,7 @@ test: models
 	@status=0; \
 	$(MAKE) --no-print-directory check || { status=1; echo "test: 'make check' FAILED, see above" >&2; }; \
 	echo "test: pytest"; \
-	$(BIN)/python -m pytest tests $(PYTEST_ARGS) || status=1; \
+	$(BIN)/python -m pytest tests -n $(JOBS) --dist loadfile $(PYTEST_ARGS) || status=1; \
 	exit $$status
 
 # All four run, whatever the first ones say.

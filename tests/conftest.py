@@ -11,11 +11,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from kvkeep.errors import KeeperUnavailable
 from kvkeep.wire.client import Connection
 
+settings.register_profile("shared cores", deadline=None)
+settings.load_profile("shared cores")
+
 _START = "from kvkeep.cli import main; raise SystemExit(main())"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with engines first: where tests run side by side, the longest file must not begin last."""
+    engines = {item.path for item in items if item.get_closest_marker("vllm")}
+    items.sort(key=lambda item: item.path not in engines)
 
 
 def _wait_until(predicate: Callable[[], object], seconds: float = 20.0) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from kvkeep.background import GiveWay
 from kvkeep.errors import LayoutError
 from kvkeep.layout import GroupLayout, LayerTensor, group_layout
 
@@ -29,7 +30,7 @@ __all__ = [
 ]
 
 Offsets = npt.NDArray[np.int64]
-_PREPARE_STEP = 16 << 20
+_PREPARE_STEP = 2 << 20
 _MADV_POPULATE_WRITE = 23
 _LOOK_EVERY, _PATIENCE = 0.1, 10.0  # seconds
 
@@ -126,7 +127,7 @@ def prepare_mapping(arena: mmap.mmap, fd: int) -> threading.Thread:
 
 
 def _populate(address: int, arena: mmap.mmap, fd: int) -> None:
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+    give_way = GiveWay()
     try:
         if not await_allocation(fd, len(arena)):
             return
@@ -135,6 +136,7 @@ def _populate(address: int, arena: mmap.mmap, fd: int) -> None:
     for offset in range(0, len(arena), _PREPARE_STEP):
         if not populate(address + offset, min(_PREPARE_STEP, len(arena) - offset)):
             return
+        give_way()
 
 
 def populate(address: int, nbytes: int) -> bool:

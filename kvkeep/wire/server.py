@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kvkeep import __version__
+from kvkeep.background import GiveWay
 from kvkeep.config import KeeperConfig
 from kvkeep.keeper.keeper import Keeper
 from kvkeep.keeper.leases import ClaimKind
@@ -35,7 +36,7 @@ __all__ = ["KeeperServer"]
 log = logging.getLogger("kvkeep.keeper")
 
 _NEWEST_SHOWN = 16  # of the namespaces that hold nothing: a reset makes a new one each time
-_PREFAULT_STEP = 64 << 20
+_PREFAULT_STEP = 4 << 20
 _MADV_POPULATE_WRITE = 23
 
 
@@ -182,7 +183,7 @@ class KeeperServer:
 
     def _prefault(self) -> None:
         """Allocate the arena's pages ahead of use: touching fresh memory is ten times slower."""
-        total = self.keeper.arena.nbytes
+        total, give_way = self.keeper.arena.nbytes, GiveWay()
         while self.config.prefault and self.prefaulted < total and not self._stopping.is_set():
             step = min(_PREFAULT_STEP, total - self.prefaulted)
             try:
@@ -199,6 +200,7 @@ class KeeperServer:
                 with contextlib.suppress(OSError):  # an older kernel: movers touch the pages themselves
                     self._memory.madvise(_MADV_POPULATE_WRITE, self.prefaulted, step)
             self.prefaulted += step
+            give_way()
 
 
 def _asdict(counters: object) -> dict[str, int]:

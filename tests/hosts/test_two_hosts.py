@@ -15,6 +15,7 @@ import pytest
 
 from kvbench.engine import VllmServer, connector_args
 from kvkeep.wire.client import Connection
+from tests.cores import engine_cores
 from tests.engines.vllm.conftest import tiny_model  # noqa: F401 (a fixture)
 from tests.hosts.network import Host, common_address, hosts
 from tests.tiers import weed
@@ -23,7 +24,7 @@ from tests.tiers.place import Proxy
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(600)]
 
 ARGS = ["--dtype", "float32", "--max-model-len", "4096", "--block-size", "32"]
-ENVIRON = {"VLLM_CPU_KVCACHE_SPACE": "1"}
+ENVIRON = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": engine_cores()}
 HIT = 576
 TIERS = ["fs", "redis", "s3", "mooncake"]
 

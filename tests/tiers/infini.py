@@ -24,8 +24,18 @@ def environment() -> Path:
     """Its interpreter, made beside ours once; skips the test where it cannot be made."""
     home = Path(sys.prefix) / "infinistore-server"
     python, done = home / "bin" / "python", home / "done"
-    if done.exists():
-        return python
+    if not done.exists():
+        _install(home, python)
+        done.touch()
+    tried = subprocess.run(
+        [str(python), "-c", "import infinistore"], capture_output=True, text=True, timeout=60, check=False
+    )
+    if "cannot open shared object" in tried.stderr:
+        pytest.skip(f"{tried.stderr.strip().splitlines()[-1]}: apt-get install libibverbs1 librdmacm1")
+    return python
+
+
+def _install(home: Path, python: Path) -> None:
     shutil.rmtree(home, ignore_errors=True)
     try:
         venv.create(home, with_pip=True)
@@ -35,8 +45,6 @@ def environment() -> Path:
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or error
         pytest.skip(f"InfiniStore's server cannot be installed: {str(said).strip().splitlines()[-1]}")
-    done.touch()
-    return python
 
 
 def fake_device(directory: Path) -> Path:

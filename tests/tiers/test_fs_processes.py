@@ -143,8 +143,9 @@ link, links = os.link, []
 
 def hang(*names):
     links.append(names)
-    if len(links) > 2:
+    if len(links) == 3:
         print("hangs", flush=True)
+    if len(links) > 2:  # two threads may come here
         time.sleep(60)
     link(*names)
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from tests.cores import engine_cores
+
 ROOT = Path(__file__).parents[3]
 SCENARIO = Path(__file__).with_name("scenario.py")
 
@@ -90,6 +92,7 @@ def live(tmp_path: Path) -> Callable[..., dict[str, Any]]:
             command += ["--connector", json.dumps(connector)]
         paths = [str(ROOT), str(SCENARIO.parent)]  # of the latter a connector of ours may come
         environ = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+        environ["VLLM_CPU_OMP_THREADS_BIND"] = engine_cores()
         done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, env=environ)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         phases: dict[str, Any] = json.loads(out.read_text())

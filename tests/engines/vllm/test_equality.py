@@ -48,26 +48,15 @@ def test_mixed_prompts_are_answered_alike(model: str, live: Callable[..., dict[s
     assert off["full hit"]["cached"] == [0] * len(whole)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        pytest.param({"connector": {}, "enable_prefix_caching": True}, id="prefix caching"),
-        pytest.param(
-            {"connector": {"chunk_tokens": 64}, "enable_prefix_caching": False}, id="two-block chunks"
-        ),
-    ],
-)
-def test_preemption_and_chunked_prefill(changes: dict[str, Any], live: Callable[..., dict[str, Any]]) -> None:
-    changes = dict(changes)
-    connector = {"memory": "1GiB", **changes.pop("connector")}
-    # 36 blocks for six requests that grow to ten each; prefill in pieces of 64 tokens.
-    tight = {
-        "num_gpu_blocks_override": 36,
-        "max_num_batched_tokens": 64,
-        "max_num_seqs": 8,
-        "max_model_len": 512,
-    }
-    off = live(prepared("smollm2"), "crowded", None, **tight, **changes)
-    on = live(prepared("smollm2"), "crowded", connector, **tight, **changes)
-    assert assert_equal(on, off) == 12
-    assert sum(on["preempted again"]["cached"]) > 500
+# 36 blocks for six requests that grow to eight each; prefill in pieces of 64 tokens.
+TIGHT = {"num_gpu_blocks_override": 36, "max_num_batched_tokens": 64, "max_num_seqs": 8, "max_model_len": 512}
+
+
+def test_preemption_and_chunked_prefill(live: Callable[..., dict[str, Any]]) -> None:
+    off = live(prepared("smollm2"), "crowded", None, **TIGHT)
+    for chunk_tokens, own_cache in ((32, True), (64, False)):
+        connector = {"memory": "1GiB", "chunk_tokens": chunk_tokens}
+        on = live(prepared("smollm2"), "crowded", connector, enable_prefix_caching=own_cache, **TIGHT)
+        assert assert_equal(on, off) == 12
+        assert on["metrics"]["vllm:num_preemptions"] > 0
+        assert sum(on["preempted again"]["cached"]) > 500

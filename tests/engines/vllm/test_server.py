@@ -16,11 +16,12 @@ import pytest
 from kvbench.engine import VllmServer, connector_args
 from kvkeep.cli.main import main
 from kvkeep.wire.client import Connection
+from tests.cores import engine_cores
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(600)]
 
 ARGS = ["--dtype", "float32", "--max-model-len", "4096", "--block-size", "32"]
-SMALL = {"VLLM_CPU_KVCACHE_SPACE": "1"}
+SMALL = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": engine_cores()}
 HIT = 576
 """Tokens of a prompt of 700 that whole chunks hold: six blocks of 32 make 0.75 MiB of this model."""
 
@@ -190,22 +191,14 @@ def test_a_private_keeper_lives_and_ends_with_its_engine(
     wait_until(lambda: not any((tmp_path / "kvkeep").iterdir()), 30)
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"memroy": "1GiB"}, "did you mean 'memory'"),
-        ({"chunk_tokens": 48}, "no multiple of the engine's block size 32"),
-        ({"policy": "fifo"}, "unknown policy 'fifo': choose one of lru, arc, s3fifo"),
-    ],
-)
-def test_a_wrong_option_stops_the_start(
-    tiny_model: Path, tmp_path: Path, options: dict[str, Any], said: str
-) -> None:
+def test_a_wrong_option_stops_the_start(tiny_model: Path, tmp_path: Path) -> None:
     from kvbench.engine import EngineFailed
 
     with (
         pytest.raises(EngineFailed),
-        VllmServer(tiny_model, [*ARGS, *connector_args(**options)], log=tmp_path / "log", environ=SMALL),
+        VllmServer(
+            tiny_model, [*ARGS, *connector_args(chunk_tokens=48)], log=tmp_path / "log", environ=SMALL
+        ),
     ):
         pass
-    assert said in (tmp_path / "log").read_text()
+    assert "no multiple of the engine's block size 32" in (tmp_path / "log").read_text()
