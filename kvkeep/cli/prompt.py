@@ -81,8 +81,9 @@ def chain(of: dict[str, Any], prompt: list[int], salt: str | None) -> bytes:
     hasher, count = ChainHasher(bytes.fromhex(of["fingerprint"]), size), len(prompt) // size
     if not count:
         raise RequestRefused(f"a prompt of {len(prompt)} tokens has no whole chunk of {size}")
-    # vLLM puts the salt into the first block's extra keys, and so into the first chunk's.
-    salted = None if salt is None else [encode_extra((salt,)), *[None] * (count - 1)]
+    # What vLLM 0.32 makes of a salt: an extra key of the first block, and so of the first chunk.
+    extra = None if salt is None else encode_extra((("cache_salt", salt),))
+    salted = None if extra is None else [extra, *[None] * (count - 1)]
     try:
         hasher.extend(prompt, salted)
     except struct.error as error:

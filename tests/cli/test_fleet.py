@@ -32,7 +32,8 @@ class Kept:
 
     def save(self, prompt: list[int], salt: str | None = None) -> None:
         hasher, count = ChainHasher(self.fingerprint, CHUNK_TOKENS), len(prompt) // CHUNK_TOKENS
-        hasher.extend(prompt, None if salt is None else [encode_extra((salt,)), *[None] * (count - 1)])
+        extra = None if salt is None else encode_extra((("cache_salt", salt),))
+        hasher.extend(prompt, None if extra is None else [extra, *[None] * (count - 1)])
         link, keys = self.engine.connection, hasher.keys(0, count)
         (done,) = link.reserve(self.engine.space, [Reservation(keys, [b"\1" * count], 0, 0)])
         link.commit(done.reservation, 0)
