@@ -143,7 +143,7 @@ class Controller:
         context = zmq.asyncio.Context()
         try:
             while True:
-                self._follow(subscriber, context, {host for host, _ in self._named()})
+                self._follow(subscriber, context, self._hosts(self._awake()))
                 await asyncio.sleep(_LOOK_EVERY)
         finally:
             self._loop = None
@@ -172,7 +172,11 @@ class Controller:
 
     async def _layout(self, tokens: list[int]) -> dict[str, tuple[str, int]]:
         """Who holds enough of a prompt; of those that hold as much each is the first in turn."""
-        now = {host for host, names in self._named() if self._up(host) and self._one_model(names)}
+        engines = self._awake()
+        if any(set(one.model_names) != set(engines[0].model_names) for one in engines[1:]):
+            self._say("engines serve different models: KV-aware routing is off, run a router for each model")
+            return {}
+        now = {host for host in self._hosts(engines) if self._up(host)}
         least = self._options.min_share * len(tokens)
         held = [
             (host, found)
@@ -184,20 +188,16 @@ class Controller:
         held = sorted(held[first:] + held[:first], key=lambda item: _worth(item[1]), reverse=True)
         return {host: (_slowest(found), found.tokens) for host, found in held}
 
-    def _named(self) -> list[tuple[str, frozenset[str]]]:
-        """Hosts of the engines that may be named, with the models they serve."""
-        awake = [one for one in self._endpoints() if not one.sleep]
-        hosts = [(urlsplit(one.url).hostname or "", frozenset(one.model_names)) for one in awake]
-        count = Counter(host for host, _ in hosts)
-        for host in (host for host, number in count.items() if number > 1):
-            self._say(f"{count[host]} engines at {host}: the router tells engines apart by their host only")
-        return [(host, names) for host, names in hosts if host and count[host] == 1]
+    def _awake(self) -> list[Endpoint]:
+        return [one for one in self._endpoints() if not one.sleep]
 
-    def _one_model(self, names: frozenset[str]) -> bool:
-        every = {frozenset(one.model_names) for one in self._endpoints() if not one.sleep}
-        if every != {names}:
-            self._say("engines serve different models: KV-aware routing is off, run a router for each model")
-        return every == {names}
+    def _hosts(self, engines: Iterable[Endpoint]) -> set[str]:
+        """Hosts by which the router can tell engines apart."""
+        count = Counter(_host(one.url) for one in engines)
+        for host, number in count.items():
+            if number > 1:
+                self._say(f"{number} engines at {host}: the router tells engines apart by their host only")
+        return {host for host, number in count.items() if host and number == 1}
 
     def _up(self, host: str) -> bool:
         link = self._links.get(host)
@@ -293,6 +293,11 @@ def _module(name: str, package: ModuleType | None) -> ModuleType:
     if package is not None:
         setattr(package, name.rpartition(".")[2], module)
     return module
+
+
+@functools.lru_cache(maxsize=4096)
+def _host(url: str) -> str:
+    return urlsplit(url).hostname or ""
 
 
 def _worth(held: Held) -> float:
