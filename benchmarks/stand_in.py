@@ -117,7 +117,7 @@ class StandIn:
         app.router.add_post("/v1/chat/completions", self._answer)
         self._runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.1)
         await self._runner.setup()
-        await web.TCPSite(self._runner, "127.0.0.1", port, backlog=4096).start()
+        await web.TCPSite(self._runner, "127.0.0.1", port, backlog=8192).start()
         self._serving = asyncio.create_task(self._serve_replays())
         return int(self._runner.addresses[0][1])
 

@@ -33,6 +33,9 @@ MEDIA = {
 
 Tokens = Sequence[int] | npt.NDArray[np.integer[Any]]
 
+_Block = tuple[int, BlockHash | None]
+"""Our key of a block, and the engine's name of the one before it."""
+
 _LEVELS = 3
 _PIECE = 128  # blocks hashed at a time: a prompt that nobody holds costs one piece
 _MOST_SIZES = 16  # block sizes per engine; vLLM also tells of blocks that are not full
@@ -64,16 +67,15 @@ class _Engine:
     def __init__(self, slot: int) -> None:
         self.slot = slot
         self.bit = 1 << slot
-        self.held: dict[BlockHash, int] = {}
-        self.ghosts: dict[BlockHash, int] = {}
+        self.held: dict[BlockHash, _Block] = {}
+        self.ghosts: dict[BlockHash, _Block] = {}
         self.most_ghosts = _LEAST_GHOSTS
         self.sizes: set[int] = set()
         self.group: tuple[bool, int] | None = None  # the KV-cache group that stands for all
 
-    def key(self, name: BlockHash) -> int | None:
-        """Our key of a block that it holds or held."""
-        key = self.held.get(name)
-        return self.ghosts.get(name) if key is None else key
+    def block(self, name: BlockHash | None) -> _Block | None:
+        """A block that it holds or held."""
+        return None if name is None else self.held.get(name) or self.ghosts.get(name)
 
 
 class Index:
@@ -191,19 +193,35 @@ class Index:
         if not self._stands(engine, (event.kv_cache_spec_kind not in _WHOLE, event.group_idx or 0)):
             return
         holders = self._holders[_level(event.medium)]
-        names = event.block_hashes
-        keys = self._keys(engine, event) if event.token_ids else [engine.key(name) for name in names]
+        before = event.parent_block_hash
+        if event.token_ids:
+            keys = self._keys(engine, event)
+        else:
+            keys = [block and block[0] for block in map(engine.block, event.block_hashes)]
         self.orphans += keys.count(None)
-        for name, key in zip(names, keys, strict=False):
-            if key is None:
-                continue
-            if name not in engine.held:
-                self._blocks += 1
-                engine.ghosts.pop(name, None)
-                engine.held[name] = key
-            self._hold(holders, key, engine.bit)
+        for name, key in zip(event.block_hashes, keys, strict=False):
+            if key is not None:
+                if name not in engine.held:
+                    self._blocks += 1
+                    engine.ghosts.pop(name, None)
+                    engine.held[name] = key, before
+                self._hold(holders, key, engine.bit)
+            before = name
+        if holders is self._holders[0] and event.kv_cache_spec_kind in _WHOLE:
+            self._revive(engine, event.parent_block_hash)
         if self._blocks > self._most_blocks:
             self._shrink()
+
+    def _revive(self, engine: _Engine, name: BlockHash | None) -> None:
+        """A GPU that computes a block has all before it: where we had lost sight of them, they are held."""
+        holders = self._holders[0]
+        while (block := engine.block(name)) is not None and not holders.get(block[0], 0) & engine.bit:
+            assert name is not None
+            if engine.ghosts.pop(name, None):
+                self._blocks += 1
+                engine.held[name] = block
+            self._hold(holders, block[0], engine.bit)
+            name = block[1]
 
     def _keys(self, engine: _Engine, event: Stored) -> Sequence[int | None]:
         """The event's blocks by our names; none where they contradict themselves."""
@@ -216,7 +234,8 @@ class Index:
         lora, extras = event.lora_name, event.extra_keys or []
         if lora is None and event.lora_id is not None:
             lora = str(event.lora_id)
-        before = self._root(lora) if parent is None else engine.key(parent)
+        block = engine.block(parent)
+        before = block[0] if block else self._root(lora) if parent is None else None
         if before is None:
             return [None] * len(names)
         fits = size >= 1 and len(tokens) == size * len(names) and len(extras) in (0, len(names))
@@ -238,14 +257,14 @@ class Index:
             return
         holders, bit = self._holders[_level(event.medium)], engine.bit
         for name in event.block_hashes:
-            key = engine.held.get(name)
-            if key is None:
+            block = engine.held.get(name)
+            if block is None:
                 continue
-            _drop(holders, key, bit)
-            if not any(level.get(key, 0) & bit for level in self._holders):
+            _drop(holders, block[0], bit)
+            if not any(level.get(block[0], 0) & bit for level in self._holders):
                 del engine.held[name]
                 self._blocks -= 1
-                engine.ghosts[name] = key
+                engine.ghosts[name] = block
                 if len(engine.ghosts) > engine.most_ghosts:
                     del engine.ghosts[next(iter(engine.ghosts))]
 
@@ -260,7 +279,7 @@ class Index:
 
     def _empty(self, engine: _Engine) -> None:
         for holders in self._holders:
-            for key in engine.held.values():
+            for key, _ in engine.held.values():
                 _drop(holders, key, engine.bit)
         self._blocks -= len(engine.held)
         engine.most_ghosts = max(engine.most_ghosts, len(engine.held))
@@ -274,7 +293,7 @@ class Index:
         engine = max(self._engines.values(), key=lambda one: len(one.held))
         oldest = list(engine.held)[: max(1, self._most_blocks // 64)]
         for name in oldest:
-            key = engine.held.pop(name)
+            key, _ = engine.held.pop(name)
             for holders in self._holders:
                 _drop(holders, key, engine.bit)
         self._blocks -= len(oldest)

@@ -18,7 +18,10 @@ __all__ = ["TIER_WEIGHTS", "Ask", "Choice", "Expected", "Kv", "Policy", "PrefixH
 
 TIER_WEIGHTS = (1.0, 0.8, 0.5)
 """What a token on the GPU, in host memory, and in storage saves of computing it."""
-STREAM_TOKENS = 64
+MISSING_WEIGHT = 1.5
+"""A token to compute also delays what comes after, and pushes out what others want: with 1.0 documents were
+computed on several engines (benchmarks/router.py: 0.82 of the best hit ratio, with 1.5 all of it)."""
+STREAM_TOKENS = 16
 """A request that is being answered delays a prompt by about as much as computing so many tokens."""
 
 _PREFIX_CHARACTERS = 2048
@@ -90,8 +93,8 @@ class PrefixHash:
 class Kv:
     """Where the first token comes soonest: the fewest tokens to compute, of this prompt and of those before.
 
-    An engine's cost is what it does not hold of the prompt (a slower tier counts as held in part), what it
-    still has to compute for others, and STREAM_TOKENS for each request that it is answering.
+    An engine's cost is MISSING_WEIGHT times what it does not hold of the prompt (a slower tier counts as held
+    in part), what it still has to compute for others, and STREAM_TOKENS for each request it is answering.
     """
 
     wants_tokens = True
@@ -110,7 +113,8 @@ class Kv:
         for one in backends:
             have, soon = held.get(one.name, _NOTHING), coming.get(one.name, _NOTHING)
             saved = max(_saved(have), soon.tokens)
-            work = len(ask.tokens) - saved + one.waiting_tokens + STREAM_TOKENS * one.streams
+            work = MISSING_WEIGHT * (len(ask.tokens) - saved)
+            work += one.waiting_tokens + STREAM_TOKENS * one.streams
             tokens = max(have.tokens, soon.tokens)
             choice = Choice(one, tokens, round(len(ask.tokens) - saved))
             ranked.append((work, one.in_flight, one.picked, choice))
@@ -124,7 +128,7 @@ class Expected:
     `clock`: seconds; a promise is forgotten `lasts` seconds after it was made.
     """
 
-    def __init__(self, clock: Callable[[], float], lasts: float = 20.0) -> None:
+    def __init__(self, clock: Callable[[], float], lasts: float) -> None:
         self._clock, self._lasts = clock, lasts
         self._index = Index(most_blocks=500_000)
         self._promises: deque[tuple[float, str, list[BlockHash]]] = deque()

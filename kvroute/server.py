@@ -33,9 +33,12 @@ __all__ = ["Router"]
 log = logging.getLogger("kvroute.server")
 
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-_BODY_WAIT = 60.0
+_BODY_WAIT = 30.0
 _IDLE = 4.0  # uvicorn, and so vLLM, closes an idle connection after 5 s
 _FIRST_CHECK = 10.0
+_BACKLOG = 8192  # a full one costs a client seconds
+_PROMISES = 20.0  # seconds until events must have told what an engine computed
+_GUESSES = 600.0  # where there are no events: what we sent it, it may still hold
 _HEADER_BYTES = 16384
 _OPEN = ("/health",)
 _TOPIC = re.compile(r"kv@([^@]+)@.*")
@@ -53,7 +56,8 @@ class Router:
         self._gate = Gate(options.max_requests, options.queue, options.queue_wait)
         self.figures = Figures()
         self.index = Index()
-        self._expected = Expected(time.monotonic)
+        told = options.events_listen or any(place.events for place in options.backends)
+        self._expected = Expected(time.monotonic, _PROMISES if told else _GUESSES)
         self._policy = self._chosen_policy()
         self._draining = False
         self._tasks: list[asyncio.Task[None]] = []
@@ -89,7 +93,7 @@ class Router:
         try:
             await self._find_engines()
             await self._runner.setup()
-            self._site = web.TCPSite(self._runner, *options.address, backlog=1024)
+            self._site = web.TCPSite(self._runner, *options.address, backlog=_BACKLOG)
             await self._site.start()
         except (OSError, ConfigError) as error:
             await self.close()
@@ -218,23 +222,21 @@ class Router:
             raise BadRequest("this router is about to end", 503, "overloaded")
         if request.content_type != "application/json":
             raise BadRequest("send the header Content-Type: application/json", 415)
-        try:
-            data = await asyncio.wait_for(request.read(), _BODY_WAIT)
-        except asyncio.TimeoutError as error:
-            raise BadRequest(f"the body did not come within {_BODY_WAIT:g} s", 408) from error
-        arrived = time.perf_counter()
-        body = read_body(data, chat=request.path.endswith("/chat/completions"))
-        if self.pool.serves(body.model) is False:
-            raise BadRequest(f"no engine serves the model {body.model!r}", 404, "not_found_error")
-        read = time.perf_counter() - arrived
-        async with self._gate:
+        async with self._gate:  # before the body: what waits takes no memory
+            try:
+                data = await asyncio.wait_for(request.read(), _BODY_WAIT)
+            except asyncio.TimeoutError as error:
+                raise BadRequest(f"the body did not come within {_BODY_WAIT:g} s", 408) from error
+            arrived = time.perf_counter()
+            body = read_body(data, chat=request.path.endswith("/chat/completions"))
+            if self.pool.serves(body.model) is False:
+                raise BadRequest(f"no engine serves the model {body.model!r}", 404, "not_found_error")
             self.figures.requests += 1
-            return await self._route(request, data, body, arrived, read)
+            return await self._route(request, data, body, arrived)
 
     async def _route(
-        self, request: web.Request, data: bytes, body: Body, arrived: float, read: float
+        self, request: web.Request, data: bytes, body: Body, arrived: float
     ) -> web.StreamResponse:
-        began = time.perf_counter()
         split = self._options.backends[0].role != "any"
         first = self._usable(body.model, "prefill" if split else "any")
         tokens, waited = await self._tokens_of(body, first)
@@ -244,7 +246,7 @@ class Router:
         headers = upstream_headers(request, self._backend_key, ours=bool(self._keys))
         headers.setdefault("X-Request-Id", uuid.uuid4().hex)  # prefill and decode know it by one name
         choices = self._policy.rank(ask, first)
-        self.figures.own.add(read + time.perf_counter() - began - waited)
+        self.figures.own.add(time.perf_counter() - arrived - waited)
         if split:
             self._expected.promise(ask, choices[0].backend.name)
             prefilled = await self._forwarder.prefill(request, data, headers, choices)

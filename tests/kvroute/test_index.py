@@ -35,7 +35,8 @@ class Fleet:
             start -= 1
         if start >= stop:
             return []
-        self.held.setdefault((engine, medium), set()).update(blocks[start:stop])
+        # What a GPU computes follows what it has: it need not tell of that again.
+        self.held.setdefault((engine, medium), set()).update(blocks[0 if medium == "GPU" else start : stop])
         parent = self.name(engine, blocks[start - 1]) if start else None
         names = [self.name(engine, block) for block in blocks[start:stop]]
         return [Stored(names, parent, tokens[BLOCK * start : BLOCK * stop], BLOCK, medium=medium)]
@@ -187,9 +188,13 @@ def test_after_lost_events_what_is_stored_finds_its_place() -> None:
     index.clear("a")
     index.apply("a", [stored(tokens[2 * BLOCK :], 2, parent_block_hash=1)])
     assert index.orphans == 0
-    assert index.lookup(tokens) == {}  # whether its beginning is still held nobody knows
-    index.apply("a", [stored(tokens[: 2 * BLOCK])])
-    assert index.lookup(tokens) == {"a": Held(3 * BLOCK, 0, 0)}
+    assert index.lookup(tokens) == {"a": Held(3 * BLOCK, 0, 0)}  # so its beginning was held all the time
+    index.clear("a")
+    index.apply("a", [stored(tokens[2 * BLOCK :], 2, parent_block_hash=1, medium="CPU")])
+    assert index.lookup(tokens) == {}  # of a CPU that cannot be said
+    window = stored(tokens[2 * BLOCK :], 2, parent_block_hash=1, kv_cache_spec_kind="sliding_window")
+    index.apply("b", [stored(tokens, kv_cache_spec_kind="sliding_window"), Removed([0, 1]), window])
+    assert index.lookup(tokens) == {}  # nor of a sliding window
 
 
 def test_of_a_hybrid_model_the_group_that_keeps_all_is_followed() -> None:

@@ -85,9 +85,9 @@ def test_kv_prefers_who_holds_the_prefix_until_it_has_more_to_do() -> None:
     kv = Kvs(held=1280)
     choice = kv.policy.rank(Ask(b"", tokens=kv.prompt), kv.engines)[0]
     assert (choice.backend, choice.held, choice.missing) == (kv.engines[0], 1280, 320)
-    kv.engines[0].waiting_tokens = 1200
+    kv.engines[0].waiting_tokens = 1900
     assert kv.first() == "0"
-    kv.engines[0].waiting_tokens = 1300
+    kv.engines[0].waiting_tokens = 1930
     assert kv.first() == "1"
     kv.engines[1].streams = kv.engines[2].streams = 2
     assert kv.first() == "0"
@@ -96,7 +96,7 @@ def test_kv_prefers_who_holds_the_prefix_until_it_has_more_to_do() -> None:
 @pytest.mark.parametrize(("medium", "worth"), [("GPU", 1000), ("CPU", 800), ("STORAGE", 500)])
 def test_kv_weighs_tiers(medium: str, worth: int) -> None:
     kv = Kvs(held=1600, medium=medium)
-    kv.engines[0].waiting_tokens = 1600 * worth // 1000 - 1
+    kv.engines[0].waiting_tokens = 2400 * worth // 1000 - 1
     assert kv.first() == "0"
     kv.engines[0].waiting_tokens += 2
     assert kv.first() == "1"
