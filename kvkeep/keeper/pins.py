@@ -10,8 +10,9 @@ from kvkeep.keeper.chunks import ChunkState
 from kvkeep.keeper.index import Records
 from kvkeep.keeper.keeper import Keeper
 from kvkeep.keeper.namespaces import Namespace
+from kvkeep.keeper.usable import usable_chunks
 
-__all__ = ["MOST_PINNED", "chain_records", "pin", "pinned_bytes", "space_records", "unpin"]
+__all__ = ["MOST_PINNED", "chain_records", "held_chunks", "pin", "pinned_bytes", "space_records", "unpin"]
 
 MOST_PINNED = 0.5
 """Share of the arena that pins may take: the rest must go on serving all others."""
@@ -28,6 +29,17 @@ def chain_records(keeper: Keeper, space: Namespace, keys: bytes) -> Records:
         records = records[records >= 0]
         found.append(records[keeper.chunks.state[records] == ChunkState.COMMITTED])
     return np.concatenate(found)
+
+
+def held_chunks(keeper: Keeper, space: Namespace, keys: bytes) -> int:
+    """How many leading chunks of a chain memory could serve; unlike a lookup it neither leases nor counts."""
+    held = []
+    for group in range(len(space.groups)):
+        records = keeper.chunks.table.find(group_keys(keys, space.fingerprint, group))
+        row = records >= 0
+        row[row] = keeper.chunks.state[records[row]] == ChunkState.COMMITTED
+        held.append(row)
+    return usable_chunks(held, [group.window_chunks for group in space.groups])
 
 
 def space_records(keeper: Keeper, space: Namespace | None) -> Records:

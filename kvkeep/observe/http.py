@@ -28,9 +28,10 @@ from aiohttp import web
 
 from kvkeep.config import KeeperConfig
 from kvkeep.errors import ConfigError, RequestRefused, TierUnavailable
+from kvkeep.identity import KEY_BYTES
 from kvkeep.keeper.index import Records
 from kvkeep.keeper.namespaces import Namespace
-from kvkeep.keeper.pins import chain_records, pin, space_records, unpin
+from kvkeep.keeper.pins import chain_records, held_chunks, pin, space_records, unpin
 from kvkeep.observe.metrics import CONTENT_TYPE, Exporter, Served, arena_bytes
 from kvkeep.observe.traces import Traces
 from kvkeep.observe.watch import SAMPLE_EVERY, Watch, tier_names
@@ -43,7 +44,7 @@ log = logging.getLogger("kvkeep.http")
 
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 _MOST_CONNECTIONS = 64
-_MOST_BODY, _BODY_WAIT = 4096, 5.0
+_MOST_BODY, _BODY_WAIT = 1 << 20, 5.0  # keys of 32,000 chunks
 _TOKEN_CHARACTERS = 16
 _USAGE_EVERY = 10.0
 _PAGE = {
@@ -61,10 +62,11 @@ _HEADERS = {
 
 
 class Action(msgspec.Struct, forbid_unknown_fields=True):
-    """Body of an action: what it is about. With nothing, all."""
+    """Body of an action: what it is about. With nothing, all. `keys`: those of a prompt's chunks, in hex."""
 
     namespace: int | None = None
     prefix: str | None = None
+    keys: str | None = None
 
 
 class Web:
@@ -169,7 +171,7 @@ class Web:
         app.router.add_get("/readyz", self._readyz)
         app.router.add_get("/metrics", self._metrics)
         app.router.add_get("/api/state", self._state)
-        for name in ("clear", "pin", "unpin", "drain"):
+        for name in ("clear", "pin", "unpin", "lookup", "drain"):
             app.router.add_post(f"/api/{name}", self._act)
         return app
 
@@ -254,7 +256,7 @@ class Web:
             return _json({"error": f"not an action: {error}"}, 400)
         except RequestRefused as error:
             return _json({"error": str(error)}, 409)
-        log.info("%s %s, by HTTP: %s", request.path, body.decode(errors="replace"), done)
+        log.info("%s %s, by HTTP: %s", request.path, body[:200].decode(errors="replace"), done)
         return _json(done)
 
     def _do(self, name: str, action: Action) -> dict[str, object]:
@@ -263,21 +265,36 @@ class Web:
             self._served.stop()
             return {"draining": True}
         if name == "clear":
-            if action.prefix is not None:
+            if action.prefix is not None or action.keys is not None:
                 raise RequestRefused("only a namespace or everything can be cleared")
             return {"forgotten_chunks": keeper.clear(self._space(action))}
+        if name == "lookup":
+            space, keys = self._chain(action)
+            found = held_chunks(keeper, space, keys)
+            return {"asked_chunks": len(keys) // KEY_BYTES, "held_chunks": found}
         records = self._records(action)
         if name == "pin":
             return {"pinned_chunks": pin(keeper, records)}
         return {"unpinned_chunks": unpin(keeper, records)}
 
     def _records(self, action: Action) -> Records:
+        if action.keys is not None:
+            return chain_records(self._served.keeper, *self._chain(action))
         if action.prefix is None:
             return space_records(self._served.keeper, self._space(action))
         prefix = self._watch.prefix(action.prefix)
         if prefix is None:
             raise RequestRefused(f"no prefix {action.prefix} is remembered: it was not used lately")
         return chain_records(self._served.keeper, prefix.space, prefix.keys)
+
+    def _chain(self, action: Action) -> tuple[Namespace, bytes]:
+        """The namespace and the keys of a prompt."""
+        space, keys = self._space(action), b""
+        with contextlib.suppress(ValueError):  # no hex is no keys
+            keys = bytes.fromhex(action.keys or "")
+        if space is None or action.prefix is not None or not keys or len(keys) % KEY_BYTES:
+            raise RequestRefused(f"a prompt is a namespace and keys, of {KEY_BYTES} bytes for each chunk")
+        return space, keys
 
     def _space(self, action: Action) -> Namespace | None:
         spaces = self._served.keeper.namespaces

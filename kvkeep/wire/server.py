@@ -134,6 +134,7 @@ class KeeperServer:
                     "namespace": space.number,
                     "fingerprint": space.fingerprint.hex(),
                     "label": space.label,
+                    "chunk_tokens": space.chunk_tokens,
                     "chunks": held,
                     "used_bytes": nbytes,
                     **_asdict(space.counters),

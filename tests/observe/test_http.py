@@ -83,6 +83,20 @@ def test_pin_unpin_clear(watched) -> None:
     assert one.state()["keeper"]["chunks"] == 0
 
 
+def test_a_prompt_by_its_keys(watched) -> None:
+    one = watched()
+    one.engine.request(1, 10)
+    one.engine.request(2, 10)
+    keys = (keys_of(1, 6) + keys_of(3, 2)).hex()
+    before = one.state()["keeper"]["counters"]
+    assert one.act("lookup", namespace=0, keys=keys) == {"asked_chunks": 8, "held_chunks": 6}
+    assert one.act("lookup", namespace=0, keys=keys_of(9, 1).hex()) == {"asked_chunks": 1, "held_chunks": 0}
+    assert one.state()["keeper"]["counters"] == before, "looked at, not used"
+    assert one.act("pin", namespace=0, keys=keys) == {"pinned_chunks": 6}
+    assert one.act("unpin", namespace=0, keys=keys_of(1, 4).hex()) == {"unpinned_chunks": 4}
+    assert one.state()["arena"]["pinned"] == 2 * 65536
+
+
 def test_drain_ends_the_keeper_and_takes_its_token_along(watched) -> None:
     one = watched(tier=True)
     one.engine.request(1, 10)
@@ -114,7 +128,7 @@ def test_actions_need_the_token(watched) -> None:
         {"Authorization": "Bearer wrong"},
         {"Cookie": "token=x"},
     ):
-        for action in ("clear", "pin", "unpin", "drain"):
+        for action in ("clear", "pin", "unpin", "lookup", "drain"):
             assert one.client.post(f"/api/{action}", json={}, headers=headers).status_code == 401
     place = Path(f"{one.keeper.socket}.token")
     assert stat.S_IMODE(place.stat().st_mode) == 0o600
@@ -149,12 +163,15 @@ def test_another_sites_name_is_refused(watched) -> None:
         (b'{"namespace": 77}', 409),
         (b'{"namespace": -1}', 409),
         (b'{"prefix": "beef"}', 409),
-        (b"x" * 5000, 413),
+        (b'{"namespace": 0, "keys": "zz"}', 409),
+        (b'{"namespace": 0, "keys": "beef"}', 409),
+        (b'{"keys": "00112233445566778899aabbccddeeff"}', 409),
+        (b"x" * ((1 << 20) + 1), 413),
     ],
 )
 def test_bad_actions_change_nothing(busy, body: bytes, status: int) -> None:
     before = busy.state()["keeper"]["chunks"]
-    for action in ("clear", "pin", "unpin"):
+    for action in ("clear", "pin", "unpin", "lookup"):
         answer = busy.client.post(f"/api/{action}", content=body, headers=busy.token())
         assert answer.status_code == status, answer.text
     assert busy.state()["keeper"]["chunks"] == before

@@ -10,6 +10,7 @@ from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request
 
+from kvkeep.cli.prompt import chain
 from kvkeep.engines.vllm.requests import Tracked
 from kvkeep.identity import KEY_BYTES, fingerprint
 
@@ -72,3 +73,12 @@ def test_keys_do_not_depend_on_when_they_are_asked_for(step: int) -> None:
     for last in range(step, COUNT + step, step):
         pieces += growing.keys(last - step, min(last, COUNT))
     assert pieces == b"".join(keys(*images))
+
+
+@pytest.mark.parametrize("salt", [None, "tenant"])
+def test_the_command_line_makes_the_same_keys(salt: str | None) -> None:
+    """Those of `kvkeep lookup` and `pin`, of the same tokens and salt."""
+    prompt, print_ = list(range(3 * CHUNK + 5)), fingerprint({"model": "m"})
+    request = Request("r", prompt, SamplingParams(max_tokens=1), None, cache_salt=salt)
+    space = {"fingerprint": print_.hex(), "chunk_tokens": CHUNK}
+    assert chain(space, prompt, salt) == Tracked(request, print_, CHUNK).keys(0, 3)
