@@ -80,16 +80,19 @@ class Subscriber:
         """Follow an engine until `leave`. Raises ConfigError on an address that is none."""
         self.leave(engine)
         sub = self._subscribed(source.topic)
+        monitor = sub.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)  # before there is one to miss
         try:
             sub.connect(source.events)
             if source.replay is not None:
                 with self._context.socket(zmq.DEALER) as tried:
                     tried.connect(source.replay)
         except zmq.ZMQError as error:
-            sub.close(0)
+            _close(sub, monitor)
             wrong = f"{source.events} and {source.replay} are no addresses of events and their replay"
             raise ConfigError(f"{wrong} ({error}): write tcp://HOST:PORT") from error
-        self._tasks[engine] = asyncio.create_task(self._follow(_Feed(engine, source.replay), sub))
+        task = asyncio.create_task(self._follow(_Feed(engine, source.replay), sub, monitor))
+        task.add_done_callback(lambda _: _close(sub, monitor))  # also where it was ended before it began
+        self._tasks[engine] = task
 
     def leave(self, engine: str) -> None:
         """Follow it no more, and forget what it held."""
@@ -130,8 +133,7 @@ class Subscriber:
         sub.setsockopt_string(zmq.SUBSCRIBE, topic)
         return sub
 
-    async def _follow(self, feed: _Feed, sub: zmq.asyncio.Socket) -> None:
-        monitor = sub.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
+    async def _follow(self, feed: _Feed, sub: zmq.asyncio.Socket, monitor: zmq.asyncio.Socket) -> None:
         watching = asyncio.create_task(self._watch(feed, monitor))
         try:
             async for batch, digest in self._messages(sub):
@@ -139,8 +141,6 @@ class Subscriber:
                     await self._take(feed, batch, digest)
         finally:
             watching.cancel()
-            sub.disable_monitor()
-            sub.close(0)
 
     async def _watch(self, feed: _Feed, monitor: zmq.asyncio.Socket) -> None:
         """After each connection: what was said while there was none?"""
@@ -256,3 +256,9 @@ class Subscriber:
             log.warning("no replay from %s: %s", feed.replay, error)
         finally:
             ask.close(0)
+
+
+def _close(sub: zmq.asyncio.Socket, monitor: zmq.asyncio.Socket) -> None:
+    sub.disable_monitor()
+    monitor.close(0)
+    sub.close(0)

@@ -78,7 +78,7 @@ def _report(done: list[Warmed], as_json: bool, console: Console) -> None:
         return
     for one in done:
         what = f"[red]{one.error}[/red]" if one.error else f"{one.tokens} tokens in {one.seconds:.2f} s"
-        console.print(f"{one.file}: {what}")
+        console.print(f"{one.file}: {what}", soft_wrap=True, markup=False)
 
 
 def _read(path: Path) -> str:

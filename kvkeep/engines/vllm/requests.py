@@ -25,7 +25,9 @@ log = logging.getLogger("kvkeep.vllm")
 class Tracked:
     """One request that the engine works on. Owned by the scheduler side."""
 
-    def __init__(self, request: Request, namespace: bytes, chunk_tokens: int) -> None:
+    def __init__(
+        self, request: Request, namespace: bytes, chunk_tokens: int, hands_over: bool = True
+    ) -> None:
         self.request = request
         self._hasher = ChainHasher(namespace, chunk_tokens)
         self._chunk_tokens = chunk_tokens
@@ -39,8 +41,9 @@ class Tracked:
         )
         # vLLM passes its trace on where it traces itself (--otlp-traces-endpoint).
         self.trace = (request.trace_headers or {}).get("traceparent", "")[:64]
-        self.awaited = Awaited.of(request.kv_transfer_params)
-        self.handed_over = handed_over(request.kv_transfer_params)
+        params = request.kv_transfer_params if hands_over else None
+        self.awaited = Awaited.of(params)
+        self.handed_over = handed_over(params)
         """Another engine goes on with it."""
         self.epoch = 0
         """The request's place in the keeper's time; children of its chain are older than parents."""

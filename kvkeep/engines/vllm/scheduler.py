@@ -67,6 +67,8 @@ class SchedulerSide:
         self._vllm_config = vllm_config
         self._kv_config = kv_config
         self._engine_id: str = vllm_config.kv_transfer_config.engine_id
+        # With the other role `kv_transfer_params` are for a connector beside this one.
+        self._hands_over = vllm_config.kv_transfer_config.kv_role in ("kv_producer", "kv_consumer")
         specs = [group.kv_cache_spec for group in kv_config.kv_cache_groups]
         self._block_tokens = [int(spec.block_size) for spec in specs]
         self._windows = [group_window(spec) for spec in specs]
@@ -175,6 +177,8 @@ class SchedulerSide:
         tracked = self._requests.pop(request.request_id, None)
         if tracked is not None:
             self._give_back(tracked)
+        if not self._hands_over:
+            return None
         saved = tracked if self._ready else None
         return answer(request.kv_transfer_params, request.status, self._engine_id, saved, self._chunk_tokens)
 
@@ -336,7 +340,7 @@ class SchedulerSide:
     def _track(self, request: Request) -> Tracked:
         tracked = self._requests.get(request.request_id)
         if tracked is None:
-            tracked = Tracked(request, self._fingerprint, self._chunk_tokens)
+            tracked = Tracked(request, self._fingerprint, self._chunk_tokens, self._hands_over)
             self._requests[request.request_id] = tracked
         return tracked
 
