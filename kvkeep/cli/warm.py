@@ -77,8 +77,9 @@ def _report(done: list[Warmed], as_json: bool, console: Console) -> None:
         print(json.dumps({"files": [one._asdict() for one in done]}))
         return
     for one in done:
-        what = f"[red]{one.error}[/red]" if one.error else f"{one.tokens} tokens in {one.seconds:.2f} s"
-        console.print(f"{one.file}: {what}", soft_wrap=True, markup=False)
+        what = one.error or f"{one.tokens} tokens in {one.seconds:.2f} s"
+        style = "red" if one.error else None
+        console.print(f"{one.file}: {what}", soft_wrap=True, markup=False, highlight=False, style=style)
 
 
 def _read(path: Path) -> str:
