@@ -28,7 +28,6 @@ ARGS = [
     "--max-num-batched-tokens",
     "256",
 ]
-SMALL = {"VLLM_CPU_KVCACHE_SPACE": "1"}
 ANSWER = 12
 TO_PREFILL = {"do_remote_decode": True, "do_remote_prefill": False}
 TO_DECODE = {"do_remote_decode": False, "do_remote_prefill": True}
@@ -40,7 +39,7 @@ def prompt(seed: int, length: int = 700) -> list[int]:
 
 
 def arguments(role: str, socket: str) -> list[str]:
-    flag, transfer = connector_args(socket=socket, chunk_tokens=CHUNK, remote_wait=8.0)
+    flag, transfer = connector_args(socket=socket, chunk_tokens=CHUNK, remote_wait=20.0)
     return [*ARGS, flag, json.dumps(json.loads(transfer) | {"kv_role": role})]
 
 
@@ -103,10 +102,15 @@ def test_one_prefills_and_one_decodes(
     tiny_model: Path, keeper_process: Callable[..., Any], tmp_path: Path, wait_until: Callable[..., None]
 ) -> None:
     keeper = keeper_process(memory="256MiB")
-    roles = ("kv_producer", "kv_consumer")
+    cores = sorted(os.sched_getaffinity(0))  # a core each: threads of both on one would wait for each other
     servers = [
-        VllmServer(tiny_model, arguments(role, keeper.socket), log=tmp_path / role, environ=SMALL)
-        for role in roles
+        VllmServer(
+            tiny_model,
+            arguments(role, keeper.socket),
+            log=tmp_path / role,
+            environ={"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": str(core)},
+        )
+        for role, core in (("kv_producer", cores[0]), ("kv_consumer", cores[-1]))
     ]
     with servers[0] as prefill, servers[1] as decode, ThreadPoolExecutor(2) as pool:
         couple = Couple(prefill, decode)
