@@ -31,6 +31,8 @@ from kvbench.engine import VllmServer, connector_args, fastest_dtype
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "demo"))
 console = Console(stderr=True, highlight=False)
+REST_S = 2.0
+"""Between turns: for a while the other engine's threads still look for work on the same cores."""
 
 
 def prompt_ids(model: Path) -> list[int]:
@@ -82,6 +84,7 @@ def misses(engines: dict[str, VllmServer], rounds: int, length: int) -> dict[str
     for number in range(rounds):
         order = list(engines) if number % 2 else list(engines)[::-1]
         for name in order:
+            time.sleep(REST_S)
             seconds[name].append(engines[name].complete(fresh_ids(f"miss {number}", length), 1).ttft_s)
     pairs = [on / off for on, off in zip(seconds["kvkeep"], seconds["alone"], strict=True)]
     return {
@@ -104,6 +107,7 @@ def throughput(
             for turn, name in enumerate(("alone", "kvkeep", "alone")):
                 prompts = [fresh_ids(f"{number} {turn} {i}", length) for i in range(requests)]
                 ask = partial(engines[name].complete, max_tokens=tokens, ignore_eos=True)
+                time.sleep(REST_S)
                 began = time.perf_counter()
                 answers = list(pool.map(ask, prompts))
                 took = time.perf_counter() - began
