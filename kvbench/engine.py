@@ -53,12 +53,12 @@ def fastest_dtype() -> str:
     return "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32"
 
 
-def connector_args(**options: Any) -> list[str]:
-    """vLLM's flag that switches kvkeep on, with options of `EngineConfig`."""
+def connector_args(role: str = "kv_both", **options: Any) -> list[str]:
+    """vLLM's flag that switches kvkeep on in a `kv_role`, with options of `EngineConfig`."""
     transfer = {
         "kv_connector": "KVKeepConnector",
         "kv_connector_module_path": "kvkeep.engines.vllm",
-        "kv_role": "kv_both",
+        "kv_role": role,
         "kv_connector_extra_config": options,
     }
     return ["--kv-transfer-config", json.dumps(transfer)]

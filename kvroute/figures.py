@@ -46,6 +46,8 @@ class Figures:
     """Requests routed by their text, because their tokens could not be had."""
     prefill_failed: int = 0
     """Requests whose prefill failed, so that the decode engine computed all."""
+    prefill_skipped: int = 0
+    """Requests with so little to compute that the decode engine did it."""
     own: Histogram = field(default_factory=_quick)
     """From a request's arrival to its way to the engine, without waits for turns and tokens."""
     tokenize: Histogram = field(default_factory=_quick)
@@ -130,6 +132,7 @@ _COUNTERS = {
     "held_tokens": "Tokens of those that the chosen engine held, as far as was known.",
     "unknown_tokens": "Requests routed by their text, because their tokens could not be had.",
     "prefill_failed": "Requests whose prefill failed, so that the decode engine computed all.",
+    "prefill_skipped": "Requests with so little to compute that the decode engine did it.",
 }
 _BACKEND = {
     "up": "1 while requests go to an engine.",

@@ -54,6 +54,7 @@ class Options:
     policy: str = "kv"
     tokenizer: str | None = None
     session_header: str = "x-session-id"
+    prefill_from: int = 64
     events_listen: str | None = None
     api_keys: str | None = None
     no_keys: bool = False
@@ -80,7 +81,7 @@ class Options:
         for name in ("max_requests", "max_body"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} must be 1 or more")
-        for name in ("queue", "retries", "queue_wait", "drain", "log_interval"):
+        for name in ("queue", "retries", "prefill_from", "queue_wait", "drain", "log_interval"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"--{name.replace('_', '-')} must be 0 or more")
         for name in ("timeout", "check_interval"):
@@ -149,6 +150,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--session-header",
         metavar="NAME",
         help=f"what names a session (default: {default['session_header']})",
+    )
+    add(
+        "--prefill-from",
+        metavar="TOKENS",
+        type=int,
+        help="a prompt of which the decode engine lacks fewer goes there at once (default: 64)",
     )
     add("--api-keys", metavar="FILE", help="keys that clients may use, one a line")
     add("--no-keys", action="store_true", help="listen to other hosts without keys")

@@ -27,6 +27,7 @@ STREAM_TOKENS = 16
 _PREFIX_CHARACTERS = 2048
 _OVERLOAD = 1.25  # times the mean load, beyond which a hash's engine is passed over
 _EXPECTED_BLOCK = 64
+_CHARACTERS = 4  # of a token, about
 
 
 class Ask(NamedTuple):
@@ -37,6 +38,10 @@ class Ask(NamedTuple):
     tokens: npt.NDArray[np.uint32] | None = None
     lora: str | None = None
     salt: str | None = None
+
+    def tokens_to_compute(self, choice: Choice) -> int:
+        """Of the prompt, at that engine; where tokens are not known, by the text's length."""
+        return len(self.text) // _CHARACTERS if self.tokens is None else choice.missing
 
 
 class Choice(NamedTuple):

@@ -260,11 +260,16 @@ class Router:
         choices = self._policy.rank(ask, first)
         self.figures.own.add(time.perf_counter() - arrived - waited)
         if split:
-            self._expected.promise(ask, choices[0].backend.name)
-            prefilled = await self._forwarder.prefill(request, data, headers, choices)
-            if isinstance(prefilled, web.Response):
-                return prefilled
-            data, choices = prefilled, self._policy.rank(ask, self._usable(body.model, "decode"))
+            there = self._policy.rank(ask, self._usable(body.model, "decode"))
+            if ask.tokens_to_compute(there[0]) < self._options.prefill_from:
+                self.figures.prefill_skipped += 1
+            else:
+                self._expected.promise(ask, choices[0].backend.name)
+                prefilled = await self._forwarder.prefill(request, data, headers, choices)
+                if isinstance(prefilled, web.Response):
+                    return prefilled
+                data, there = prefilled, self._policy.rank(ask, self._usable(body.model, "decode"))
+            choices = there
         return await self._forwarder.answer(
             request,
             data,

@@ -57,6 +57,7 @@ FIGURES = (
     Figure("TTFT, p95", "s", lambda one: one.ttft_s.p95),
     Figure("ITL, mean", "s", lambda one: one.itl_s.mean),
     Figure("ITL, p95", "s", lambda one: one.itl_s.p95),
+    Figure("ITL, p99", "s", lambda one: one.itl_s.p99),
     Figure("latency, p50", "s", lambda one: one.latency_s.p50),
     Figure("latency, p95", "s", lambda one: one.latency_s.p95),
     Figure("output tokens/s", "", lambda one: one.output_tokens_per_s, lower_is_better=False),

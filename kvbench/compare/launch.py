@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote, urlsplit
 
-import httpx
-
+from kvbench.compare.engines import Running, http_server, prefill_and_decode, start_engine
 from kvbench.compare.plan import Plan, SetUp
-from kvbench.engine import CPU_ENVIRONMENT, connector_args, fastest_dtype, vllm_command
+from kvbench.engine import connector_args
 from kvbench.process import EngineFailed, ServerProcess, free_port, tail
 from kvbench.servers import (
     LMCACHE_ENVIRONMENT,
@@ -27,20 +26,9 @@ from kvbench.servers import (
 )
 from kvkeep.config import child_environment, parse_bytes
 
-__all__ = ["Running", "fill", "lacks", "launch"]
+__all__ = ["fill", "lacks", "launch"]
 
 _HOOK_S = 600.0
-
-
-class Running(NamedTuple):
-    """A set-up that is up."""
-
-    url: str
-    model_name: str
-    servers: list[ServerProcess]
-    """The engine first."""
-    engine: str
-    """The engine's command line."""
 
 
 class _Beside(NamedTuple):
@@ -81,18 +69,15 @@ def launch(setup: str | SetUp, plan: Plan, folder: Path) -> Iterator[Running]:
         if isinstance(setup, SetUp):
             yield stack.enter_context(_custom(setup, plan, folder, data.resolve()))
             return
+        if setup in _DISAGGREGATED:
+            counts = _DISAGGREGATED[setup]
+            yield stack.enter_context(prefill_and_decode(setup, *counts, plan, folder))
+            return
         beside = stack.enter_context(_BESIDE[setup](plan, folder, data.resolve()))
-        port = free_port()
-        args = list(plan.engine_args)
-        if "--dtype" not in args:
-            args += ["--dtype", fastest_dtype()]
-        python = beside.python or plan.python or sys.executable
-        command = vllm_command(python, plan.model, port, [*args, *beside.args])
-        url = f"http://127.0.0.1:{port}"
-        environ = {**CPU_ENVIRONMENT, **plan.engine_environment(), **beside.environ}
-        engine = _server(command, f"{url}/health", setup, folder, environ, plan.start_s)
-        stack.enter_context(engine)
-        yield Running(url, "model", [engine, *beside.servers], shlex.join(command))
+        log, python = folder / "server.log", beside.python
+        started = start_engine(plan, beside.args, setup, log, beside.environ, python)
+        engine = stack.enter_context(started)
+        yield Running(engine.url, "model", [engine.server, *beside.servers], engine.command)
 
 
 @contextlib.contextmanager
@@ -106,8 +91,9 @@ def _custom(setup: SetUp, plan: Plan, folder: Path, data: Path) -> Iterator[Runn
     try:
         for hook in setup.before:
             _run_hook("before", _words(hook, values), folder, environ)
-        with _server(command, ready, setup.name, folder, environ, plan.start_s) as server:
-            yield Running(url, setup.model_name or plan.model_name, [server], shlex.join(command))
+        log = folder / "server.log"
+        with http_server(command, ready, setup.name, log, environ, plan.start_s) as process:
+            yield Running(url, setup.model_name or plan.model_name, [process], shlex.join(command))
     finally:
         failures = []
         for hook in setup.after:
@@ -141,18 +127,6 @@ def _run_hook(kind: str, command: list[str], folder: Path, environ: Mapping[str,
         raise EngineFailed(f"{name}: {error}") from error
     if done.returncode:
         raise EngineFailed(f"{name} ended with status {done.returncode}; {tail(log)}")
-
-
-def _server(
-    command: list[str], ready: str, name: str, folder: Path, environ: Mapping[str, str], start_s: float
-) -> ServerProcess:
-    def answers() -> bool:
-        with contextlib.suppress(httpx.HTTPError, httpx.InvalidURL):
-            return httpx.get(ready, timeout=2.0, trust_env=False).status_code == httpx.codes.OK
-        return False
-
-    log = folder / "server.log"
-    return ServerProcess(command, answers, log=log, name=name, environ=environ, start_s=start_s)
 
 
 @contextlib.contextmanager
@@ -206,3 +180,4 @@ _BESIDE: dict[str, Callable[[Plan, Path, Path], contextlib.AbstractContextManage
     "keeper-redis": _keeper_redis,
     "lmcache": _lmcache,
 }
+_DISAGGREGATED = {"1p1d": (1, 1), "2p1d": (2, 1)}  # engines that prefill, engines that decode

@@ -25,6 +25,8 @@ BUILT_IN = {
     "keeper-disk": "vLLM and kvkeep, with a keeper in memory and a directory below it",
     "keeper-redis": "vLLM and kvkeep, with a keeper in memory and Valkey on loopback below it",
     "lmcache": "vLLM and LMCache in its multiprocess mode with shared memory",
+    "1p1d": "a vLLM that prefills, one that decodes, a keeper for both, and kvkeep route",
+    "2p1d": "two vLLMs that prefill, one that decodes, a keeper for all, and kvkeep route",
 }
 LOAD = (
     "{python} -m kvkeep.cli bench serve {workload} --url {url} --model {name} --scale {scale} "
@@ -97,6 +99,14 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         """Names of the set-ups, in their order."""
         return [setup if isinstance(setup, str) else setup.name for setup in self.setups]
 
+    def core_list(self) -> list[int]:
+        """The engine's cores, one by one."""
+        cores: list[int] = []
+        for part in re.split(r"[,|]", self.cores) if self.cores else []:
+            first, _, last = part.partition("-")
+            cores += range(int(first), int(last or first) + 1)
+        return cores or sorted(os.sched_getaffinity(0))
+
     def bound_cores(self) -> str:
         """The engine's cores, as vLLM takes them."""
         cores = sorted(os.sched_getaffinity(0))
@@ -159,6 +169,8 @@ def _problems(plan: Plan) -> list[tuple[list[str | int], str]]:
     for key in ("load", "load_args"):
         if message := _unsplittable(getattr(plan, key)):
             found.append(([key], message))
+    if plan.cores and not re.fullmatch(r"\d+(-\d+)?([,|]\d+(-\d+)?)*", plan.cores):
+        found.append((["cores"], f"not cores: {plan.cores!r}; write them as 0-1 or 0,2"))
     if len(set(plan.rates)) < len(plan.rates):
         found.append((["rates"], "a rate stands there twice"))
     for key in ("memory", "store"):

@@ -11,7 +11,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from kvbench.compare.launch import Running, fill, lacks, launch
+from kvbench.compare.engines import Running
+from kvbench.compare.launch import fill, lacks, launch
 from kvbench.compare.machine import now
 from kvbench.compare.plan import Plan, SetUp
 from kvbench.compare.records import Case, Ledger, Run, Summary, read_summary

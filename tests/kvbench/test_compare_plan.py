@@ -41,6 +41,7 @@ def written(folder: Path, text: str) -> Path:
         ("workload: w", "workload: w\nrunds: 2", 2, "runds: unknown key 'runds': did you mean 'rounds'?"),
         ("kv_cache_gib: 1", "kv_cache_gib: one", 3, "kv_cache_gib: Expected `int`, got `str`"),
         ("kv_cache_gib: 1", "kv_cache_gib: 1\nmemory: lots", 4, "memory: not a size: 'lots'"),
+        ("kv_cache_gib: 1", "kv_cache_gib: 1\ncores: first", 4, "cores: not cores: 'first'"),
         ("kv_cache_gib: 1", "kv_cache_gib: 1\nload: it's", 4, "load: not a command line: No closing quot"),
         ("    ready", "    redy", 7, r"setups\[0\].redy: unknown key 'redy': did you mean 'ready'?"),
         ("http://127.0.0.1:{port}/health", "'http://['", 7, r"setups\[0\].ready: not a URL"),

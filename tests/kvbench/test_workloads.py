@@ -74,6 +74,17 @@ def test_documents_at_their_published_size(
     assert order != sorted(order)
 
 
+def test_mixed_has_long_prompts_among_streams() -> None:
+    requests, prose = build("mixed", 1.0)
+    long, short = ([r for r in requests if r.document == kind] for kind in ("long", "short"))
+    assert (len(long), len(short)) == (100, 300)
+    assert tokens(prose.text(long[0].says), prose) == pytest.approx(8000, rel=0.05)
+    assert (long[0].answer_tokens, short[0].answer_tokens) == (8, 200)
+    assert len(set(whole(requests, prose))) == 400
+    first = [r.document for r in requests[:40]]
+    assert 2 < first.count("long") < 30
+
+
 def test_conversations_have_the_stated_lengths() -> None:
     answers, prompts, rounds, asks = [], [], [], []
     for seed in range(8):

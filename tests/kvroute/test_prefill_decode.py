@@ -46,9 +46,26 @@ def test_engines_that_share_a_store_name_nothing() -> None:
     played(play)
 
 
+@pytest.mark.parametrize("policy", ["kv", "round-robin"])
+def test_what_the_decoder_has_little_to_compute_of_is_not_prefilled_elsewhere(policy: str) -> None:
+    async def play() -> None:
+        async with scene(2, roles=["prefill", "decode"], policy=policy) as s:
+            await s.ask("Good morning.")
+            assert [one.stats.requests for one in s.engines] == [0, 1]
+            await s.ask(DOCUMENT)
+            assert [one.stats.requests for one in s.engines] == [1, 2]
+            if policy == "kv":  # the decode engine has it by now
+                await s.ask(DOCUMENT)
+                assert [one.stats.requests for one in s.engines] == [1, 3]
+            skipped = (await s.metrics())["kvroute_prefill_skipped_total"]
+            assert skipped == (2 if policy == "kv" else 1)
+
+    played(play)
+
+
 def test_limits_of_chats_are_kept_for_the_decoder() -> None:
     async def play() -> None:
-        async with scene(2, roles=["prefill", "decode"]) as s:
+        async with scene(2, roles=["prefill", "decode"], prefill_from=0) as s:
             body = {"model": "stand-in", "messages": [{"role": "user", "content": "a"}]}
             async with s.post(body | {"max_completion_tokens": 4}, "/v1/chat/completions") as answer:
                 assert (await answer.json())["usage"]["completion_tokens"] == 4
@@ -77,7 +94,7 @@ def test_a_prefill_that_fails_is_tried_elsewhere_then_left_to_the_decoder() -> N
 
 def test_a_prefill_that_refuses_is_the_answer() -> None:
     async def play() -> None:
-        async with scene(2, roles=["prefill", "decode"]) as s:
+        async with scene(2, roles=["prefill", "decode"], prefill_from=0) as s:
             await s.fault(0, "400")
             status, error = await s.refused({"model": "stand-in", "prompt": "a"})
             assert (status, error["message"]) == (400, "as you wished")
