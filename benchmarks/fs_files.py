@@ -3,9 +3,9 @@
     python benchmarks/fs_files.py DIRECTORY [--values 10000,100000,1000000] [--json FILE]
 
 Values of one page each, put through the tier by a process that then ends, or is killed while it has the
-directory open. Opening is what `kvkeep serve` waits for; a count, where the
-books need one, goes on in the background, and only puts wait for it. `cold`: with the kernel's caches of directories and inodes dropped, which needs
-root. The directory is removed afterwards.
+directory open. Opening is what `kvkeep serve` waits for; a count, where the books need one, goes on in the
+background, and only puts wait for it. `cold`: with the caches of directories and inodes dropped, which
+needs root. The directory is removed afterwards.
 """
 
 from __future__ import annotations
