@@ -41,7 +41,8 @@ def figures(socket: str) -> dict[str, Any]:
 def test_what_must_not_be_mixed_is_not(
     tiny_model: Path, lora: Path, keeper_process: Callable[..., Any], tmp_path: Path
 ) -> None:
-    """Cache salt and LoRA are in the key; reset reaches the keeper; metrics are on /metrics."""
+    """Cache salt and LoRA are in the key; reset reaches the keeper; `kvkeep warm` fills it; metrics are on
+    /metrics."""
     keeper = keeper_process(memory="256MiB")
     args = [*ARGS, "--enable-lora", "--lora-modules", f"adapter={lora}", "--max-lora-rank", "8"]
     args += connector_args(socket=keeper.socket, log_interval=1)
@@ -67,6 +68,13 @@ def test_what_must_not_be_mixed_is_not(
         assert again(model="adapter") == (adapted, HIT)
         engine.reset_local_cache(external=True)
         assert again() == (cold, 0)
+
+        document, before = tmp_path / "document.txt", loaded()
+        document.write_text(" ".join(f"w{token}" for token in prompt(5)))
+        assert main(["warm", "--url", engine.url, str(document)]) == 0
+        engine.reset_local_cache()
+        engine.complete(document.read_text() + " w7 w8", 1)
+        assert loaded() - before == HIT
         assert engine.metric("vllm:kvkeep_attached") == 1
         assert engine.metric("vllm:kvkeep_errors_total") == 0
         assert engine.metric("vllm:kvkeep_saved_bytes_total") > 0
