@@ -39,17 +39,25 @@ def figures(socket: str) -> dict[str, Any]:
 
 
 def keeper(
-    socket: str, memory: str, tiers: Sequence[str], log: Path, *, drain_s: float = 120.0
+    socket: str,
+    memory: str,
+    tiers: Sequence[str],
+    log: Path,
+    *,
+    drain_s: float = 120.0,
+    args: Sequence[str] = (),
+    on: Sequence[str] = (),
 ) -> ServerProcess:
-    """A keeper of its own; its end drains what is not written yet, `drain_s` seconds at most."""
+    """A keeper of its own; its end drains what is not written yet, `drain_s` seconds at most. `args`: more
+    of its options; `on`: words before the command, as those that run it in a network namespace."""
 
     def ready() -> bool:
         with contextlib.suppress(KVKeepError):
             return bool(figures(socket))
         return False
 
-    command = [sys.executable, "-m", "kvkeep.cli", "serve", "--socket", socket, "--memory", memory]
-    command += ["--drain", f"{drain_s:g}"]
+    command = [*on, sys.executable, "-m", "kvkeep.cli", "serve", "--socket", socket, "--memory", memory]
+    command += ["--drain", f"{drain_s:g}", *args]
     environ = {"KVKEEP_TIERS": " ".join(tiers)}  # not as arguments: a URL may hold a password
     return ServerProcess(
         command, ready, log=log, name="the keeper", environ=environ, start_s=60.0, stop_s=drain_s + 30.0

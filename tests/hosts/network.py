@@ -1,82 +1,23 @@
-"""Two more hosts on this machine: network namespaces, each on a link of its own to this one, the stores'."""
+"""Hosts of a test's own; it is skipped where they cannot be made."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import pytest
 
+from kvbench import network
+from kvbench.network import Host, common_address
 
-class Host:
-    """One namespace; `address` is its own, `store` is where it reaches the stores."""
-
-    def __init__(self, number: int) -> None:
-        self.name = f"kv{os.getpid() % 100000}-{number}"
-        self._link = f"kv{os.getpid() % 100000}v{number}"
-        self.address, self.store = f"10.77.{number}.2", f"10.77.{number}.1"
-
-    def command(self, *words: str) -> list[str]:
-        """Words that run a program on this host."""
-        return ["ip", "netns", "exec", self.name, *words]
-
-    def cut(self) -> None:
-        """Pull the cable."""
-        _ip("link", "set", self._link, "down")
-
-    def restore(self) -> None:
-        """Plug it in again."""
-        _ip("link", "set", self._link, "up")
-
-    def start(self) -> None:
-        _ip("netns", "add", self.name)
-        _ip("link", "add", self._link, "type", "veth", "peer", "name", "eth0", "netns", self.name)
-        _ip("addr", "add", f"{self.store}/24", "dev", self._link)
-        _ip("link", "set", self._link, "up")
-        for words in (
-            ("link", "set", "lo", "up"),
-            ("addr", "add", f"{self.address}/24", "dev", "eth0"),
-            ("link", "set", "eth0", "up"),
-            ("route", "add", "default", "via", self.store),
-        ):
-            _ip("-n", self.name, *words)
-
-    def stop(self) -> None:
-        with suppress(subprocess.CalledProcessError):
-            _ip("netns", "del", self.name)  # its link goes with it
+__all__ = ["Host", "common_address", "hosts"]
 
 
 @contextmanager
 def hosts(count: int) -> Iterator[list[Host]]:
-    """So many hosts; skips where this user may not make any."""
-    if os.getuid() != 0 or shutil.which("ip") is None:
-        pytest.skip("network namespaces need root and iproute2")
-    made = [Host(number) for number in range(1, count + 1)]
+    """So many hosts."""
     try:
-        try:
-            for host in made:
-                host.start()
-        except subprocess.CalledProcessError as error:
-            pytest.skip(f"network namespaces cannot be made here: {error.stderr.decode()}")
-        yield made
-    finally:
-        for host in made:
-            host.stop()
-
-
-@contextmanager
-def common_address() -> Iterator[str]:
-    """An address of this host that all of them reach, for servers that tell clients where they are."""
-    address = f"10.78.{os.getpid() % 250}.1"
-    _ip("addr", "add", f"{address}/32", "dev", "lo")
-    try:
-        yield address
-    finally:
-        _ip("addr", "del", f"{address}/32", "dev", "lo")
-
-
-def _ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, capture_output=True, timeout=20)
+        with network.hosts(count) as made:
+            yield made
+    except network.Unavailable as error:
+        pytest.skip(str(error))
