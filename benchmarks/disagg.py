@@ -4,8 +4,8 @@
 
 Real engines with SmolLM2 in float32: those that prefill on the first half of the cores, the one that decodes
 on the other. `two` hosts: a keeper for each side, the decoder's in a network namespace, whence it asks the
-other one over a link of `--rate` (needs root). One request at a time, sent as a proxy does: to the engine that
-prefills, then with what it answered to the one that decodes. The same prompt once more finds all in that
+other one over a link of `--rate` (needs root). One request at a time, sent as a proxy does: to the engine
+that prefills, then with what it answered to the one that decodes. The same prompt once more finds all in that
 engine's own cache, and under another salt is computed there: what the answer is compared with.
 
 From the end of the prefill to the first token: `waits` for chunks that are on their way, `lookup` (hashing
