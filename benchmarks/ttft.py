@@ -2,11 +2,11 @@
 
     python benchmarks/ttft.py [--model smollm2] [--dtype float32] [--only throughput] [--json FILE]
 
-One engine alone and one with kvkeep are alive at once; only one computes at a time. A hit is
-compared with the same engine's own prefix-cache hit on the same prompt; a miss with the engine
-alone, on prompts that never repeat, alternating: one request's time to first token, and the tokens
-per second of several requests at once. There each round is alone, kvkeep, alone: what the two runs of
-the engine alone differ by is the noise.
+A hit is compared with the same engine's own prefix-cache hit on the same prompt; a miss with the engine
+alone, on prompts that never repeat: one request's time to first token, where engines with and without
+kvkeep are started and ended in turn; and the tokens per second of several requests at once, where one of
+each is alive and one computes at a time. There each round is alone, kvkeep, alone: what the two runs of the
+engine alone differ by is the noise.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,8 @@ sys.path.insert(0, str(ROOT / "demo"))
 console = Console(stderr=True, highlight=False)
 REST_S = 2.0
 """Between turns: for a while the other engine's threads still look for work on the same cores."""
+SETTLE_S, BREATH_S = 10.0, 0.4
+"""After a start (memory is prepared meanwhile), and between prompts."""
 
 
 def prompt_ids(model: Path) -> list[int]:
@@ -78,21 +80,33 @@ def hits(engine: VllmServer, ids: list[int], rounds: int) -> dict[str, Any]:
     }
 
 
-def misses(engines: dict[str, VllmServer], rounds: int, length: int) -> dict[str, Any]:
-    """TTFT and whole latency of prompts that never repeat, engine by engine in alternating order."""
-    seconds: dict[str, list[float]] = {name: [] for name in engines}
-    for number in range(rounds):
-        order = list(engines) if number % 2 else list(engines)[::-1]
-        for name in order:
-            time.sleep(REST_S)
-            seconds[name].append(engines[name].complete(fresh_ids(f"miss {number}", length), 1).ttft_s)
-    pairs = [on / off for on, off in zip(seconds["kvkeep"], seconds["alone"], strict=True)]
+def misses(
+    start: dict[str, Callable[[], VllmServer]], lives: int, prompts: int, length: int
+) -> dict[str, Any]:
+    """TTFT of prompts that never repeat. Engines are started and ended in turn, since two that live on the
+    same cores disturb each other."""
+    seconds: dict[str, list[list[float]]] = {name: [] for name in start}
+    for life in range(lives):
+        for name in list(start) if life % 2 == 0 else list(start)[::-1]:
+            with start[name]() as engine:
+                engine.complete(fresh_ids("warm up", 700), 2)
+                time.sleep(SETTLE_S)
+                found = []
+                for number in range(prompts):
+                    time.sleep(BREATH_S)
+                    found.append(engine.complete(fresh_ids(f"miss {life} {number}", length), 1).ttft_s)
+            seconds[name].append(found)
+            console.print(f"  life {life}, {name}: {1e3 * statistics.median(found):.1f} ms")
+    medians = {name: [statistics.median(found) for found in its] for name, its in seconds.items()}
+    ratios = [on / off for on, off in zip(medians["kvkeep"], medians["alone"], strict=True)]
     return {
         "miss_prompt_tokens": length,
-        "miss_alone_s": statistics.median(seconds["alone"]),
-        "miss_kvkeep_s": statistics.median(seconds["kvkeep"]),
-        "miss_ratio": statistics.median(seconds["kvkeep"]) / statistics.median(seconds["alone"]),
-        "miss_pair_ratios": [round(pair, 4) for pair in sorted(pairs)],
+        "miss_prompts": [lives, prompts],
+        "miss_alone_ms": [round(1e3 * median, 1) for median in medians["alone"]],
+        "miss_kvkeep_ms": [round(1e3 * median, 1) for median in medians["kvkeep"]],
+        "miss_ratio": statistics.median(medians["kvkeep"]) / statistics.median(medians["alone"]),
+        "miss_life_ratios": [round(ratio, 4) for ratio in ratios],
+        "miss_alone_spread": round(max(medians["alone"]) / min(medians["alone"]), 4),
     }
 
 
@@ -143,19 +157,23 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     environ = {"VLLM_CPU_KVCACHE_SPACE": "1"}
     result: dict[str, Any] = {"model": args.model, "dtype": args.dtype}
     with tempfile.TemporaryDirectory() as out:
-        with_it = [*flags, *connector_args(memory="2GiB")]
-        on = VllmServer(folder, with_it, log=Path(out) / "on.log", environ=environ)
-        off = VllmServer(folder, flags, log=Path(out) / "off.log", environ=environ)
+        extra = {"alone": [], "kvkeep": connector_args(memory="2GiB")}
+        start = {
+            name: partial(VllmServer, folder, [*flags, *more], log=Path(out) / f"{name}.log", environ=environ)
+            for name, more in extra.items()
+        }
+        if "misses" in args.only:
+            console.print("misses: one engine at a time")
+            result |= misses(start, args.miss_lives, args.miss_prompts, 512)
+        if args.only == ["misses"]:
+            return result
         console.print("starting vLLM with and without kvkeep")
-        with on, off:
+        with start["kvkeep"]() as on, start["alone"]() as off:
             engines = {"alone": off, "kvkeep": on}
             for engine in engines.values():
                 engine.complete(fresh_ids("warm up", 700), 2)
             if "hits" in args.only:
                 result |= cold_and_hits(on, prompt_ids(folder), args.rounds)
-            if "misses" in args.only:
-                console.print("misses")
-                result |= misses(engines, args.miss_rounds, 512)
             if "throughput" in args.only:
                 console.print("misses at once: alone, kvkeep, alone")
                 result |= throughput(engines, args.throughput_rounds)
@@ -172,7 +190,8 @@ def main() -> int:
     parser.add_argument("--dtype", default=fastest_dtype(), help="default: the one this CPU computes")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts, help="default: all")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--miss-rounds", type=int, default=16)
+    parser.add_argument("--miss-lives", type=int, default=4, help="engines of each kind")
+    parser.add_argument("--miss-prompts", type=int, default=24, help="of each engine")
     parser.add_argument("--throughput-rounds", type=int, default=10)
     parser.add_argument("--json", type=Path, help="also write the result here")
     args = parser.parse_args()
