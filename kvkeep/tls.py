@@ -13,9 +13,12 @@ from kvkeep.errors import ConfigError
 __all__ = ["client_context", "server_context"]
 
 
-def server_context(cert: str | None, key: str | None, client_ca: str | None = None) -> ssl.SSLContext:
+def server_context(
+    cert: str | None, key: str | None, client_ca: str | None = None, *, optional: bool = False
+) -> ssl.SSLContext:
     """What a server shows, from the file of its certificate (and those between it and the CA, in order) and
-    of its key. `client_ca`: file of the CAs whose clients may connect; None: any may. Raises ConfigError."""
+    of its key. `client_ca`: file of the CAs whose clients may connect; None: any may. `optional`: so may a
+    client without a certificate, whose `peercert` is empty then. Raises ConfigError."""
     if cert is None or key is None:
         missing = "a key" if cert is not None else "a certificate" if key is not None else "both"
         raise ConfigError(
@@ -26,7 +29,7 @@ def server_context(cert: str | None, key: str | None, client_ca: str | None = No
     _show(context, cert, key)
     if client_ca is not None:
         _trust(context, client_ca)
-        context.verify_mode = ssl.CERT_REQUIRED
+        context.verify_mode = ssl.CERT_OPTIONAL if optional else ssl.CERT_REQUIRED
     return context
 
 
