@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import json
 import os
+import ssl
 import sys
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -105,7 +106,7 @@ class StandIn:
         self.tokenized: dict | None = TOKENS
         """What /tokenize answers instead of tokens; None: there is no such path."""
 
-    async def start(self, port: int = 0) -> int:
+    async def start(self, port: int = 0, tls: ssl.SSLContext | None = None) -> int:
         """Serve; returns the port."""
         app = web.Application(client_max_size=1 << 26)
         app.router.add_get("/health", self._health)
@@ -117,7 +118,7 @@ class StandIn:
         app.router.add_post("/v1/chat/completions", self._answer)
         self._runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.1)
         await self._runner.setup()
-        await web.TCPSite(self._runner, "127.0.0.1", port, backlog=8192).start()
+        await web.TCPSite(self._runner, "127.0.0.1", port, backlog=8192, ssl_context=tls).start()
         self._serving = asyncio.create_task(self._serve_replays())
         return int(self._runner.addresses[0][1])
 

@@ -64,6 +64,8 @@ class KeeperConfig:
     """Address and port of metrics, health and the web page; None: no HTTP."""
     http_token: str | None = None
     """File with the token for actions; None: one is made beside the socket."""
+    http_tls: tuple[str, ...] = ()
+    """Files of its certificate and key, and of the CA whose clients need no token; none: no TLS."""
     log_format: str = "text"
     """How the log is written: text or json."""
     traces: str | None = None
@@ -83,6 +85,8 @@ class KeeperConfig:
             )
         if not 0 <= self.linger < math.inf:
             raise ConfigError("linger must be 0 or more seconds")
+        if len(self.http_tls) not in (0, 2, 3):
+            raise ConfigError("http_tls takes two or three files: CERT KEY [CLIENT_CA]")
         if self.log_format not in LOG_FORMATS:
             raise ConfigError(f"log_format must be one of {', '.join(LOG_FORMATS)}, not {self.log_format!r}")
         if not 0 <= self.drain < math.inf:

@@ -33,9 +33,9 @@ async def _route(options: Options) -> None:
     router = Router(options)
     await router.start()
     try:
-        host = options.address[0]
-        url = f"http://[{host}]:{router.port}" if ":" in host else f"http://{host}:{router.port}"
-        log.info("routing at %s by %s to %d engines", url, options.policy, len(router.pool.backends))
+        log.info("routing at %s by %s to %d engines", router.url, options.policy, len(router.pool.backends))
+        if not options.loopback and not options.tls and options.api_keys is not None:
+            log.warning("keys come to %s in the clear: give --tls, or put a TLS proxy in front", router.url)
         await stop.get()
         again = asyncio.ensure_future(stop.get())
         draining = asyncio.ensure_future(router.drain())

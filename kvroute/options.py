@@ -6,6 +6,7 @@ import argparse
 import ipaddress
 import math
 import re
+import ssl
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -13,6 +14,7 @@ from urllib.parse import urlsplit
 
 from kvkeep.config import parse_bytes
 from kvkeep.errors import ConfigError
+from kvkeep.tls import client_context, server_context
 from kvroute.subscribe import Source
 
 __all__ = ["POLICIES", "Options", "Place", "Role", "add_arguments", "parse_place", "read_options"]
@@ -59,6 +61,8 @@ class Options:
     api_keys: str | None = None
     no_keys: bool = False
     backend_key: str | None = None
+    tls: tuple[str, ...] = ()
+    backend_tls: tuple[str, ...] = ()
     max_body: int = 32 << 20
     max_requests: int = 4096
     queue: int = 1024
@@ -87,14 +91,19 @@ class Options:
         for name in ("timeout", "check_interval"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"--{name.replace('_', '-')} must be more than 0 seconds")
+        if len(self.tls) not in (0, 2, 3):
+            raise ConfigError("--tls takes two or three files: CERT KEY [CLIENT_CA]")
+        if len(self.backend_tls) not in (0, 1, 3):
+            raise ConfigError("--backend-tls takes one or three files: CA [CERT KEY]")
         self._check_address()
 
     def _check_address(self) -> None:
         host, _ = self.address
-        if not self.loopback and self.api_keys is None and not self.no_keys:
+        if not (self.loopback or self.api_keys is not None or self.certificates or self.no_keys):
             raise ConfigError(
                 f"--listen {self.listen} is open to other hosts, so it needs keys: write them to a file, one "
-                "a line (openssl rand -hex 32), and give it as --api-keys FILE; or say --no-keys where "
+                "a line (openssl rand -hex 32), and give it as --api-keys FILE; or give a CA of clients, as "
+                "--tls CERT KEY CLIENT_CA; or say --no-keys where "
                 f"something in front of it asks for them; or listen on 127.0.0.1, not {host}"
             )
 
@@ -111,6 +120,19 @@ class Options:
     def loopback(self) -> bool:
         """Whether only this host can connect."""
         return ipaddress.ip_address(self.address[0]).is_loopback
+
+    @property
+    def certificates(self) -> bool:
+        """Whether a client's certificate does as well as a key."""
+        return len(self.tls) == 3
+
+    def server_tls(self) -> ssl.SSLContext | None:
+        """What clients are shown; None: no TLS. Raises ConfigError."""
+        return server_context(*self.tls, optional=True) if self.tls else None
+
+    def client_tls(self) -> ssl.SSLContext | bool:
+        """What is trusted and shown where engines speak TLS; True: the system's CAs. Raises ConfigError."""
+        return client_context(*self.backend_tls) if self.backend_tls else True
 
     def client_keys(self) -> list[str]:
         """The API keys that clients may use; none: no key is asked for."""
@@ -160,6 +182,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--api-keys", metavar="FILE", help="keys that clients may use, one a line")
     add("--no-keys", action="store_true", help="listen to other hosts without keys")
     add("--backend-key", metavar="FILE", help="the key that the engines want")
+    add(
+        "--tls",
+        nargs="+",
+        metavar="FILE",
+        help="certificate, key, and the CA of clients whose certificates do as well as a key "
+        "(default: no TLS)",
+    )
+    add(
+        "--backend-tls",
+        nargs="+",
+        metavar="FILE",
+        help="for https engines: the CA to trust, and the router's certificate and key "
+        "(default: the system's CAs)",
+    )
     add("--max-body", metavar="SIZE", type=parse_bytes, help="of a request (default: 32MiB)")
     add("--max-requests", type=int, help=f"at a time (default: {default['max_requests']})")
     add("--queue", type=int, help=f"requests that wait for a turn (default: {default['queue']})")
@@ -182,6 +218,7 @@ def read_options(args: argparse.Namespace) -> Options:
     ]
     names = [field.name for field in fields(Options) if field.name != "backends"]
     given: dict[str, Any] = {name: value for name in names if (value := getattr(args, name)) is not None}
+    given |= {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
     return Options(tuple(places), **given)
 
 

@@ -49,10 +49,11 @@ class Router:
     """One router. `start`, then it serves until `close`; all of it on the running event loop."""
 
     def __init__(self, options: Options) -> None:
-        """Raises ConfigError on keys or a tokenizer that cannot be read."""
+        """Raises ConfigError on keys, certificates or a tokenizer that cannot be read."""
         self._options = options
         self._keys = {blake3(key.encode()).digest() for key in options.client_keys()}
         self._backend_key = options.key_for_backends()
+        self._tls, self._backend_tls = options.server_tls(), options.client_tls()
         self._local = LocalTokens(options.tokenizer) if options.tokenizer else None
         self._gate = Gate(options.max_requests, options.queue, options.queue_wait)
         self.figures = Figures()
@@ -69,7 +70,7 @@ class Router:
         """Find the engines, and listen. Raises ConfigError where the address cannot be had."""
         options = self._options
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=5, sock_read=options.timeout)
-        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE)
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE, ssl=self._backend_tls)
         self._session = aiohttp.ClientSession(
             connector=connector,
             timeout=timeout,
@@ -94,7 +95,7 @@ class Router:
         try:
             await self._find_engines()
             await self._runner.setup()
-            self._site = web.TCPSite(self._runner, *options.address, backlog=_BACKLOG)
+            self._site = web.TCPSite(self._runner, *options.address, backlog=_BACKLOG, ssl_context=self._tls)
             await self._site.start()
         except (OSError, ConfigError) as error:
             await self.close()
@@ -106,6 +107,12 @@ class Router:
     def port(self) -> int:
         """Where it listens."""
         return int(self._runner.addresses[0][1])
+
+    @property
+    def url(self) -> str:
+        """The same, as clients write it."""
+        host, scheme = self._options.address[0], "http" if self._tls is None else "https"
+        return f"{scheme}://[{host}]:{self.port}" if ":" in host else f"{scheme}://{host}:{self.port}"
 
     async def drain(self) -> None:
         """Take on nothing new, and wait until what runs has ended, as long as the options say."""
@@ -208,11 +215,15 @@ class Router:
             return self._refusal(BadRequest(error.reason, error.status, "invalid_request_error"))
 
     def _admit(self, request: web.Request) -> None:
-        if self._keys:
+        certificates = self._options.certificates
+        if self._keys or certificates:
             kind, _, key = request.headers.get("Authorization", "").partition(" ")
             known = kind.lower() == "bearer" and blake3(key.strip().encode()).digest() in self._keys
+            known = known or (certificates and bool(request.get_extra_info("peercert")))
             if not known and request.path not in _OPEN:
-                raise BadRequest("send the header Authorization: Bearer KEY", 401, "authentication_error")
+                ways = ["send the header Authorization: Bearer KEY"] if self._keys else []
+                ways += ["show a client's certificate"] if certificates else []
+                raise BadRequest(", or ".join(ways), 401, "authentication_error")
         elif self._options.loopback:
             # A web site whose name was pointed at this host must not get in.
             name = re.sub(r":\d+$", "", request.host).strip("[]").lower()

@@ -15,6 +15,7 @@ from hypothesis import settings
 
 from kvkeep.errors import KeeperUnavailable
 from kvkeep.wire.client import Connection
+from tests.pem import Pem, make
 
 settings.register_profile("shared cores", deadline=None)
 settings.load_profile("shared cores")
@@ -119,6 +120,12 @@ def _factory() -> Iterator[KeeperFactory]:
 
 keeper_process = pytest.fixture(_factory, name="keeper_process")
 module_keeper_process = pytest.fixture(_factory, name="module_keeper_process", scope="module")
+
+
+@pytest.fixture(scope="session")
+def pem(tmp_path_factory: pytest.TempPathFactory) -> Pem:
+    """Certificates."""
+    return make(tmp_path_factory.mktemp("pem"))
 
 
 @pytest.fixture(scope="session")

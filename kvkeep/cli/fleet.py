@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import http.client
 import json
+import ssl
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -16,10 +18,18 @@ from rich.console import Console
 
 from kvkeep.config import default_socket
 from kvkeep.errors import ConfigError, KeeperUnavailable, KVKeepError, RequestRefused
+from kvkeep.tls import client_context
 
 __all__ = ["Keeper", "Outcome", "add_keepers", "choose", "each", "report"]
 
 _AT_ONCE = 16
+_REMEDIES = (
+    ("self-signed certificate", "; give the file of its CA as --tls"),
+    ("unable to get local issuer", "; give the file of its CA as --tls"),
+    ("WRONG_VERSION_NUMBER", "; it does not speak TLS there: leave out --tls or https"),
+    ("RECORD_LAYER_FAILURE", "; it does not speak TLS there: leave out --tls or https"),
+    ("UNKNOWN_CA", "; its CA of clients is another one: give --tls CA CERT KEY with a certificate of that"),
+)
 
 
 class Keeper(NamedTuple):
@@ -28,6 +38,7 @@ class Keeper(NamedTuple):
     url: str
     token: str | None
     timeout: float
+    tls: ssl.SSLContext | None = None
 
     def call(self, path: str, body: dict[str, Any] | None = None) -> Any:
         """GET, or POST of a body as JSON. Raises KeeperUnavailable or RequestRefused."""
@@ -37,7 +48,7 @@ class Keeper(NamedTuple):
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, headers)
         try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as answer:
+            with urllib.request.urlopen(request, timeout=self.timeout, context=self.tls) as answer:
                 return json.loads(answer.read())
         except urllib.error.HTTPError as refusal:
             text = refusal.read(4096).decode(errors="replace").strip()
@@ -46,8 +57,9 @@ class Keeper(NamedTuple):
             with contextlib.suppress(ValueError, LookupError, TypeError):
                 text = str(json.loads(text)["error"])
             raise RequestRefused(text or f"status {refusal.code}") from refusal
-        except (OSError, ValueError) as error:
-            raise KeeperUnavailable(f"no keeper answers: {error}") from error
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            said = next((what for text, what in _REMEDIES if text in str(error)), "")
+            raise KeeperUnavailable(f"no keeper answers: {error}{said}") from error
 
 
 class Outcome(NamedTuple):
@@ -70,12 +82,18 @@ def add_keepers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--token", type=Path, metavar="FILE", help="token of these keepers (default: of the keeper here)"
     )
+    parser.add_argument(
+        "--tls",
+        nargs="+",
+        metavar="FILE",
+        help="the keepers speak TLS: the CA to trust, and this client's certificate and key",
+    )
     parser.add_argument("--timeout", type=float, default=10.0, help="seconds per keeper (default: 10)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def choose(args: argparse.Namespace) -> list[Keeper]:
-    """The keepers that are meant. Raises ConfigError on a token that cannot be read."""
+    """The keepers that are meant. Raises ConfigError on a token or a certificate that cannot be read."""
     token = None
     place = args.token or Path(f"{default_socket()}.token")
     if args.token is not None or place.is_file():
@@ -83,8 +101,11 @@ def choose(args: argparse.Namespace) -> list[Keeper]:
             token = place.read_text(encoding="ascii").strip()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"cannot read the token in {place}: {error}") from error
-    urls = [name if "://" in name else f"http://{name}" for name in args.http or ["127.0.0.1:9400"]]
-    return [Keeper(url.rstrip("/"), token, args.timeout) for url in urls]
+    if args.tls is not None and len(args.tls) > 3:
+        raise ConfigError("--tls takes CA [CERT KEY]")
+    tls, scheme = (None, "http") if args.tls is None else (client_context(*args.tls), "https")
+    urls = [name if "://" in name else f"{scheme}://{name}" for name in args.http or ["127.0.0.1:9400"]]
+    return [Keeper(url.rstrip("/"), token, args.timeout, tls) for url in urls]
 
 
 def each(keepers: list[Keeper], ask: Callable[[Keeper], dict[str, Any]]) -> list[Outcome]:

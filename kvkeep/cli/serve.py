@@ -51,6 +51,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--http-token", metavar="FILE", help="token for actions (default: made, in a file beside the socket)"
     )
+    parser.add_argument(
+        "--http-tls",
+        nargs="+",
+        metavar="FILE",
+        help="TLS for --http: certificate, key, and the CA of clients whose certificates do as well as the "
+        "token (default: no TLS)",
+    )
     parser.add_argument("--log-format", help="how the log is written: text or json (default: text)")
     parser.add_argument("--traces", metavar="URL", help="send OpenTelemetry spans to this OTLP/HTTP endpoint")
 

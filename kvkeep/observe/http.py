@@ -2,9 +2,10 @@
 event loop, so they look at its state without locks, and each is as short as a lookup of a long prompt.
 
 Who may do what: on a loopback address anyone on the machine reads, actions need the token. On any other
-address all but health and the page's own files need it. On loopback a request that names another host is
-refused (a web site whose name was pointed here), and the token travels in a header that no other site can
-make a browser send.
+address all but health and the page's own files need it. A client's certificate does as well as the token,
+where there is a CA for clients. On loopback a request that names another host is refused (a web site whose
+name was pointed here). No other site can make a browser send the header with the token; nor, where the
+browser shows a certificate unasked, an action with a body that says it is JSON.
 """
 
 from __future__ import annotations
@@ -32,18 +33,19 @@ from kvkeep.identity import KEY_BYTES
 from kvkeep.keeper.index import Records
 from kvkeep.keeper.namespaces import Namespace
 from kvkeep.keeper.pins import chain_records, held_chunks, pin, space_records, unpin
+from kvkeep.observe.listen import Door, parse_address
 from kvkeep.observe.metrics import CONTENT_TYPE, Exporter, Served, arena_bytes
 from kvkeep.observe.traces import Traces
 from kvkeep.observe.watch import SAMPLE_EVERY, Watch, tier_names
 from kvkeep.tiers.base import Usage
 from kvkeep.tiers.open import Opened
+from kvkeep.tls import server_context
 
 __all__ = ["Web"]
 
 log = logging.getLogger("kvkeep.http")
 
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-_MOST_CONNECTIONS = 64
 _MOST_BODY, _BODY_WAIT = 1 << 20, 5.0  # keys of 32,000 chunks
 _TOKEN_CHARACTERS = 16
 _USAGE_EVERY = 10.0
@@ -52,7 +54,7 @@ _PAGE = {
     "/page.js": ("page.js", "text/javascript"),
     "/page.css": ("page.css", "text/css"),
 }
-_HEALTH = ("/healthz", "/readyz")
+_HEALTH, _READS = ("/healthz", "/readyz"), ("GET", "HEAD")
 _HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src data:; frame-ancestors 'none'; base-uri 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -73,13 +75,17 @@ class Web:
     """One HTTP server beside one keeper, on the same event loop."""
 
     def __init__(self, served: Served, config: KeeperConfig, traces: Traces | None = None) -> None:
-        """Raises ConfigError on an address or a token that will not do."""
-        self._host, self._port = _address(config.http or "")
+        """Raises ConfigError on an address, a token or a certificate that will not do."""
+        self._host, self._port = parse_address(config.http or "")
         self._loopback = ipaddress.ip_address(self._host).is_loopback
-        if not self._loopback and config.http_token is None:
+        # A certificate is asked for and not demanded: probes of health have none.
+        self._tls = server_context(*config.http_tls, optional=True) if config.http_tls else None
+        self._certificates = len(config.http_tls) == 3
+        if not (self._loopback or self._certificates or config.http_token is not None):
             raise ConfigError(
                 f"--http {config.http} is open to other hosts, so it needs a token: write one to a file "
-                "(openssl rand -hex 32) and give it as --http-token FILE; or listen on 127.0.0.1"
+                "(openssl rand -hex 32) and give it as --http-token FILE; or a CA of clients: --http-tls "
+                "CERT KEY CLIENT_CA; or listen on 127.0.0.1"
             )
         self._token = None if config.http_token is None else _read_token(Path(config.http_token))
         self._token_file = Path(config.http_token or f"{config.socket}.token")
@@ -93,6 +99,7 @@ class Web:
         self._runner = web.AppRunner(
             self._app(), access_log=None, keepalive_timeout=15.0, max_line_size=2048, max_field_size=4096
         )
+        self._door: Door | None = None
         self._listening: asyncio.Server | None = None
         self._sampling: asyncio.Task[None] | None = None
         self._made_token = False
@@ -104,14 +111,9 @@ class Web:
         await self._runner.setup()
         server = self._runner.server
         assert server is not None
-
-        def connected() -> asyncio.Protocol:
-            return _Full() if len(server.connections) >= _MOST_CONNECTIONS else server()
-
+        self._door = Door(server, self._tls)
         try:
-            loop = asyncio.get_running_loop()
-            # As many are accepted at once, before the first of them is counted.
-            self._listening = await loop.create_server(connected, self._host, self._port, backlog=8)
+            self._listening = await self._door.open(self._host, self._port)
         except OSError as error:
             await self.close()
             raise ConfigError(
@@ -127,7 +129,8 @@ class Web:
         """The keeper serves its socket: make the token for actions beside it, and say where all is."""
         assert self._listening is not None
         host, port = self._listening.sockets[0].getsockname()[:2]
-        url = f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
+        scheme = "http" if self._tls is None else "https"
+        url = f"{scheme}://[{host}]:{port}/" if ":" in host else f"{scheme}://{host}:{port}/"
         if self._token is None:
             self._token, self._made_token = secrets.token_urlsafe(32), True
             self._token_file.unlink(missing_ok=True)  # of a keeper that was killed
@@ -135,6 +138,10 @@ class Web:
             with os.fdopen(os.open(self._token_file, flags, 0o600), "w") as file:
                 file.write(self._token + "\n")
         log.info("web page and metrics at %s, the token for actions is in %s", url, self._token_file)
+        if not self._loopback and self._tls is None:
+            log.warning(
+                "the token goes to %s in the clear: give --http-tls, or put a TLS proxy in front", url
+            )
 
     async def close(self) -> None:
         """End, and take back what was made."""
@@ -143,6 +150,8 @@ class Web:
             self._sampling.cancel()
         if self._listening is not None:
             self._listening.close()
+        if self._door is not None:
+            self._door.close()
         await self._runner.cleanup()
         if self._made_token:
             self._token_file.unlink(missing_ok=True)
@@ -181,7 +190,7 @@ class Web:
         try:
             if self._loopback and not self._is_us(request.host):
                 response: web.StreamResponse = web.Response(status=403, text="not the name of this host\n")
-            elif self._needs_token(request) and not self._has_token(request):
+            elif not (self._is_open(request) or self._has_token(request) or self._has_certificate(request)):
                 response = web.Response(
                     status=401,
                     text="send the header Authorization: Bearer TOKEN\n",
@@ -198,14 +207,20 @@ class Web:
         name = re.sub(r":\d+$", "", host).strip("[]").lower()
         return name in ("localhost", "127.0.0.1", "::1", self._host)
 
-    def _needs_token(self, request: web.Request) -> bool:
-        reads = request.path in (*_PAGE, *_HEALTH) or (self._loopback and request.method in ("GET", "HEAD"))
-        return not reads
+    def _is_open(self, request: web.Request) -> bool:
+        """Whether anyone may."""
+        return request.path in (*_PAGE, *_HEALTH) or (self._loopback and request.method in _READS)
 
     def _has_token(self, request: web.Request) -> bool:
         kind, _, token = request.headers.get("Authorization", "").partition(" ")
         given, right = token.strip().encode(), (self._token or "").encode()
         return kind.lower() == "bearer" and bool(right) and hmac.compare_digest(given, right)
+
+    def _has_certificate(self, request: web.Request) -> bool:
+        """Whether the client has shown one: of the CA of clients, else there would be no connection."""
+        if not self._certificates or not request.get_extra_info("peercert"):
+            return False
+        return request.method in _READS or request.content_type == "application/json"
 
     async def _healthz(self, request: web.Request) -> web.Response:
         return web.Response(text="ok\n")
@@ -305,13 +320,6 @@ class Web:
         return spaces[action.namespace]
 
 
-class _Full(asyncio.Protocol):
-    """Hangs up: more connections would take descriptors that engines need."""
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        transport.close()
-
-
 def _fixed(body: bytes, kind: str) -> _Handler:
     async def answer(request: web.Request) -> web.StreamResponse:
         return web.Response(body=body, content_type=kind, charset="utf-8")
@@ -321,20 +329,6 @@ def _fixed(body: bytes, kind: str) -> _Handler:
 
 def _json(value: object, status: int = 200) -> web.Response:
     return web.Response(body=msgspec.json.encode(value), status=status, content_type="application/json")
-
-
-def _address(text: str) -> tuple[str, int]:
-    """Host and port of 127.0.0.1:9400, localhost:9400, [::1]:9400; port 0: a free one. Raises ConfigError."""
-    host, _, port = text.rpartition(":")
-    host = "127.0.0.1" if host == "localhost" else host.strip("[]")
-    try:
-        ipaddress.ip_address(host)
-        number = int(port)
-    except ValueError:
-        number = -1
-    if not 0 <= number < 1 << 16:
-        raise ConfigError(f"--http takes ADDRESS:PORT, such as 127.0.0.1:9400, not {text!r}")
-    return host, number
 
 
 def _read_token(path: Path) -> str:

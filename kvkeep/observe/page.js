@@ -196,7 +196,10 @@ function note(text, bad = false) {
   $("note").hidden = !text;
 }
 
-const headers = () => ($("token").value ? { Authorization: `Bearer ${$("token").value.trim()}` } : {});
+const headers = () => ({
+  "Content-Type": "application/json",
+  ...($("token").value ? { Authorization: `Bearer ${$("token").value.trim()}` } : {}),
+});
 
 async function act(path, body, question) {
   if (question && !window.confirm(question)) return;

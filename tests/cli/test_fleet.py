@@ -15,6 +15,7 @@ from kvkeep.cli import main
 from kvkeep.identity import ChainHasher, encode_extra
 from kvkeep.wire.messages import Reservation
 from tests.observe.traffic import CHUNK, CHUNK_TOKENS, Engine
+from tests.pem import Pem
 
 PROMPT = list(range(1000, 1000 + 5 * CHUNK_TOKENS + 17))
 
@@ -24,7 +25,7 @@ class Kept:
 
     def __init__(self, keeper: Any, number: int = 7) -> None:
         self.keeper = keeper
-        found = re.search(r"http://(127\.0\.0\.1:\d+)", keeper.log.read_text())
+        found = re.search(r"https?://(127\.0\.0\.1:\d+)", keeper.log.read_text())
         assert found
         self.address, self.token = found[1], f"{keeper.socket}.token"
         self.engine = Engine(keeper.connect("engine"), number=number)
@@ -119,6 +120,26 @@ def test_without_the_token(kept: Kept, ids: str, capsys: pytest.CaptureFixture[s
     assert lines(capsys) == [f"{kept.address}  failed: it wants its token: give the file as --token"]
 
 
+def test_keepers_that_speak_tls(
+    keeper_process, pem: Pem, ids: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = Kept(keeper_process("--http", "127.0.0.1:0", "--http-tls", *pem.server))
+    one.save(PROMPT)
+    there = ["--http", one.address]
+    assert main(["health", *there, "--tls", pem.ca]) == 0
+    assert main(["lookup", *there, "--tls", *pem.client, "--tokens", ids]) == 0
+    assert main(["lookup", *there, "--tls", pem.ca, "--token", one.token, "--tokens", ids]) == 0
+    held = f"{one.address}  {5 * CHUNK_TOKENS} of {len(PROMPT)} tokens"
+    assert lines(capsys) == [f"{one.address}  ready", held, held]
+    for options, said in (
+        (["--http", f"https://{one.address}"], "give the file of its CA as --tls"),
+        ([*there, "--tls", pem.other_ca], "give the file of its CA as --tls"),
+        (there, "no keeper answers"),
+    ):
+        assert main(["health", *options]) == 1
+        assert said in lines(capsys)[0]
+
+
 def test_the_token_of_the_keeper_here(
     kept: Kept, ids: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,6 +185,8 @@ def test_what_a_keeper_cannot_answer(
         (["lookup", "--text", "WORDS", "--engine", "http://127.0.0.1:1"], "does not tokenise"),
         (["lookup", "--text", "WORDS", "--engine", "localhost"], "not a server's URL"),
         (["health", "--token", "/nowhere"], "cannot read the token"),
+        (["health", "--tls", "/nowhere"], "cannot read the CA file /nowhere"),
+        (["health", "--tls", *"abcd"], "--tls takes CA [CERT KEY]"),
     ],
 )
 def test_what_is_wrong_on_the_command_line(

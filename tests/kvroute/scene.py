@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ssl
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
@@ -21,7 +22,7 @@ class Scene:
 
     def __init__(self, engines: list[StandIn], router: Router, client: aiohttp.ClientSession) -> None:
         self.engines, self.router, self.client = engines, router, client
-        self.url = f"http://127.0.0.1:{router.port}"
+        self.url = router.url
 
     def post(self, body: Any, path: str = "/v1/completions", **more: Any) -> Any:
         """A request, as an async context manager."""
@@ -74,21 +75,24 @@ async def scene(
     shape: Shape | None = None,
     shapes: list[Shape] | None = None,
     roles: list[Role] | None = None,
+    tls: ssl.SSLContext | None = None,
+    trust: ssl.SSLContext | bool = True,
     **options: Any,
 ) -> AsyncIterator[Scene]:
-    """Start all of it, and end all of it."""
+    """Start all of it, and end all of it. `tls`: of the engines; `trust`: of the client."""
     shapes = shapes or [shape or Shape()] * engines
     standing = [StandIn(one) for one in shapes]
     places = []
     for one, role in zip(standing, roles or ["any"] * len(standing), strict=True):
-        port = await one.start()
-        url = f"http://127.0.0.1:{port}"
+        port = await one.start(tls=tls)
+        url = f"{'http' if tls is None else 'https'}://127.0.0.1:{port}"
         places.append(parse_place(url, role, one.publisher.events, one.publisher.replay))
     given = {"listen": "127.0.0.1:0", "log_interval": 0.0, "check_interval": 0.1, **options}
     router = Router(Options(tuple(places), **given))
     await router.start()
     try:
-        async with aiohttp.ClientSession(auto_decompress=False) as client:
+        connector = aiohttp.TCPConnector(ssl=trust)
+        async with aiohttp.ClientSession(auto_decompress=False, connector=connector) as client:
             yield Scene(standing, router, client)
     finally:
         await router.close()

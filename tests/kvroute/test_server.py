@@ -10,8 +10,10 @@ import pytest
 import zmq
 
 from benchmarks.stand_in import Shape
+from kvkeep.tls import client_context, server_context
 from kvroute.events import Stored, pack
 from tests.kvroute.scene import DOCUMENT, Scene, played, scene
+from tests.pem import Pem
 
 
 def test_an_answer_comes_back_as_the_engine_gave_it() -> None:
@@ -268,6 +270,37 @@ def test_api_keys(tmp_path: Path) -> None:
             assert await health(s) == 200
             await s.ask("a", headers={"Authorization": f"Bearer {KEY}"})
             assert s.engines[0].stats.headers[-1]["authorization"] == f"Bearer {OTHER}"
+
+    played(play)
+
+
+def test_tls_on_both_sides(pem: Pem) -> None:
+    """The client shows a certificate in place of a key, and so does the router to its engines."""
+
+    async def play() -> None:
+        engines, known = server_context(*pem.server), client_context(*pem.client)
+        options = {"listen": "127.0.0.1:0", "tls": pem.server, "backend_tls": pem.client}
+        async with scene(1, tls=engines, trust=known, **options) as s:
+            assert s.url.startswith("https:")
+            await s.ask("a b c")
+            body = {"model": "stand-in", "prompt": "a", "stream": True, "max_tokens": 3}
+            async with s.post(body) as answer:
+                assert (await answer.read()).endswith(b"data: [DONE]\n\n")
+            stranger = aiohttp.TCPConnector(ssl=client_context(pem.ca))
+            async with aiohttp.ClientSession(connector=stranger) as client:
+                async with client.get(s.url + "/health") as answer:
+                    assert answer.status == 200
+                async with client.get(s.url + "/metrics") as answer:
+                    assert (answer.status, "certificate" in await answer.text()) == (401, True)
+
+    played(play)
+
+
+def test_an_engine_of_an_unknown_ca_is_down(pem: Pem) -> None:
+    async def play() -> None:
+        async with scene(1, tls=server_context(pem.cert, pem.key), backend_tls=(pem.other_ca,)) as s:
+            assert await health(s) == 503
+            assert not s.engines[0].stats.requests
 
     played(play)
 

@@ -16,8 +16,10 @@ import pytest
 from kvkeep.config import KeeperConfig
 from kvkeep.errors import ConfigError
 from kvkeep.observe.http import Web
+from kvkeep.tls import client_context
 from kvkeep.wire.server import KeeperServer
 from tests.observe.traffic import CHUNK_TOKENS, keys_of, traffic
+from tests.pem import Pem
 
 
 def raw(url: str, request: bytes) -> bytes:
@@ -249,6 +251,67 @@ def test_there_reading_needs_it_too(keeper_process, tmp_path: Path) -> None:
         allowed = {"Authorization": "Bearer 0123456789abcdef", "Host": "keeper.example"}
         assert client.get("/metrics", headers=allowed).status_code == 200
     assert not os.path.exists(f"{keeper.socket}.token")
+
+
+def test_tls_and_certificates_of_clients(keeper_process, pem: Pem, tmp_path: Path) -> None:
+    """Anyone may ask for health; for the rest a certificate does as well as a token, but not for what a web
+    site could make a browser send that shows its certificate unasked."""
+    keeper = keeper_process("--http", "0.0.0.0:0", "--http-tls", *pem.server)
+    port = re.search(r"https://0\.0\.0\.0:(\d+)", keeper.log.read_text())[1]  # type: ignore[index]
+    assert "in the clear" not in keeper.log.read_text()
+    token = Path(f"{keeper.socket}.token").read_text().strip()
+    known, stranger = client_context(*pem.client), client_context(pem.ca)
+    for trust, more, allowed in (
+        (known, {}, True),
+        (stranger, {}, False),
+        (stranger, {"Authorization": f"Bearer {token}"}, True),
+    ):
+        with httpx.Client(base_url=f"https://127.0.0.1:{port}", verify=trust, headers=more) as client:
+            for path in ("/healthz", "/readyz", "/"):
+                assert client.get(path).status_code == 200
+            for path in ("/metrics", "/api/state"):
+                assert client.get(path).status_code == (200 if allowed else 401)
+            assert client.post("/api/clear", json={}).status_code == (200 if allowed else 401)
+            assert client.post("/api/clear", content=b"{}").status_code == (200 if more else 401)
+    other = client_context(pem.ca, pem.other_cert, pem.other_key)
+    with httpx.Client(verify=other) as client, pytest.raises(httpx.TransportError):
+        client.get(f"https://127.0.0.1:{port}/healthz")
+    with httpx.Client() as client, pytest.raises(httpx.TransportError):
+        client.get(f"http://127.0.0.1:{port}/healthz")
+
+
+def test_handshakes_that_never_end_are_bounded(keeper_process, pem: Pem) -> None:
+    short = "import kvkeep.observe.listen as listen; listen._HANDSHAKE_WAIT = 2.0"
+    keeper = keeper_process("--http", "127.0.0.1:0", "--http-tls", pem.cert, pem.key, patch=short)
+    port = int(re.search(r"https://127\.0\.0\.1:(\d+)", keeper.log.read_text())[1])  # type: ignore[index]
+    links = [socket.create_connection(("127.0.0.1", port), timeout=20) for _ in range(100)]
+    try:
+        links[-1].settimeout(1.5)  # hung up on at once, not when its time is over
+        with contextlib.suppress(ConnectionResetError):
+            assert links[-1].recv(1) == b""
+        for link in links[:-1]:
+            with contextlib.suppress(ConnectionResetError):
+                assert link.recv(1) == b""
+        with httpx.Client(verify=client_context(pem.ca)) as client:
+            assert client.get(f"https://127.0.0.1:{port}/metrics").status_code == 200
+    finally:
+        for link in links:
+            link.close()
+
+
+def test_without_tls_the_log_says_that_the_token_is_open(keeper_process, tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("0123456789abcdef\n")
+    keeper = keeper_process("--http", "0.0.0.0:0", "--http-token", str(tmp_path / "token"))
+    assert "in the clear: give --http-tls" in keeper.log.read_text()
+
+
+def test_wrong_certificates_are_said(tmp_path: Path, pem: Pem) -> None:
+    where = ("--socket", str(tmp_path / "k.sock"), "--http", "127.0.0.1:0", "--http-tls")
+    assert "CERT KEY" in serve(*where, pem.cert)
+    assert "not the key of the certificate" in serve(*where, pem.cert, pem.client_key)
+    assert "cannot read the CA file" in serve(*where, pem.cert, pem.key, str(tmp_path / "none"))
+    others = ("--socket", str(tmp_path / "k.sock"), "--http", "0.0.0.0:0", "--http-tls")
+    assert "needs a token" in serve(*others, pem.cert, pem.key)
 
 
 def test_a_port_in_use_is_said(watched, tmp_path: Path) -> None:
