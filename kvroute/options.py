@@ -72,6 +72,7 @@ class Options:
     check_interval: float = 2.0
     drain: float = 30.0
     log_interval: float = 10.0
+    traces: str | None = None
     kubernetes_api: str | None = None
 
     def __post_init__(self) -> None:
@@ -205,6 +206,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--check-interval", type=float, help="seconds between health checks (default: 2)")
     add("--drain", type=float, help="seconds that running requests get after SIGTERM (default: 30)")
     add("--log-interval", type=float, help="seconds between summary lines; 0: none (default: 10)")
+    add("--traces", metavar="URL", help="send OpenTelemetry spans to this OTLP/HTTP endpoint")
     add("--kubernetes-api", metavar="URL", help="of the cluster (default: as a pod finds it)")
 
 

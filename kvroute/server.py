@@ -15,8 +15,10 @@ import aiohttp
 import msgspec
 from aiohttp import web
 from blake3 import blake3
+from multidict import CIMultiDict
 
 from kvkeep.errors import ConfigError
+from kvkeep.observe.traces import otlp
 from kvroute.backends import Backend, Engine, Pool
 from kvroute.discover import Cluster, discover
 from kvroute.figures import CONTENT_TYPE, Figures, Summary, metrics
@@ -28,6 +30,7 @@ from kvroute.policy import Ask, Choice, Expected, Kv, Policy, PrefixHash, RoundR
 from kvroute.request import BadRequest, Body, read_body
 from kvroute.subscribe import Subscriber
 from kvroute.tokens import EngineTokens, LocalTokens, Tokens, TokensSource
+from kvroute.traces import Trace, Traces
 
 __all__ = ["Router"]
 
@@ -55,6 +58,7 @@ class Router:
         self._backend_key = options.key_for_backends()
         self._tls, self._backend_tls = options.server_tls(), options.client_tls()
         self._local = LocalTokens(options.tokenizer) if options.tokenizer else None
+        self._traces = Traces(otlp(options.traces) if options.traces else None)
         self._gate = Gate(options.max_requests, options.queue, options.queue_wait)
         self.figures = Figures()
         self.index = Index()
@@ -129,6 +133,7 @@ class Router:
         await self._runner.cleanup()
         await self._subscriber.close()
         await self._session.close()
+        await asyncio.to_thread(self._traces.close)
 
     def _chosen_policy(self) -> Policy:
         if self._options.policy == "kv":
@@ -260,35 +265,55 @@ class Router:
     async def _route(
         self, request: web.Request, data: bytes, body: Body, arrived: float
     ) -> web.StreamResponse:
-        split = self._options.backends[0].role != "any"
-        first = self._usable(body.model, "prefill" if split else "any")
-        tokens, waited = await self._tokens_of(body, first)
-        ask = Ask(body.text, _session_of(request, body, self._options), tokens, salt=body.cache_salt)
-        if self.pool.is_lora(body.model):
-            ask = ask._replace(lora=body.model)
         headers = upstream_headers(request, self._backend_key, ours=bool(self._keys))
         headers.setdefault("X-Request-Id", uuid.uuid4().hex)  # prefill and decode know it by one name
-        choices = self._policy.rank(ask, first)
-        self.figures.own.add(time.perf_counter() - arrived - waited)
-        if split:
-            there = self._policy.rank(ask, self._usable(body.model, "decode"))
-            if ask.tokens_to_compute(there[0]) < self._options.prefill_from:
-                self.figures.prefill_skipped += 1
-            else:
-                self._expected.promise(ask, choices[0].backend.name)
-                prefilled = await self._forwarder.prefill(request, data, headers, choices)
+        with self._traces.request(headers) as trace:
+            split = self._options.backends[0].role != "any"
+            first = self._usable(body.model, "prefill" if split else "any")
+            tokens, waited = await self._tokens_of(body, first)
+            ask = Ask(body.text, _session_of(request, body, self._options), tokens, salt=body.cache_salt)
+            if self.pool.is_lora(body.model):
+                ask = ask._replace(lora=body.model)
+            trace.note(model=body.model, prompt_tokens=-1 if tokens is None else len(tokens))
+            choices = self._policy.rank(ask, first)
+            self.figures.own.add(time.perf_counter() - arrived - waited)
+            if split:
+                prefilled = await self._prefill(request, data, headers, body, ask, choices, trace)
                 if isinstance(prefilled, web.Response):
                     return prefilled
-                data, there = prefilled, self._policy.rank(ask, self._usable(body.model, "decode"))
-            choices = there
-        return await self._forwarder.answer(
-            request,
-            data,
-            headers,
-            choices,
-            lambda choice: self._note(ask, choice),
-            lambda: self.figures.first_byte.add(time.perf_counter() - arrived),
-        )
+                data, choices = prefilled
+            return await self._forwarder.answer(
+                request,
+                data,
+                headers,
+                choices,
+                lambda choice: self._note(ask, choice, trace),
+                lambda: self._first_byte(arrived, trace),
+            )
+
+    async def _prefill(
+        self,
+        request: web.Request,
+        data: bytes,
+        headers: CIMultiDict[str],
+        body: Body,
+        ask: Ask,
+        choices: list[Choice],
+        trace: Trace,
+    ) -> tuple[bytes, list[Choice]] | web.Response:
+        """The body for the engine that decodes, and those in order; or the client's answer, where it was
+        refused. Prefilled elsewhere before, unless it has little to compute."""
+        there = self._policy.rank(ask, self._usable(body.model, "decode"))
+        if ask.tokens_to_compute(there[0]) < self._options.prefill_from:
+            self.figures.prefill_skipped += 1
+            return data, there
+        self._expected.promise(ask, choices[0].backend.name)
+        trace.event("prefill")
+        prefilled = await self._forwarder.prefill(request, data, headers, choices)
+        trace.event("prefilled")
+        if isinstance(prefilled, web.Response):
+            return prefilled
+        return prefilled, self._policy.rank(ask, self._usable(body.model, "decode"))
 
     def _usable(self, model: str, role: Role) -> list[Backend]:
         if found := self.pool.usable(model, role):
@@ -306,8 +331,13 @@ class Router:
         self.figures.unknown_tokens += tokens is None
         return tokens, took
 
-    def _note(self, ask: Ask, choice: Choice) -> None:
+    def _first_byte(self, arrived: float, trace: Trace) -> None:
+        self.figures.first_byte.add(time.perf_counter() - arrived)
+        trace.event("first_byte")
+
+    def _note(self, ask: Ask, choice: Choice, trace: Trace) -> None:
         """A request goes there."""
+        trace.chose(choice)
         if ask.tokens is not None:
             self.figures.prompt_tokens += len(ask.tokens)
             self.figures.held_tokens += choice.held
