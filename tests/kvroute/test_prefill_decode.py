@@ -78,7 +78,9 @@ def test_limits_of_chats_are_kept_for_the_decoder() -> None:
 
 def test_a_prefill_that_fails_is_tried_elsewhere_then_left_to_the_decoder() -> None:
     async def play() -> None:
-        async with scene(3, roles=["prefill", "prefill", "decode"], policy="round-robin") as s:
+        async with scene(
+            3, roles=["prefill", "prefill", "decode"], policy="round-robin", prefill_from=0
+        ) as s:
             await s.fault(0, "cut")
             await s.ask("a")
             assert [one.stats.requests for one in s.engines] == [1, 1, 1]
