@@ -53,7 +53,7 @@ def opened(directory: Path) -> FsTier:
 
 def fill(directory: Path, start: int, end: int) -> None:
     """The child: put values, say how many, and then wait until it is killed or told to end."""
-    page = mmap.mmap(-1, BYTES)
+    page = memoryview(mmap.mmap(-1, BYTES))
     with contextlib.closing(opened(directory)) as tier:
         for at in range(start, end, BATCH):
             keys = [key(number) for number in range(at, min(at + BATCH, end))]
@@ -85,7 +85,7 @@ def filled(directory: Path, start: int, end: int) -> Iterator[subprocess.Popen[b
 def served(directory: Path, count: int) -> dict[str, float]:
     """Seconds to open, to find and read what is asked of it first, to count again, and to put."""
     keys = [key(number) for number in range(0, count, max(1, count // ASKED))]
-    page = mmap.mmap(-1, BYTES)
+    page = memoryview(mmap.mmap(-1, BYTES))
     began = time.perf_counter()
     with contextlib.closing(opened(directory)) as tier:
         took = {"open": time.perf_counter() - began, "books_in_doubt": float(tier.counting)}
