@@ -59,12 +59,12 @@ class FlushQueue:
     def committed(self, records: Records) -> None:
         """Chunks have become readable."""
         if self._through:
-            self._add(records)
+            self.add(records)
 
     def used(self, records: Records) -> None:
         """A request has asked for chunks that are held."""
         if self._second_touch:
-            self._add(records[self._keeper.chunks.state[records] == ChunkState.COMMITTED])
+            self.add(records[self._keeper.chunks.state[records] == ChunkState.COMMITTED])
 
     def next(self, most_bytes: int) -> Flush | None:
         """The next batch, of at least one chunk and at most about `most_bytes`; None if there is none."""
@@ -105,7 +105,8 @@ class FlushQueue:
             self._count += len(missing)
         self._keeper.release(MOVERS, flush.lease, None)
 
-    def _add(self, records: Records) -> None:
+    def add(self, records: Records) -> None:
+        """Queue readable chunks, but for those that the tier has or that wait already."""
         chunks = self._keeper.chunks
         new = records[((chunks.stored[records] | chunks.queued[records]) & self._bit) == 0]
         if len(new):
