@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from kvkeep.keeper.leases import ClaimKind
 __all__ = ["MOVERS", "Flush", "FlushQueue", "Move", "moves_of"]
 
 _MOST_WAITING = 1 << 20  # 16 MiB of keys: what waits while a tier is away for long
+_SPACE_BYTES = 8  # of a value's name
 MOVERS = "~movers"
 """The session that holds the movers' own claims."""
 
@@ -104,6 +106,21 @@ class FlushQueue:
             self._waiting.appendleft(chunks.table.keys_of(missing))
             self._count += len(missing)
         self._keeper.release(MOVERS, flush.lease, None)
+
+    def gone(self, names: Sequence[bytes]) -> None:
+        """The tier has given up values, by their names there: whoever put them, and whether or not memory has
+        them too."""
+        chunks, journal = self._keeper.chunks, self._keeper.journal
+        spaces = {space.fingerprint[:_SPACE_BYTES]: space for space in self._keeper.namespaces}
+        keys = np.frombuffer(b"".join(name[_SPACE_BYTES:] for name in names), "<u8").reshape(-1, 2)
+        records = chunks.table.find(keys)
+        held = records[records >= 0]
+        chunks.stored[held] &= ~self._bit
+        if journal is not None:
+            journal.note(held)
+            for name, record in zip(names, records.tolist(), strict=True):
+                if record < 0 and (space := spaces.get(name[:_SPACE_BYTES])) is not None:
+                    journal.probed(space, [name], [-1])
 
     def add(self, records: Records) -> None:
         """Queue readable chunks, but for those that the tier has or that wait already."""

@@ -248,8 +248,10 @@ class Movers:
 
     def written(self, tier: int, records: Records) -> bool:
         """Whether all that will be written of them has been."""
-        waits = (self._keeper.chunks.queued[records] & np.uint16(1 << tier)) != 0
-        return not (self._writing[tier] or bool(waits.any()))
+        chunks, bit = self._keeper.chunks, np.uint16(1 << tier)
+        left = records[(chunks.stored[records] & bit) == 0]
+        waits = bool(self._writing[tier]) or bool((chunks.queued[left] & bit).any())
+        return not (len(left) and waits)
 
     def tick(self) -> None:
         """Now and then: see whether tiers that were switched off are well again, and write what waits."""
@@ -277,10 +279,13 @@ class Movers:
                 stored = self._put(opened, flush.moves)
             except TierUnavailable:
                 again = True
-            self._post(lambda: done(stored, again))
+            gone = opened.tier.gone()
+            self._post(lambda: done(stored, again, gone))
 
-        def done(stored: np.ndarray[Any, np.dtype[np.bool_]], again: bool) -> None:
+        def done(stored: np.ndarray[Any, np.dtype[np.bool_]], again: bool, gone: list[bytes]) -> None:
             self._writing[tier] = 0
+            if gone:
+                self._queues[tier].gone(gone)
             self._queues[tier].done(flush, stored, again)
             if not again:
                 self.kick()
