@@ -18,19 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 from kvkeep.errors import ConfigError, TierUnavailable
-from kvkeep.tiers.base import (
-    KEY_BYTES,
-    Buffer,
-    Capabilities,
-    Check,
-    Got,
-    Key,
-    Listing,
-    Put,
-    Seal,
-    Tier,
-    Usage,
-)
+from kvkeep.tiers.base import Buffer, Capabilities, Check, Got, Key, Listing, Put, Seal, Tier, Usage
 from kvkeep.tiers.fs_io import sync_directory, takes_direct, transfer, write_file
 from kvkeep.tiers.fs_root import Membership, leftovers, prepare, remedy, value_path
 from kvkeep.tiers.fs_space import Space, footprint
@@ -178,9 +166,9 @@ class FsTier(Tier, Listing):
         keys = list[Key]()
         for _ in range(len(self._space.gone)):
             space, _fan_out, name = self._space.gone.popleft().split("/")[-3:]
-            with contextlib.suppress(ValueError):  # not a name of ours
+            with contextlib.suppress(ValueError):
                 keys.append(bytes.fromhex(space + name))
-        return [key for key in keys if len(key) == KEY_BYTES]
+        return [key for key in keys if len(key) == 24]  # else not a name of ours
 
     def usage(self) -> Usage:
         with self._verb():

@@ -6,6 +6,7 @@ import os
 import re
 import select
 import socket
+import ssl
 import stat
 import subprocess
 import sys
@@ -324,6 +325,31 @@ def test_a_handshake_that_never_ends_is_ended(keeper_process, pem: Pem) -> None:
             with contextlib.suppress(ConnectionResetError):
                 while link.recv(100):  # an alert may come first
                     pass
+
+
+def test_a_request_that_comes_with_the_end_of_the_handshake(keeper_process, pem: Pem) -> None:
+    """Both in one segment: asyncio hands the request over before it says that there is a connection."""
+    port = greeting(keeper_process("--http", "127.0.0.1:0", "--http-tls", pem.cert, pem.key))
+    for _ in range(20):
+        coming, going = ssl.MemoryBIO(), ssl.MemoryBIO()
+        tls = client_context(pem.ca).wrap_bio(coming, going, server_hostname="127.0.0.1")
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as link:
+            while True:
+                try:
+                    tls.do_handshake()
+                    break
+                except ssl.SSLWantReadError:
+                    link.sendall(going.read())
+                    coming.write(link.recv(65536))
+            tls.write(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            link.sendall(going.read())
+            answer = b""
+            while not answer.endswith(b"ok\n"):
+                try:
+                    answer += tls.read(65536)
+                except ssl.SSLWantReadError:
+                    coming.write(link.recv(65536))
+            assert answer.startswith(b"HTTP/1.1 200")
 
 
 def test_without_tls_the_log_says_that_the_token_is_open(keeper_process, tmp_path: Path) -> None:
