@@ -89,22 +89,11 @@ def _print(figures: dict[str, Any]) -> None:
 
 
 def _tenants(tenants: list[dict[str, Any]]) -> Table:
-    table = Table(
-        Column("tenant", no_wrap=True),
-        "chunks",
-        "bytes",
-        "quota",
-        "hit ratio",
-        "asked",
-        "stored",
-        "evicted",
-        "refused",
-    )
+    table = Table(Column("tenant", no_wrap=True), "bytes", "quota", "hit ratio", "evicted", "refused")
     for row in tenants:
-        quota = row["quota_bytes"]
-        counts = [str(row[f"{name}_chunks"]) for name in ("asked", "stored", "evicted", "refused")]
-        sizes = (_size(row["used_bytes"]), "–" if quota is None else _size(quota))
-        table.add_row(row["tenant"], str(row["chunks"]), *sizes, _ratio(row), *counts)
+        quota = "–" if row["quota_bytes"] is None else _size(row["quota_bytes"])
+        counts = [str(row[f"{name}_chunks"]) for name in ("evicted", "refused")]
+        table.add_row(row["tenant"], _size(row["used_bytes"]), quota, _ratio(row), *counts)
     return table
 
 
