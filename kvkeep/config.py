@@ -66,6 +66,8 @@ class KeeperConfig:
     """File with the token for actions; None: one is made beside the socket."""
     http_tls: tuple[str, ...] = ()
     """Files of its certificate and key, and of the CA whose clients need no token; none: no TLS."""
+    tenant_quotas: tuple[str, ...] = ()
+    """What tenants may hold in memory: TENANT=SIZE each; `default`: each that has none of its own."""
     log_format: str = "text"
     """How the log is written: text or json."""
     traces: str | None = None

@@ -19,10 +19,22 @@ import numpy as np
 import numpy.typing as npt
 from blake3 import blake3
 
-__all__ = ["KEY_BYTES", "ChainHasher", "encode_extra", "file_digest", "fingerprint", "group_keys"]
+__all__ = [
+    "KEY_BYTES",
+    "TENANT_BYTES",
+    "ChainHasher",
+    "encode_extra",
+    "file_digest",
+    "fingerprint",
+    "group_keys",
+    "tenant_of",
+]
 
 KEY_BYTES = 16
 """Bytes of a chunk key: 128 bits, so 2^64 work for a collision."""
+
+TENANT_BYTES = 8
+"""Bytes that name a tenant, for quotas and reports; it is the salt in the keys that keeps tenants apart."""
 
 FORMAT = 1
 """Version of the key derivation; part of every fingerprint."""
@@ -71,6 +83,18 @@ def group_keys(base: bytes, print_: bytes, group: int) -> npt.NDArray[np.uint64]
     tweak = np.frombuffer(blake3(print_ + b"group%d" % group).digest(KEY_BYTES), "<u8")
     keys: npt.NDArray[np.uint64] = np.frombuffer(base, "<u8").reshape(-1, 2) ^ tweak
     return keys
+
+
+def tenant_of(salt: str | None) -> bytes:
+    """What a tenant is called outside its engine: a digest of its `cache_salt`; b"" without one.
+
+    Nobody can read a salt from it, but who guesses the salt can check the guess: vLLM's advice, a long
+    random salt, holds here too.
+    """
+    if not salt:
+        return b""
+    hasher = blake3(salt.encode("utf-8", "surrogatepass"), derive_key_context="kvkeep tenant of a cache_salt")
+    return hasher.digest(TENANT_BYTES)
 
 
 class ChainHasher:

@@ -7,6 +7,7 @@ import ipaddress
 import math
 import re
 import ssl
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -180,6 +181,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         help="a prompt of which the decode engine lacks fewer goes there at once (default: 64)",
     )
+    _add_access(add)
+    add("--max-body", metavar="SIZE", type=parse_bytes, help="of a request (default: 32MiB)")
+    add("--max-requests", type=int, help=f"at a time (default: {default['max_requests']})")
+    add("--queue", type=int, help=f"requests that wait for a turn (default: {default['queue']})")
+    add("--queue-wait", type=float, help="seconds that they wait at most (default: 30)")
+    add("--timeout", type=float, help="seconds without a byte from an engine (default: 600)")
+    add("--retries", type=int, help="other engines tried before the first byte (default: 2)")
+    add("--check-interval", type=float, help="seconds between health checks (default: 2)")
+    add("--drain", type=float, help="seconds that running requests get after SIGTERM (default: 30)")
+    add("--log-interval", type=float, help="seconds between summary lines; 0: none (default: 10)")
+    add("--traces", metavar="URL", help="send OpenTelemetry spans to this OTLP/HTTP endpoint")
+    add("--kubernetes-api", metavar="URL", help="of the cluster (default: as a pod finds it)")
+
+
+def _add_access(add: Callable[..., object]) -> None:
+    """Who may connect, and what the engines are shown."""
     add("--api-keys", metavar="FILE", help="keys that clients may use, one a line")
     add("--no-keys", action="store_true", help="listen to other hosts without keys")
     add("--backend-key", metavar="FILE", help="the key that the engines want")
@@ -197,17 +214,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="for https engines: the CA to trust, and the router's certificate and key "
         "(default: the system's CAs)",
     )
-    add("--max-body", metavar="SIZE", type=parse_bytes, help="of a request (default: 32MiB)")
-    add("--max-requests", type=int, help=f"at a time (default: {default['max_requests']})")
-    add("--queue", type=int, help=f"requests that wait for a turn (default: {default['queue']})")
-    add("--queue-wait", type=float, help="seconds that they wait at most (default: 30)")
-    add("--timeout", type=float, help="seconds without a byte from an engine (default: 600)")
-    add("--retries", type=int, help="other engines tried before the first byte (default: 2)")
-    add("--check-interval", type=float, help="seconds between health checks (default: 2)")
-    add("--drain", type=float, help="seconds that running requests get after SIGTERM (default: 30)")
-    add("--log-interval", type=float, help="seconds between summary lines; 0: none (default: 10)")
-    add("--traces", metavar="URL", help="send OpenTelemetry spans to this OTLP/HTTP endpoint")
-    add("--kubernetes-api", metavar="URL", help="of the cluster (default: as a pod finds it)")
 
 
 def read_options(args: argparse.Namespace) -> Options:

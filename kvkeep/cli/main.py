@@ -20,6 +20,8 @@ _COMMANDS = {
     "lookup": ("kvkeep.cli.lookup", "how much of a prompt keepers hold in memory"),
     "pin": ("kvkeep.cli.pin", "keep a prompt, a prefix or a namespace from eviction"),
     "unpin": ("kvkeep.cli.pin", "let eviction have what was pinned"),
+    "move": ("kvkeep.cli.move", "have a prompt in memory, or in a tier, ahead of use"),
+    "compress": ("kvkeep.cli.move", "does nothing yet: there are no codecs"),
     "fsck": ("kvkeep.cli.fsck", "verify, and with --repair mend, all that a tier holds"),
     "warm": ("kvkeep.cli.warm", "have documents prefilled ahead of use"),
     "route": ("kvroute.command", "route requests to the engine that holds most of their prompt"),

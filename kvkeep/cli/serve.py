@@ -58,6 +58,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="TLS for --http: certificate, key, and the CA of clients whose certificates do as well as the "
         "token (default: no TLS)",
     )
+    parser.add_argument(
+        "--tenant-quota",
+        dest="tenant_quotas",
+        action="append",
+        metavar="TENANT=SIZE",
+        help="what a tenant may hold in memory; TENANT as `kvkeep status --tenant SALT` has it, or "
+        "`default`: each that has none of its own; several: several times",
+    )
     parser.add_argument("--log-format", help="how the log is written: text or json (default: text)")
     parser.add_argument("--traces", metavar="URL", help="send OpenTelemetry spans to this OTLP/HTTP endpoint")
 

@@ -8,9 +8,10 @@ import os
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from kvkeep.config import default_socket
+from kvkeep.identity import tenant_of
 from kvkeep.wire.client import Connection
 
 __all__ = ["add_arguments", "run"]
@@ -22,17 +23,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--socket", default=default_socket(), help="socket of the keeper (default: %(default)s)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--tenant", metavar="SALT", help="show the tenant of this cache_salt, and its name here"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Ask the keeper and print its figures."""
     connection = Connection.open(args.socket, f"cli-{os.getpid()}", timeout=10.0)
     try:
-        figures: dict[str, Any] = connection.status()
+        figures: dict[str, Any] = connection.status(tenant_of(args.tenant))
     finally:
         connection.close()
     if args.json:
         print(json.dumps(figures))
+    elif args.tenant:
+        named = tenant_of(args.tenant).hex()
+        rows = [row for row in figures["tenants"] if row["tenant"] == named]
+        Console(highlight=False).print(
+            _tenants(rows) if rows else f"tenant {named}: nothing is known of it here"
+        )
     else:
         _print(figures)
     return 0
@@ -72,8 +82,19 @@ def _print(figures: dict[str, Any]) -> None:
             str(space["lookups"]),
         )
     console.print(table)
+    if figures["tenants"]:
+        console.print(_tenants(figures["tenants"]))
     if figures["tiers"]:
         console.print(_tiers(figures["tiers"]))
+
+
+def _tenants(tenants: list[dict[str, Any]]) -> Table:
+    table = Table(Column("tenant", no_wrap=True), "bytes", "quota", "hit ratio", "evicted", "refused")
+    for row in tenants:
+        quota = "–" if row["quota_bytes"] is None else _size(row["quota_bytes"])
+        counts = [str(row[f"{name}_chunks"]) for name in ("evicted", "refused")]
+        table.add_row(row["tenant"], _size(row["used_bytes"]), quota, _ratio(row), *counts)
+    return table
 
 
 def _tiers(tiers: list[dict[str, Any]]) -> Table:

@@ -40,6 +40,9 @@ class Chunks:
         self.epoch = np.zeros(0, np.int64)
         self.kind = np.zeros(0, np.int32)
         self.namespace = np.zeros(0, np.int32)
+        self.tenant = np.zeros(0, np.uint16)
+        self.position = np.zeros(0, np.int32)
+        """Place in the chain: of one request's chunks the last ones go first."""
         self.evictable = np.zeros(0, np.bool_)
         self.pinned = np.zeros(0, np.bool_)
         """Readable, and passed over by eviction: see `pins`."""
@@ -65,6 +68,8 @@ class Chunks:
             self.epoch,
             self.kind,
             self.namespace,
+            self.tenant,
+            self.position,
             self.evictable,
             self.pinned,
             self.stored,
@@ -72,7 +77,9 @@ class Chunks:
         )
         return self.table.nbytes + sum(column.nbytes for column in columns) + 8 * len(self._free)
 
-    def add(self, keys: Keys, namespace: int, kind: int, epoch: int) -> Records:
+    def add(
+        self, keys: Keys, namespace: int, kind: int, epoch: int, positions: Records, tenant: int
+    ) -> Records:
         """New RESERVED records, without a place yet, for keys that are absent and distinct."""
         while len(self._free) < len(keys):
             self._grow()
@@ -85,6 +92,8 @@ class Chunks:
         self.epoch[records] = epoch
         self.kind[records] = kind
         self.namespace[records] = namespace
+        self.tenant[records] = tenant
+        self.position[records] = positions
         self.stored[records] = self.queued[records] = 0
         self._tally(namespace, kind)
         self._taken[namespace, kind] += len(records)
@@ -134,6 +143,17 @@ class Chunks:
         records: Records = np.flatnonzero(np.isin(self.state, states))
         return records
 
+    def coldest_slab(self, kind: int, slabs: Records, slab_bytes: int) -> tuple[int, int]:
+        """Of a kind's slabs, ascending, the one that was used longest ago; the epoch of that first, which is
+        -1 for an empty one, and beyond all where something in each is in use."""
+        newest = np.full(len(slabs), -1, np.int64)
+        records = np.flatnonzero((self.kind == kind) & (self.state != ChunkState.FREE))
+        where = np.searchsorted(slabs, self.offset[records] // slab_bytes)
+        np.maximum.at(newest, where, self.epoch[records])
+        newest[where[~self.evictable[records]]] = np.iinfo(np.int64).max
+        coldest = int(newest.argmin())
+        return int(newest[coldest]), int(slabs[coldest])
+
     def usage(self, spaces: int, slot_bytes: list[int]) -> tuple[Records, Records]:
         """By namespace, readable chunks and bytes of slots that are taken; `slot_bytes` by kind."""
         rest = (0, spaces - len(self._readable))
@@ -156,6 +176,8 @@ class Chunks:
             "epoch",
             "kind",
             "namespace",
+            "tenant",
+            "position",
             "evictable",
             "pinned",
             "stored",

@@ -62,13 +62,22 @@ class Batch:
 class Fetch:
     """One prompt's missing chunks, positions counted from the first one that its engine lacks."""
 
-    def __init__(self, ticket: int, session: str, space: Namespace, chains: list[Keys], epoch: int) -> None:
+    def __init__(
+        self,
+        ticket: int,
+        session: str,
+        space: Namespace,
+        chains: list[Keys],
+        epoch: int,
+        tenant: bytes,
+    ) -> None:
         self.ticket = ticket
         self.session = session
         self.space = space
         self.chains = chains
         """Per group, the keys of chunks first, first+1, …"""
         self.epoch = epoch
+        self.tenant = tenant
         self.stage = Stage.PROBING
         self.attended = True
         """Whether a request will come for what lands."""
@@ -154,10 +163,12 @@ class Fetches:
     def __len__(self) -> int:
         return len(self._open)
 
-    def begin(self, session: str, space: Namespace, keys: bytes, first: int, epoch: int) -> Fetch:
+    def begin(
+        self, session: str, space: Namespace, keys: bytes, first: int, epoch: int, tenant: bytes = b""
+    ) -> Fetch:
         """Note what is missing of chunks first, first+1, … of a chain."""
         chains = [group_keys(keys, space.fingerprint, group)[first:] for group in range(len(space.groups))]
-        fetch = Fetch(self._next, session, space, chains, epoch)
+        fetch = Fetch(self._next, session, space, chains, epoch, tenant)
         self._next += 1
         self._open[fetch.ticket] = fetch
         for group, chain in enumerate(chains):
@@ -181,6 +192,7 @@ class Fetches:
         if usable <= held or not (any(map(len, wanted)) and worth(self._needs(fetch, wanted), usable - held)):
             self._wait_for_arriving(fetch, usable)
             return []
+        owner = self._keeper.tenants.number(fetch.tenant)
         rows: list[tuple[Records, Records, Records]] = []
         for group in groups:
             places = wanted[group]
@@ -188,7 +200,7 @@ class Fetches:
             new = self._keeper.chunks.table.find(keys) < 0
             places, keys = places[new], keys[new]
             if len(places):
-                records = self._keeper.place(fetch.space, group, keys, places, fetch.epoch)
+                records = self._keeper.place(fetch.space, group, keys, places, fetch.epoch, owner)
                 fits = records >= 0
                 rows.append((places[fits], fetch.source(group)[places[fits]], records[fits]))
         self._wait_for_arriving(fetch, usable)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from kvkeep.keeper.leases import ClaimKind
 __all__ = ["MOVERS", "Flush", "FlushQueue", "Move", "moves_of"]
 
 _MOST_WAITING = 1 << 20  # 16 MiB of keys: what waits while a tier is away for long
+_SPACE_BYTES = 8  # of a value's name
 MOVERS = "~movers"
 """The session that holds the movers' own claims."""
 
@@ -59,12 +61,12 @@ class FlushQueue:
     def committed(self, records: Records) -> None:
         """Chunks have become readable."""
         if self._through:
-            self._add(records)
+            self.add(records)
 
     def used(self, records: Records) -> None:
         """A request has asked for chunks that are held."""
         if self._second_touch:
-            self._add(records[self._keeper.chunks.state[records] == ChunkState.COMMITTED])
+            self.add(records[self._keeper.chunks.state[records] == ChunkState.COMMITTED])
 
     def next(self, most_bytes: int) -> Flush | None:
         """The next batch, of at least one chunk and at most about `most_bytes`; None if there is none."""
@@ -105,7 +107,23 @@ class FlushQueue:
             self._count += len(missing)
         self._keeper.release(MOVERS, flush.lease, None)
 
-    def _add(self, records: Records) -> None:
+    def gone(self, names: Sequence[bytes]) -> None:
+        """The tier has given up values, by their names there: whoever put them, and whether or not memory has
+        them too."""
+        chunks, journal = self._keeper.chunks, self._keeper.journal
+        spaces = {space.fingerprint[:_SPACE_BYTES]: space for space in self._keeper.namespaces}
+        keys = np.frombuffer(b"".join(name[_SPACE_BYTES:] for name in names), "<u8").reshape(-1, 2)
+        records = chunks.table.find(keys)
+        held = records[records >= 0]
+        chunks.stored[held] &= ~self._bit
+        if journal is not None:
+            journal.note(held)
+            for name, record in zip(names, records.tolist(), strict=True):
+                if record < 0 and (space := spaces.get(name[:_SPACE_BYTES])) is not None:
+                    journal.probed(space, [name], [-1])
+
+    def add(self, records: Records) -> None:
+        """Queue readable chunks, but for those that the tier has or that wait already."""
         chunks = self._keeper.chunks
         new = records[((chunks.stored[records] | chunks.queued[records]) & self._bit) == 0]
         if len(new):

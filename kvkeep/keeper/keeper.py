@@ -7,7 +7,7 @@ leaves the books balanced (`check_integrity`) or raises before it changed anythi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -15,12 +15,14 @@ import numpy.typing as npt
 from kvkeep.errors import ConfigError, RequestRefused
 from kvkeep.identity import group_keys
 from kvkeep.keeper.arena import Arena, SlotClass
+from kvkeep.keeper.books import check_books
 from kvkeep.keeper.chains import check_distinct, runs
 from kvkeep.keeper.chunks import Chunks, ChunkState
 from kvkeep.keeper.index import Keys, Records
-from kvkeep.keeper.leases import Claim, ClaimKind, Claims
+from kvkeep.keeper.leases import Claim, ClaimKind, Claims, Found, Reserved
 from kvkeep.keeper.namespaces import Counters, GroupSpec, Namespace
 from kvkeep.keeper.policy import POLICIES, Policy, make_policy
+from kvkeep.keeper.tenants import Tenants, first_to_go
 from kvkeep.keeper.usable import usable_chunks
 
 if TYPE_CHECKING:
@@ -30,39 +32,19 @@ if TYPE_CHECKING:
 __all__ = ["Found", "Keeper", "Reserved"]
 
 
-class Found(NamedTuple):
-    """Result of a lookup."""
-
-    lease: int
-    """0 where nothing was found."""
-    chunks: int
-    """Leading chunks, of those asked for, that can be loaded."""
-    epoch: int
-    """The request's place in time; a later `reserve` for the same request passes it on."""
-    offsets: list[Records]
-    """Per group, the arena offset of each of those chunks; -1 where the group does not need it."""
-
-
-class Reserved(NamedTuple):
-    """Result of a reservation."""
-
-    reservation: int
-    """0 where there is nothing to write."""
-    offsets: list[Records]
-    """Per group, where to write each chunk; -1 for one that is held, being written, or refused."""
-
-
 class Keeper:
     """Owns the books of one arena of `nbytes`; `policy` names the eviction policy.
 
     `trailer`: bytes at the end of every slot that are not the engines' (the seal of values below).
+    `quotas`: see `Tenants`.
     """
 
-    def __init__(self, nbytes: int, policy: str, trailer: int = 0) -> None:
+    def __init__(self, nbytes: int, policy: str, trailer: int = 0, quotas: Sequence[str] = ()) -> None:
         self.arena = Arena(nbytes)
         self.trailer = trailer
         self.chunks = Chunks()
         self.claims = Claims()
+        self.tenants = Tenants(quotas)
         self.namespaces: list[Namespace] = []
         self.counters = Counters()
         self.queues: list[FlushQueue] = []
@@ -73,8 +55,9 @@ class Keeper:
         if policy not in POLICIES:
             raise ConfigError(f"unknown policy {policy!r}: choose one of {', '.join(POLICIES)}")
         self._policy_name = policy
-        self._kinds: list[SlotClass] = []
-        self._policies: list[Policy] = []
+        self.kinds: list[SlotClass] = []
+        self.policies: list[Policy] = []
+        """One for each of `kinds`."""
         self._clock = 0
 
     # Sessions
@@ -156,6 +139,11 @@ class Keeper:
         lease = self.claims.open(ClaimKind.LEASE, session, together, space.readers)
         return Found(lease, usable, self._clock, offsets)
 
+    def now(self) -> int:
+        """The epoch of what begins now without a lookup."""
+        self._clock += 1
+        return self._clock
+
     def release(self, session: str, lease: int, rank: int | None) -> None:
         """A rank has read what it was leased; rank None gives the whole lease back unread."""
         claim = self.claims.report(ClaimKind.LEASE, session, lease, rank)
@@ -172,18 +160,19 @@ class Keeper:
         wanted: Sequence[Sequence[bool]],
         first: int,
         epoch: int,
+        tenant: bytes = b"",
     ) -> Reserved:
         """Reserve slots for those of the wanted chunks that are not held.
 
         `keys`: 16 bytes per chunk, of positions first, first+1, … of one chain; `wanted[g][i]`:
         group g has chunk i to give; `epoch`: from the request's lookup (0: now). Chunks for which nothing
-        older than the request can be evicted are refused, never waited for.
+        older than the request can be evicted (of its tenant, above the quota) are refused, never waited for.
         """
         check_distinct(np.frombuffer(keys, "<u8")[::2])  # half a key tells chunks apart as surely
         if not epoch:
             self._clock += 1
         epoch = min(epoch or self._clock, self._clock)
-        offsets, written = [], []
+        offsets, written, owner = [], [], self.tenants.number(tenant)
         for group, flags in enumerate(wanted):
             placed = np.full(len(keys) // 16, -1, np.int64)
             named = group_keys(keys, space.fingerprint, group)
@@ -194,7 +183,7 @@ class Keeper:
             self._touch(found[known], first + known, epoch)
             new = np.flatnonzero((found < 0) & np.asarray(flags, np.bool_))
             if len(new):
-                records = self.place(space, group, named[new], first + new, epoch)
+                records = self.place(space, group, named[new], first + new, epoch, owner)
                 placed[new] = np.where(records >= 0, self.chunks.offset[records], -1)
                 written.append(records[records >= 0])
             offsets.append(placed)
@@ -215,22 +204,28 @@ class Keeper:
         if claim is not None:
             self._end(claim, completed=False)
 
-    def place(self, space: Namespace, group: int, keys: Keys, positions: Records, epoch: int) -> Records:
+    def place(
+        self, space: Namespace, group: int, keys: Keys, positions: Records, epoch: int, tenant: int
+    ) -> Records:
         """RESERVED records with a slot each for keys that are absent and distinct; -1 for those that were
-        refused. `positions`: of each in its chain, ascending. The caller opens a claim on them."""
+        refused. `positions`: of each in its chain, ascending; `tenant`: its number. The caller opens a claim
+        on them."""
         number = self._kind(space.groups[group].slot_bytes + self.trailer)
-        kind, policy = self._kinds[number], self._policies[number]
-        records = self.chunks.add(keys, space.number, number, epoch)
+        kind, policy = self.kinds[number], self.policies[number]
+        records = self.chunks.add(keys, space.number, number, epoch, positions, tenant)
+        self.tenants.took(tenant, len(records), kind.slot_bytes)
         names = (keys[:, 0] >> np.uint64(4)).tolist()
         for run in runs(positions):
             policy.insert(records[run], names[run], epoch, int(positions[run.start]))
-        refused = self._make_room(number, records)
+        refused = self._keep_quota(tenant, records)
+        fitting = records[~np.isin(records, refused)] if len(refused) else records
+        refused = np.concatenate((refused, self._make_room(number, fitting)))
         placed = records
         if len(refused):
             self._count("refused_chunks", refused)
             policy.remove(refused, evicted=False)
             self.chunks.forget(refused)
-            self.chunks.free(refused)
+            self._recycle(refused)
             placed = np.where(np.isin(records, refused), -1, records)
         self.chunks.offset[placed[placed >= 0]] = self.arena.allocate(kind, int((placed >= 0).sum()))
         return placed
@@ -244,45 +239,37 @@ class Keeper:
 
     def slot_bytes(self, records: Records) -> Records:
         """Length of each record's slot, in bytes."""
-        sizes = np.array([kind.slot_bytes for kind in self._kinds] or [0], np.int64)
+        sizes = np.array([kind.slot_bytes for kind in self.kinds] or [0], np.int64)
         lengths: Records = sizes[self.chunks.kind[records]]
         return lengths
 
     # Housekeeping
 
-    def clear(self, space: Namespace | None) -> int:
-        """Forget all that is held (of one namespace); leased chunks go with their last lease.
+    def clear(self, space: Namespace | None, tenant: bytes = b"") -> int:
+        """Forget all that is held (of one namespace, of one tenant); leased chunks go with their last lease.
 
         Returns how many chunks were forgotten. Reservations stay: what is being written is new.
         """
         records = self.chunks.in_state(ChunkState.COMMITTED)
         if space is not None:
             records = records[self.chunks.namespace[records] == space.number]
-        self._drop(records, evicted=False)
+        if tenant:
+            number = self.tenants.find(tenant)
+            records = records[self.chunks.tenant[records] == number] if number is not None else records[:0]
+        self.forget(records)
         return len(records)
+
+    def forget(self, records: Records) -> None:
+        """Forget readable chunks; leased ones go with their last lease."""
+        self._drop(records, evicted=False)
 
     def usage(self) -> tuple[Records, Records]:
         """Per namespace: readable chunks, all groups together, and bytes of slots that are taken."""
-        return self.chunks.usage(len(self.namespaces), [kind.slot_bytes for kind in self._kinds])
+        return self.chunks.usage(len(self.namespaces), [kind.slot_bytes for kind in self.kinds])
 
     def check_integrity(self) -> None:
-        """Raise AssertionError unless slots, bytes, leases and policies agree."""
-        self.chunks.check_integrity()
-        self.claims.check_integrity()
-        self.arena.check_integrity()
-        leases = np.zeros(len(self.chunks.leases), np.int32)
-        for claim in self.claims.all(ClaimKind.LEASE):
-            np.add.at(leases, claim.records, 1)
-        assert np.array_equal(leases, self.chunks.leases)
-        reserved = [claim.records for claim in self.claims.all(ClaimKind.RESERVATION)]
-        listed = np.sort(np.concatenate(reserved)) if reserved else np.zeros(0, np.int64)
-        assert np.array_equal(listed, self.chunks.in_state(ChunkState.RESERVED))
-        for number, kind in enumerate(self._kinds):
-            taken = np.flatnonzero((self.chunks.state != ChunkState.FREE) & (self.chunks.kind == number))
-            places = self.chunks.offset[taken].tolist()
-            assert len(places) + len(kind.free) == kind.slots
-            assert len(set(places) | set(kind.free)) == kind.slots
-            self._policies[number].check_integrity()
+        """Raise AssertionError unless slots, bytes, leases, tenants and policies agree. Slow: for tests."""
+        check_books(self)
 
     # Below: how room is made
 
@@ -293,25 +280,39 @@ class Keeper:
 
     def _kind(self, slot_bytes: int) -> int:
         kind = self.arena.size_class(slot_bytes)
-        if kind not in self._kinds:
-            self._kinds.append(kind)
-            self._policies.append(make_policy(self._policy_name, self.arena.nbytes // kind.slot_bytes))
-        return self._kinds.index(kind)
+        if kind not in self.kinds:
+            self.kinds.append(kind)
+            self.policies.append(make_policy(self._policy_name, self.arena.nbytes // kind.slot_bytes))
+        return self.kinds.index(kind)
 
     def _touch(self, records: Records, positions: Records, epoch: int) -> None:
         """Note one request's use of chunks of one group, at `positions` of its chain."""
         if not len(records):
             return
         self.chunks.epoch[records] = np.maximum(self.chunks.epoch[records], epoch)
-        policy = self._policies[int(self.chunks.kind[records[0]])]
+        policy = self.policies[int(self.chunks.kind[records[0]])]
         for run in runs(positions):
             policy.touch(records[run], epoch, int(positions[run.start]))
         for queue in self.queues:
             queue.used(records)
 
+    def _keep_quota(self, tenant: int, newcomers: Records) -> Records:
+        """Evict the oldest of a tenant's own until it is within its quota; returns those of the newcomers
+        that would be the first to go themselves."""
+        excess, spare = self.tenants.excess(tenant)
+        if excess <= 0:
+            return newcomers[:0]
+        chunks = self.chunks
+        own = np.concatenate((np.flatnonzero((chunks.tenant == tenant) & chunks.evictable), newcomers))
+        ages = (chunks.epoch[own] << 31) - chunks.position[own]
+        going = own[first_to_go(ages, self.slot_bytes(own), len(newcomers), excess, spare)]
+        refused = np.isin(going, newcomers)
+        self._drop(going[~refused], evicted=True)
+        return going[refused]
+
     def _make_room(self, number: int, newcomers: Records) -> Records:
         """Evict until the newcomers fit; returns those that would be the first to go themselves."""
-        kind, policy = self._kinds[number], self._policies[number]
+        kind, policy = self.kinds[number], self.policies[number]
         while (short := len(newcomers) - self.arena.available(kind)) > 0:
             evictable = self.chunks.evictable
             evictable[newcomers] = True
@@ -327,25 +328,17 @@ class Keeper:
 
     def _take_slab(self, number: int, oldest_own: int) -> bool:
         """Move one slab from another class, if all in it is older than what this class would lose."""
-        best: tuple[int, int, int] | None = None
-        for other, kind in enumerate(self._kinds):
-            if other == number or not kind.slabs:
-                continue
-            slabs = np.array(sorted(kind.slabs))
-            newest = np.full(len(slabs), -1, np.int64)  # an empty slab is older than any request
-            records = np.flatnonzero((self.chunks.kind == other) & (self.chunks.state != ChunkState.FREE))
-            where = np.searchsorted(slabs, self.chunks.offset[records] // self.arena.slab_bytes)
-            np.maximum.at(newest, where, self.chunks.epoch[records])
-            newest[where[~self.chunks.evictable[records]]] = np.iinfo(np.int64).max
-            coldest = int(newest.argmin())
-            if best is None or newest[coldest] < best[0]:
-                best = (int(newest[coldest]), other, int(slabs[coldest]))
-        if best is None or best[0] >= oldest_own:
+        coldest = [
+            (*self.chunks.coldest_slab(other, np.array(sorted(kind.slabs)), self.arena.slab_bytes), other)
+            for other, kind in enumerate(self.kinds)
+            if other != number and kind.slabs
+        ]
+        newest, slab, other = min(coldest, default=(oldest_own, 0, 0), key=lambda one: one[0])
+        if newest >= oldest_own:
             return False
-        _, other, slab = best
         records = np.flatnonzero((self.chunks.kind == other) & (self.chunks.state != ChunkState.FREE))
         self._drop(records[self.chunks.offset[records] // self.arena.slab_bytes == slab], evicted=True)
-        self.arena.move_slab(slab, self._kinds[other], self._kinds[number])
+        self.arena.move_slab(slab, self.kinds[other], self.kinds[number])
         return True
 
     def _end(self, claim: Claim, completed: bool) -> None:
@@ -372,11 +365,12 @@ class Keeper:
         for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
             counters = self.namespaces[number].counters
             setattr(counters, name, getattr(counters, name) + count)
+        self.tenants.count(name, self.chunks.tenant[records])
 
     def _drop(self, records: Records, evicted: bool) -> None:
         """Forget chunks; free the slots of those that nobody reads."""
         for number in np.unique(self.chunks.kind[records]).tolist():
-            self._policies[number].remove(records[self.chunks.kind[records] == number], evicted=evicted)
+            self.policies[number].remove(records[self.chunks.kind[records] == number], evicted=evicted)
         self.chunks.forget(records)
         if self.journal is not None:
             self.journal.note(records)
@@ -387,5 +381,10 @@ class Keeper:
     def _free(self, records: Records) -> None:
         for number in np.unique(self.chunks.kind[records]).tolist():
             mine = records[self.chunks.kind[records] == number]
-            self.arena.release(self._kinds[number], self.chunks.offset[mine])
+            self.arena.release(self.kinds[number], self.chunks.offset[mine])
+        self._recycle(records)
+
+    def _recycle(self, records: Records) -> None:
+        if self.tenants.known:
+            self.tenants.freed(self.chunks.tenant[records], self.slot_bytes(records))
         self.chunks.free(records)

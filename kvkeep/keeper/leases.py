@@ -8,11 +8,34 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from kvkeep.errors import RequestRefused
 from kvkeep.keeper.index import Records
 
-__all__ = ["Claim", "ClaimKind", "Claims", "Session"]
+__all__ = ["Claim", "ClaimKind", "Claims", "Found", "Reserved", "Session"]
+
+
+class Found(NamedTuple):
+    """Result of a lookup."""
+
+    lease: int
+    """0 where nothing was found."""
+    chunks: int
+    """Leading chunks, of those asked for, that can be loaded."""
+    epoch: int
+    """The request's place in time; a later `reserve` for the same request passes it on."""
+    offsets: list[Records]
+    """Per group, the arena offset of each of those chunks; -1 where the group does not need it."""
+
+
+class Reserved(NamedTuple):
+    """Result of a reservation."""
+
+    reservation: int
+    """0 where there is nothing to write."""
+    offsets: list[Records]
+    """Per group, where to write each chunk; -1 for one that is held, being written, or refused."""
 
 
 class ClaimKind(enum.Enum):

@@ -18,11 +18,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kvkeep.errors import TierUnavailable
+from kvkeep.errors import RequestRefused, TierUnavailable
 from kvkeep.keeper.fetch import Batch, Fetch, Fetches, Need, Stage
-from kvkeep.keeper.flush import Flush, FlushQueue, Move
+from kvkeep.keeper.flush import MOVERS, Flush, FlushQueue, Move
+from kvkeep.keeper.index import Records
 from kvkeep.keeper.keeper import Found, Keeper
 from kvkeep.keeper.namespaces import Namespace
+from kvkeep.keeper.pins import held_chunks
 from kvkeep.tiers.base import Got, Put
 from kvkeep.tiers.open import Opened, WriteWhen
 
@@ -47,6 +49,7 @@ class Asked(NamedTuple):
     """Seconds that the engine takes to compute one chunk (0: unknown, less: do not load)."""
     patience: float = 0.0
     """Seconds that the request may wait to hear what the tiers have."""
+    tenant: bytes = b""
 
 
 class Lane:
@@ -121,10 +124,20 @@ class Movers:
         usable = [opened for opened in self.tiers if opened.guard.available]
         if asked.recompute < 0 or not usable or len(self._fetches) >= _MOST_FETCHES:
             return 0
-        fetch = self._fetches.begin(asked.session, asked.space, asked.keys, asked.first, found.epoch)
+        session, space, keys, first, *_, tenant = asked
+        fetch = self._fetches.begin(session, space, keys, first, found.epoch, tenant)
         fetch.attended = sum(opened.tier.latency or 0.0 for opened in usable) < asked.patience
         self._ask(fetch, found.chunks, asked.recompute)
         return fetch.ticket if fetch.attended and fetch.stage is not Stage.DONE else 0
+
+    def prefetch(self, space: Namespace, keys: bytes, tenant: bytes) -> Fetch:
+        """Read what tiers have of a chain and memory lacks; nobody waits for it. Raises RequestRefused."""
+        if len(self._fetches) >= _MOST_FETCHES:
+            raise RequestRefused(f"{_MOST_FETCHES} fetches are under way: try again later")
+        fetch = self._fetches.begin(MOVERS, space, keys, 0, self._keeper.now(), tenant)
+        fetch.attended = False
+        self._ask(fetch, held_chunks(self._keeper, space, keys), 0.0)
+        return fetch
 
     def stage(self, session: str, ticket: int) -> Stage:
         """How far a fetch is."""
@@ -224,6 +237,22 @@ class Movers:
                     self._writing[tier] = len(flush.moves)
                     self._write(tier, flush)
 
+    def write(self, tier: int, records: Records) -> None:
+        """Write readable chunks to a tier, behind what waits for it. Raises RequestRefused."""
+        if not self.tiers[tier].guard.available:
+            raise RequestRefused(
+                f"{self.tiers[tier].url} is switched off: {self.tiers[tier].guard.last_error}"
+            )
+        self._queues[tier].add(records)
+        self.kick()
+
+    def written(self, tier: int, records: Records) -> bool:
+        """Whether all that will be written of them has been."""
+        chunks, bit = self._keeper.chunks, np.uint16(1 << tier)
+        left = records[(chunks.stored[records] & bit) == 0]
+        waits = bool(self._writing[tier]) or bool((chunks.queued[left] & bit).any())
+        return not (len(left) and waits)
+
     def tick(self) -> None:
         """Now and then: see whether tiers that were switched off are well again, and write what waits."""
         for tier, opened in enumerate(self.tiers):
@@ -250,10 +279,13 @@ class Movers:
                 stored = self._put(opened, flush.moves)
             except TierUnavailable:
                 again = True
-            self._post(lambda: done(stored, again))
+            gone = opened.tier.gone()
+            self._post(lambda: done(stored, again, gone))
 
-        def done(stored: np.ndarray[Any, np.dtype[np.bool_]], again: bool) -> None:
+        def done(stored: np.ndarray[Any, np.dtype[np.bool_]], again: bool, gone: list[bytes]) -> None:
             self._writing[tier] = 0
+            if gone:
+                self._queues[tier].gone(gone)
             self._queues[tier].done(flush, stored, again)
             if not again:
                 self.kick()

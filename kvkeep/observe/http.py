@@ -22,7 +22,7 @@ import threading
 from collections.abc import Awaitable, Callable
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 from aiohttp import web
@@ -31,8 +31,10 @@ from kvkeep.config import KeeperConfig
 from kvkeep.errors import ConfigError, RequestRefused, TierUnavailable
 from kvkeep.identity import KEY_BYTES
 from kvkeep.keeper.index import Records
+from kvkeep.keeper.moves import move_down, move_up, tier_named
 from kvkeep.keeper.namespaces import Namespace
 from kvkeep.keeper.pins import chain_records, held_chunks, pin, space_records, unpin
+from kvkeep.keeper.tenants import parse_tenant
 from kvkeep.observe.listen import Door, parse_address
 from kvkeep.observe.metrics import CONTENT_TYPE, Exporter, Served, arena_bytes
 from kvkeep.observe.traces import Traces
@@ -49,6 +51,7 @@ _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 _MOST_BODY, _BODY_WAIT = 1 << 20, 5.0  # keys of 32,000 chunks
 _TOKEN_CHARACTERS = 16
 _USAGE_EVERY = 10.0
+_MEMORY, _MOST_WAIT = "memory", 600.0
 _PAGE = {
     "/": ("page.html", "text/html"),
     "/page.js": ("page.js", "text/javascript"),
@@ -64,11 +67,16 @@ _HEADERS = {
 
 
 class Action(msgspec.Struct, forbid_unknown_fields=True):
-    """Body of an action: what it is about. With nothing, all. `keys`: those of a prompt's chunks, in hex."""
+    """Body of an action: what it is about. With nothing, all. `keys`: those of a prompt's chunks, in hex;
+    `tenant`: its name in hex; `to`, `drop`, `wait`: where a prompt is moved, and seconds to wait for that."""
 
     namespace: int | None = None
     prefix: str | None = None
     keys: str | None = None
+    tenant: str | None = None
+    to: str = _MEMORY
+    drop: bool = False
+    wait: Annotated[float, msgspec.Meta(ge=0, le=_MOST_WAIT)] = 5.0
 
 
 class Web:
@@ -180,7 +188,7 @@ class Web:
         app.router.add_get("/readyz", self._readyz)
         app.router.add_get("/metrics", self._metrics)
         app.router.add_get("/api/state", self._state)
-        for name in ("clear", "pin", "unpin", "lookup", "drain"):
+        for name in ("clear", "pin", "unpin", "lookup", "move", "drain"):
             app.router.add_post(f"/api/{name}", self._act)
         return app
 
@@ -264,15 +272,25 @@ class Web:
         try:
             body = await asyncio.wait_for(request.read(), _BODY_WAIT)
             action = msgspec.json.decode(body or b"{}", type=Action)
-            done = self._do(request.path.rpartition("/")[2], action)
+            name = request.path.rpartition("/")[2]
+            done = await self._move(action) if name == "move" else self._do(name, action)
         except asyncio.TimeoutError:
             return _json({"error": "the request's body did not come"}, 408)
-        except (msgspec.MsgspecError, ValueError) as error:
+        except (msgspec.MsgspecError, ValueError, ConfigError) as error:
             return _json({"error": f"not an action: {error}"}, 400)
         except RequestRefused as error:
             return _json({"error": str(error)}, 409)
         log.info("%s %s, by HTTP: %s", request.path, body[:200].decode(errors="replace"), done)
         return _json(done)
+
+    async def _move(self, action: Action) -> dict[str, int]:
+        keeper, movers, (space, keys) = self._served.keeper, self._served.movers, self._chain(action)
+        if movers is None:
+            raise RequestRefused("this keeper has no tiers: start it with --tier URL")
+        if action.to == _MEMORY:
+            return await move_up(keeper, movers, space, keys, _tenant(action), action.wait)
+        tier = tier_named(self._names, action.to)
+        return await move_down(keeper, movers, space, keys, tier, action.drop, action.wait)
 
     def _do(self, name: str, action: Action) -> dict[str, object]:
         keeper = self._served.keeper
@@ -282,7 +300,7 @@ class Web:
         if name == "clear":
             if action.prefix is not None or action.keys is not None:
                 raise RequestRefused("only a namespace or everything can be cleared")
-            return {"forgotten_chunks": keeper.clear(self._space(action))}
+            return {"forgotten_chunks": keeper.clear(self._space(action), _tenant(action))}
         if name == "lookup":
             space, keys = self._chain(action)
             found = held_chunks(keeper, space, keys)
@@ -318,6 +336,10 @@ class Web:
         if not 0 <= action.namespace < len(spaces):
             raise RequestRefused(f"no namespace {action.namespace} is open here")
         return spaces[action.namespace]
+
+
+def _tenant(action: Action) -> bytes:
+    return b"" if action.tenant is None else parse_tenant(action.tenant)
 
 
 def _fixed(body: bytes, kind: str) -> _Handler:

@@ -49,6 +49,15 @@ _SPACE_HELP = {
     "hit_chunks": "Chunks of those asked for that were found, by the place that they came from.",
     "used_bytes": "Bytes of slots that a namespace takes.",
 }
+_TENANT_HELP = {
+    "used_bytes": "Bytes of slots that a tenant takes.",
+    "quota_bytes": "What a tenant may take, where there is a bound.",
+    "asked_chunks": "Chunks that a tenant's requests asked for beyond what their engine had, once a request.",
+    "hit_chunks": "Chunks of those asked for that were found, wherever they came from.",
+    "stored_chunks": "Chunks that engines have saved for a tenant, all KV-cache groups together.",
+    "refused_chunks": "Chunks of a tenant for which there was no room, its quota included.",
+    "evicted_chunks": "Chunks of a tenant given up for room.",
+}
 _TIER_FIGURES = {
     "errors": "Verbs of a tier that failed.",
     "lost_chunks": "Chunks that were evicted from memory before a tier had them.",
@@ -130,6 +139,7 @@ class Exporter:
     def _families(self) -> Iterator[Family]:
         yield from self._keeper()
         yield from self._namespaces()
+        yield from self._tenants()
         if self._served.movers is not None:
             yield from self._tier_figures(self._served.movers)
             yield from self._moves(self._served.movers)
@@ -181,6 +191,14 @@ class Exporter:
         used = keeper.usage()[1]
         nbytes = [*used[: len(own)].tolist(), int(used[len(own) :].sum())]
         yield _family("used_bytes", "gauge", _SPACE_HELP["used_bytes"], labels, nbytes)
+
+    def _tenants(self) -> Iterator[Family]:
+        tenants = self._served.keeper.tenants
+        rows: list[dict[str, Any]] = tenants.report(tenants.first())
+        labels = [_label("tenant", row["tenant"]) for row in rows]
+        for name, text in _TENANT_HELP.items():
+            kind, suffix = ("counter", "_total") if name.endswith("_chunks") else ("gauge", "")
+            yield _family(f"tenant_{name}{suffix}", kind, text, labels, [row[name] for row in rows])
 
     def _tier_figures(self, movers: Movers) -> Iterator[Family]:
         rows: list[dict[str, Any]] = movers.figures()

@@ -125,6 +125,11 @@ class Tier(ABC):
     def delete(self, keys: Sequence[Key]) -> None:
         """Forget values; absent ones are fine."""
 
+    def gone(self) -> list[Key]:
+        """Keys of values that this process has removed from the medium since the last call, evicted or
+        deleted, as far as it knows; one may have come back since. Raises nothing; called by one thread."""
+        return []
+
     def usage(self) -> Usage:
         """How full it is, where the medium can tell. Called now and then, for people."""
         return Usage()

@@ -162,6 +162,14 @@ class FsTier(Tier, Listing):
                 raise TierUnavailable(f"{self._root} was opened with readonly=yes")
             self._space.remove([value_path(self._root, key) for key in keys])
 
+    def gone(self) -> list[Key]:
+        keys = list[Key]()
+        for _ in range(len(self._space.gone)):
+            space, _fan_out, name = self._space.gone.popleft().split("/")[-3:]
+            with contextlib.suppress(ValueError):
+                keys.append(bytes.fromhex(space + name))
+        return [key for key in keys if len(key) == 24]  # else not a name of ours
+
     def usage(self) -> Usage:
         with self._verb():
             return self._space.usage()

@@ -118,14 +118,13 @@ class Space:
     """Shared by all verbs of one tier; thread-safe. Raises OSError and TierUnavailable."""
 
     def __init__(self, root: str, capacity: int) -> None:
-        self.capacity = capacity
-        self._root = root
+        self.capacity, self._root = capacity, root
         self._usage, self._writers = os.path.join(root, "usage"), os.path.join(root, "writers")
         self._mutex = threading.Lock()  # one thread at a time asks for the file's lock
         self._evicting = threading.Lock()
-        self._victims: deque[_Victim] = deque()
-        self._fan_out = random.randrange(256)
+        self._victims, self._fan_out = deque[_Victim](), random.randrange(256)
         self._chores = ThreadPoolExecutor(1, thread_name_prefix="kvkeep-fs-chores")
+        self.gone: deque[str] = deque(maxlen=1 << 16)  # paths of values that this process has removed
         self._stop = threading.Event()
         self._last_asked = -_COUNT_WAIT
         self.counting = False
@@ -315,6 +314,7 @@ class Space:
                             os.unlink(victim.path)
                             size = footprint(seen.st_size)
                         books.add(-size, -1)
+                        self.gone.append(victim.path)
                         freed, gone = freed + size, gone + 1
         return freed, gone
 

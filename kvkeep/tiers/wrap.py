@@ -37,6 +37,9 @@ class Wrapper(Tier):
     def delete(self, keys: Sequence[Key]) -> None:
         self.inner.delete(keys)
 
+    def gone(self) -> list[Key]:
+        return self.inner.gone()
+
     def usage(self) -> Usage:
         return self.inner.usage()
 

@@ -127,14 +127,16 @@ class Connection:
         patience: float = 0.0,
         ticket: int = 0,
         trace: str = "",
+        tenant: bytes = b"",
     ) -> Found:
         """Lease the longest usable run of chunks first, first+1, …; 16 bytes per key, from chunk 0.
 
         `recompute`: seconds that the engine takes to compute a chunk (0: not known; -1: memory only).
         `patience`: seconds that its request may wait to hear whether tiers have anything (0: no ticket).
         `ticket`: of an earlier lookup, whose fetch this one settles. `trace`: the request's `traceparent`.
+        `tenant`: `identity.tenant_of` its cache_salt.
         """
-        request = msg.Lookup(namespace, keys, first, recompute, patience, ticket, trace)
+        request = msg.Lookup(namespace, keys, first, recompute, patience, ticket, trace, tenant)
         reply = self._call(request, msg.Found)
         offsets = [np.frombuffer(row, "<i8") for row in reply.offsets]
         return Found(reply.lease, reply.chunks, reply.epoch, offsets, reply.ticket)
@@ -169,13 +171,13 @@ class Connection:
         come and gone since change number `after`. No use of them, unlike a lookup."""
         return self._call(msg.Changes(namespace, keys, after), msg.Changed)
 
-    def clear(self, namespace: int | None = None) -> int:
-        """Forget what is held; returns the number of chunks."""
-        return self._call(msg.Clear(namespace), msg.Cleared).chunks
+    def clear(self, namespace: int | None = None, tenant: bytes = b"") -> int:
+        """Forget what is held (of a namespace, of a tenant); returns the number of chunks."""
+        return self._call(msg.Clear(namespace, tenant), msg.Cleared).chunks
 
-    def status(self) -> dict[str, object]:
-        """The keeper's figures."""
-        return self._call(msg.Status(), msg.StatusReply).figures
+    def status(self, tenant: bytes = b"") -> dict[str, object]:
+        """The keeper's figures; `tenant`: one to be among those shown."""
+        return self._call(msg.Status(tenant), msg.StatusReply).figures
 
     def _call(self, request: msg.Request, expected: type[_R]) -> _R:
         self._send(request)

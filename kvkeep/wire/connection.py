@@ -15,6 +15,7 @@ import numpy as np
 
 from kvkeep import __version__
 from kvkeep.errors import ConfigError, ProtocolError, RequestRefused
+from kvkeep.identity import TENANT_BYTES
 from kvkeep.keeper.fetch import Stage
 from kvkeep.keeper.journal import Journal, states
 from kvkeep.keeper.movers import Asked
@@ -143,9 +144,9 @@ class ServerConnection(asyncio.Protocol):
                 return self._changes(request)
             case msg.Clear():
                 space = None if request.namespace is None else self._space(request.namespace)
-                return msg.Cleared(keeper.clear(space))
+                return msg.Cleared(keeper.clear(space, _tenant(request.tenant)))
             case msg.Status():
-                return msg.StatusReply(self._server.figures())
+                return msg.StatusReply(self._server.figures(_tenant(request.tenant)))
             case msg.Hello():
                 raise ProtocolError("a second hello")
         return None
@@ -153,15 +154,19 @@ class ServerConnection(asyncio.Protocol):
     def _lookup(self, session: str, request: msg.Lookup) -> msg.Found:
         began = time.perf_counter()
         space, keys, movers = self._space(request.namespace), _keys(request.keys), self._server.movers
+        tenant = _tenant(request.tenant)
         found = self._keeper.lookup(session, space, keys, request.first)
         ticket, landed = 0, Counter[int]()
         if movers is not None:
             if request.ticket:
                 landed = movers.forget(session, request.ticket)
             elif found.chunks < len(keys) // 16 - request.first:
-                asked = Asked(session, space, keys, request.first, request.recompute, request.patience)
-                ticket = movers.fetch(asked, found)
+                terms = (request.recompute, request.patience, tenant)
+                ticket = movers.fetch(Asked(session, space, keys, request.first, *terms), found)
             movers.kick()
+        if not ticket:  # else this request asks again
+            asked = len(keys) // 16 - request.first
+            self._keeper.tenants.asked(tenant, asked, found.chunks)
         if self._server.recorder is not None:
             self._server.recorder.looked_up(
                 space.number, keys, request.first, found.epoch, ticket, request.ticket
@@ -188,10 +193,13 @@ class ServerConnection(asyncio.Protocol):
             count = len(_keys(item.keys)) // 16
             if len(item.wanted) != len(space.groups) or any(len(row) != count for row in item.wanted):
                 raise ProtocolError("a reservation needs one byte per chunk and group")
+            _tenant(item.tenant)
         for item in request.items:
             wanted = [np.frombuffer(row, np.uint8) != 0 for row in item.wanted]
             try:
-                done = self._keeper.reserve(session, space, item.keys, wanted, item.first, item.epoch)
+                done = self._keeper.reserve(
+                    session, space, item.keys, wanted, item.first, item.epoch, item.tenant
+                )
             except RequestRefused:
                 for number in filter(None, (number for number, _ in out)):
                     self._keeper.abort(session, number)  # the client will never learn of it
@@ -297,6 +305,12 @@ def _keys(blob: bytes) -> bytes:
     if len(blob) % 16:
         raise ProtocolError("keys are 16 bytes each")
     return blob
+
+
+def _tenant(name: bytes) -> bytes:
+    if len(name) not in (0, TENANT_BYTES):
+        raise ProtocolError(f"a tenant has {TENANT_BYTES} bytes, or none")
+    return name
 
 
 def _int64(row: np.ndarray) -> bytes:

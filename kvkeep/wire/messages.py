@@ -1,4 +1,4 @@
-"""The messages of protocol version 5, and their framing.
+"""The messages of protocol version 6, and their framing.
 
 A frame is a little-endian u32 length and that many bytes of msgpack: an array whose first item
 names the message. Arrays of numbers travel as bytes (little-endian int64), keys as 16 bytes each.
@@ -13,6 +13,7 @@ from typing import Annotated, Any, TypeAlias
 import msgspec
 
 from kvkeep.errors import ProtocolError
+from kvkeep.identity import TENANT_BYTES
 
 __all__ = [
     "MAX_FRAME",
@@ -48,7 +49,7 @@ __all__ = [
     "frame_length",
 ]
 
-VERSION = 5
+VERSION = 6
 """Raised with every change of a message: `tests/wire/test_version.py` holds each to its version."""
 MAX_FRAME = 32 << 20
 """Longest frame in bytes; 2 M chunk keys. A longer one is not from a client of ours."""
@@ -59,6 +60,8 @@ Rank = Annotated[int, msgspec.Meta(ge=0, lt=1024)]
 Ranks = Annotated[int, msgspec.Meta(ge=1, le=1024)]
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 Blob = Annotated[bytes, msgspec.Meta(max_length=MAX_FRAME)]
+Tenant = Annotated[bytes, msgspec.Meta(max_length=TENANT_BYTES)]
+"""`kvkeep.identity.tenant_of` the request's cache_salt; empty: none."""
 
 
 class _Message(msgspec.Struct, array_like=True, tag=True, forbid_unknown_fields=True):
@@ -112,6 +115,7 @@ class Lookup(_Message):
     """A ticket that this lookup settles: its request takes what has landed, and waits no more. 0: none."""
     trace: Annotated[str, msgspec.Meta(max_length=64)] = ""
     """The request's trace, as in W3C's header `traceparent`; empty: none."""
+    tenant: Tenant = b""
 
 
 class Reservation(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
@@ -121,6 +125,7 @@ class Reservation(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     wanted: list[Blob]
     first: Annotated[int, msgspec.Meta(ge=0, le=2**31)]
     epoch: Natural
+    tenant: Tenant = b""
 
 
 class Reserve(_Message):
@@ -173,13 +178,18 @@ class Changes(_Message):
 
 
 class Clear(_Message):
-    """Forget what is held, of one namespace or (None) of all. Answered by Cleared."""
+    """Forget what is held, of one namespace or (None) of all, of one tenant or (empty) whosever it is.
+    Answered by Cleared."""
 
     namespace: Natural | None
+    tenant: Tenant = b""
 
 
 class Status(_Message):
     """Ask for figures. Answered by StatusReply."""
+
+    tenant: Tenant = b""
+    """One to be shown besides those that hold most."""
 
 
 class Welcome(_Message):

@@ -36,6 +36,7 @@ __all__ = ["KeeperServer"]
 log = logging.getLogger("kvkeep.keeper")
 
 _NEWEST_SHOWN = 16  # of the namespaces that hold nothing: a reset makes a new one each time
+_TENANTS_SHOWN = 16
 _PREFAULT_STEP = 4 << 20
 _MADV_POPULATE_WRITE = 23
 
@@ -46,7 +47,8 @@ class KeeperServer:
     def __init__(self, config: KeeperConfig) -> None:
         self.config = config
         tiers = open_tiers(config.tiers)
-        self.keeper = Keeper(config.memory, config.policy, SEAL_BYTES if tiers else 0)
+        trailer = SEAL_BYTES if tiers else 0
+        self.keeper = Keeper(config.memory, config.policy, trailer, config.tenant_quotas)
         self.identity = uuid.uuid4().hex
         self.started = time.time()
         self.prefaulted = 0
@@ -105,8 +107,8 @@ class KeeperServer:
         self.connections.add(connection)
         self._had_client = True
 
-    def figures(self) -> dict[str, object]:
-        """What `kvkeep status` shows."""
+    def figures(self, tenant: bytes = b"") -> dict[str, object]:
+        """What `kvkeep status` shows; `tenant`: one to be shown besides those that hold most."""
         keeper = self.keeper
         chunks, used = keeper.usage()
         return {
@@ -129,6 +131,7 @@ class KeeperServer:
             "counters": _asdict(keeper.counters),
             "recorded": None if self.recorder is None else self.recorder.figures(),
             "tiers": [] if self.movers is None else self.movers.figures(),
+            "tenants": keeper.tenants.report(keeper.tenants.heaviest(_TENANTS_SHOWN, tenant)),
             "namespaces": [
                 {
                     "namespace": space.number,

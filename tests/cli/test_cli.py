@@ -8,6 +8,7 @@ import pytest
 
 from kvkeep import __version__
 from kvkeep.cli import main
+from kvkeep.identity import tenant_of
 from kvkeep.wire import messages as msg
 
 
@@ -72,6 +73,34 @@ def test_clear(keeper_process, capsys: pytest.CaptureFixture[str]) -> None:
     assert client.status()["used_bytes"] == 0
 
 
+def test_a_tenant_by_its_salt(keeper_process, capsys: pytest.CaptureFixture[str]) -> None:
+    acme = tenant_of("acme")
+    keeper = keeper_process("--tenant-quota", "default=8MiB", "--tenant-quota", f"{acme.hex()}=1MiB")
+    client = keeper.connect("engine")
+    namespace = client.open_namespace(bytes(32), "m", [(4096, None)], 1, 1)
+    items = [msg.Reservation(bytes(16), [b"\1"], 0, 0, acme), msg.Reservation(b"\1" * 16, [b"\1"], 0, 0)]
+    for done in client.reserve(namespace, items):
+        client.commit(done.reservation, 0)
+    client.status()
+    where = ["--socket", keeper.socket]
+    assert main(["status", *where, "--tenant", "acme"]) == 0
+    said = capsys.readouterr().out
+    assert acme.hex() in said
+    assert "1 MiB" in said
+    assert "acme" not in said.replace(acme.hex(), "")
+    assert main(["status", *where, "--tenant", "other"]) == 0
+    assert f"tenant {tenant_of('other').hex()}: nothing is known" in capsys.readouterr().out
+    assert main(["clear", *where, "--tenant", "acme"]) == 0
+    assert capsys.readouterr().out == "1 chunks forgotten\n"
+    assert client.status()["chunks"] == 1
+
+
+def test_there_is_nothing_that_compresses_yet(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compress", "--namespace", "0"]) == 2
+    said = capsys.readouterr()
+    assert (said.out, "no codecs yet" in said.err) == ("", True)
+
+
 def test_the_socket_may_come_from_the_environment(
     keeper, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,6 +138,8 @@ def test_no_keeper(command: list[str], keeper_process, capsys: pytest.CaptureFix
         (["--memory", "16MiB", "--policy", "random"], "choose one of lru, arc, s3fifo"),
         (["--memory", "16MiB", "--prefault", "perhaps"], "prefault='perhaps'"),
         (["--memory", "16MiB", "--linger", "-1"], "linger"),
+        (["--memory", "16MiB", "--tenant-quota", "acme=1GiB"], "'acme' is no tenant"),
+        (["--memory", "16MiB", "--http", "127.0.0.1:0", "--http-tls", "cert"], "CERT KEY"),
         (["--memory", "16MiB", "--socket", "/tmp/" + "x" * 200], "longer than 107 bytes"),
     ],
 )

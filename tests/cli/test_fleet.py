@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from kvkeep.cli import main
-from kvkeep.identity import ChainHasher, encode_extra
+from kvkeep.identity import ChainHasher, encode_extra, tenant_of
 from kvkeep.wire.messages import Reservation
 from tests.observe.traffic import CHUNK, CHUNK_TOKENS, Engine
 from tests.pem import Pem
@@ -36,7 +36,8 @@ class Kept:
         extra = None if salt is None else encode_extra((("cache_salt", salt),))
         hasher.extend(prompt, None if extra is None else [extra, *[None] * (count - 1)])
         link, keys = self.engine.connection, hasher.keys(0, count)
-        (done,) = link.reserve(self.engine.space, [Reservation(keys, [b"\1" * count], 0, 0)])
+        item = Reservation(keys, [b"\1" * count], 0, 0, tenant_of(salt))
+        (done,) = link.reserve(self.engine.space, [item])
         link.commit(done.reservation, 0)
         link.status()
 
@@ -140,6 +141,50 @@ def test_keepers_that_speak_tls(
         assert said in lines(capsys)[0]
 
 
+def test_move_down_and_up_again(keeper_process, ids: str, capsys: pytest.CaptureFixture[str]) -> None:
+    place = f"fs://{keeper_process.directory()}?capacity=64MiB&write=never"
+    one = Kept(keeper_process("--http", "127.0.0.1:0", "--tier", place))
+    one.save(PROMPT)
+    where = ["--http", one.address, "--token", one.token, "--tokens", ids]
+    assert main(["move", *where, "--to", "fs"]) == 0
+    assert main(["lookup", *where]) == 0
+    assert main(["move", *where, "--to", "fs:", "--drop"]) == 0
+    assert main(["lookup", *where]) == 0
+    assert main(["move", *where]) == 0
+    assert main(["lookup", *where]) == 0
+    assert [line.partition("  ")[2] for line in lines(capsys)] == [
+        "5 of 5 chunks are in fs",
+        f"{5 * CHUNK_TOKENS} of {len(PROMPT)} tokens",
+        "5 of 5 chunks are in fs:, 5 dropped from memory",
+        f"0 of {len(PROMPT)} tokens",
+        "5 of 5 chunks are in memory",
+        f"{5 * CHUNK_TOKENS} of {len(PROMPT)} tokens",
+    ]
+    assert main(["move", *where, "--to", "redis"]) == 1
+    assert "0 tiers are 'redis': this keeper has fs://" in lines(capsys)[0]
+
+
+def test_without_tiers_there_is_nowhere_to_move(
+    kept: Kept, ids: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["move", "--http", kept.address, "--token", kept.token, "--tokens", ids]) == 1
+    assert "has no tiers" in lines(capsys)[0]
+
+
+def test_clear_by_tenant_on_many(keeper_process, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text("of-all-keepers-0123456789\n")
+    both = [Kept(keeper_process("--http", "127.0.0.1:0", "--http-token", str(token))) for _ in range(2)]
+    for one in both:
+        one.save([7] * 2 * CHUNK_TOKENS, salt="acme")
+        one.save(PROMPT)
+    where = [word for one in both for word in ("--http", one.address)]
+    assert main(["clear", *where, "--token", str(token), "--tenant", "acme"]) == 0
+    assert lines(capsys) == [f"{one.address}  2 chunks forgotten" for one in both]
+    assert main(["clear", *where, "--token", str(token), "--namespace", "0"]) == 0
+    assert lines(capsys) == [f"{one.address}  5 chunks forgotten" for one in both]
+
+
 def test_the_token_of_the_keeper_here(
     kept: Kept, ids: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,6 +223,8 @@ def test_what_a_keeper_cannot_answer(
     [
         (["lookup"], "which prompt?"),
         (["pin"], "what? give"),
+        (["move"], "which prompt?"),
+        (["move", "--tokens", "WORDS", "--drop"], "--drop forgets what a tier has"),
         (["lookup", "--tokens", "/nowhere"], "cannot read /nowhere"),
         (["lookup", "--tokens", "WORDS"], "more in it than token ids"),
         (["lookup", "--tokens", "HUGE"], "not token ids"),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kvkeep.errors import ConfigError, RequestRefused
-from kvkeep.identity import group_keys
+from kvkeep.identity import group_keys, tenant_of
 from kvkeep.keeper.chunks import ChunkState
 from kvkeep.keeper.keeper import Keeper, Reserved
 from kvkeep.keeper.namespaces import GroupSpec, Namespace
@@ -25,6 +25,15 @@ SMALL = SLABS * SLOTS * PAGE
 
 ONE_GROUP = [GroupSpec(2 * PAGE, None)]
 TWO_GROUPS = [GroupSpec(PAGE - 7, None), GroupSpec(3 * PAGE, 2)]
+
+
+TENANTS = (b"", tenant_of("one"), tenant_of("two"))
+QUOTAS = (f"{TENANTS[1].hex()}={20 * PAGE}", f"default={40 * PAGE}")
+
+
+def tenant(chain: int) -> bytes:
+    """Whose a chain is: of chains that share chunks, one and the same tenant's."""
+    return TENANTS[chain // 2]
 
 
 def chain_key(chain: int, position: int) -> bytes:
@@ -95,7 +104,7 @@ class KeeperMachine(RuleBasedStateMachine):
 
     @initialize()
     def start(self) -> None:
-        self.keeper = Keeper(SMALL, self.policy_name)
+        self.keeper = Keeper(SMALL, self.policy_name, quotas=QUOTAS)
         self.spaces = [
             opened(self.keeper, "one", ONE_GROUP, parts=2, readers=2),
             opened(self.keeper, "two", TWO_GROUPS),
@@ -186,7 +195,8 @@ class KeeperMachine(RuleBasedStateMachine):
         space, length = self.spaces[number], len(wanted[0])
         refused = self.keeper.counters.refused_chunks
         epoch = max(0, self.keeper.lookup(session, space, b"").epoch - age)
-        done = self.keeper.reserve(session, space, chain_keys(chain, length, first), wanted, first, epoch)
+        keys = chain_keys(chain, length, first)
+        done = self.keeper.reserve(session, space, keys, wanted, first, epoch, tenant(chain))
         being_written = {chunk for claim in self.writing.values() for chunk in claim.chunks}
         pages: set[int] = set()
         chunks = []
@@ -311,6 +321,33 @@ class KeeperMachine(RuleBasedStateMachine):
         self.stored = {chunk: slot for chunk, slot in self.stored.items() if number not in (None, chunk[0])}
         self.pinned = {chunk for chunk in self.pinned if number not in (None, chunk[0])}
 
+    @rule(which=st.integers(1, 2), number=st.none() | st.integers(0, 1))
+    def clear_tenant(self, which: int, number: int | None) -> None:
+        spaces = [space for space in self.spaces if number in (None, space.number)]
+        gone = {
+            (space.number, group, chain_key(chain, position))
+            for space in spaces
+            for group in range(len(space.groups))
+            for chain in (2 * which, 2 * which + 1)
+            for position in range(22)
+        }
+        before = {chunk for chunk in gone & self.stored.keys() if self.record(chunk) is not None}
+        names = {(chunk[0], self.name(chunk).tobytes()) for chunk in before}
+        space = None if number is None else self.spaces[number]
+        assert self.keeper.clear(space, TENANTS[which]) == len(before)
+        assert all(self.record(chunk) is None for chunk in before)
+        self.stored = {chunk: slot for chunk, slot in self.stored.items() if chunk not in gone}
+        self.pinned -= names
+
+    def name(self, chunk: tuple[int, int, bytes]) -> np.ndarray:
+        return group_keys(chunk[2], self.spaces[chunk[0]].fingerprint, chunk[1])
+
+    def record(self, chunk: tuple[int, int, bytes]) -> int | None:
+        """The readable record of a chunk of the model."""
+        (record,) = self.keeper.chunks.table.find(self.name(chunk)).tolist()
+        readable = record >= 0 and self.keeper.chunks.state[record] == ChunkState.COMMITTED
+        return record if readable else None
+
     @rule(number=st.integers(0, 1), chain=st.none() | st.integers(0, 5), length=st.integers(1, 14))
     def pin(self, number: int, chain: int | None, length: int) -> None:
         """A chain, or a whole namespace: all that is readable of it, or (above the share) nothing."""
@@ -357,6 +394,21 @@ class KeeperMachine(RuleBasedStateMachine):
         for space in self.spaces:
             mine = [chunk for chunk in self.stored if chunk[0] == space.number]
             assert held_chunks(self.keeper, space) <= len(mine)
+
+    @precondition(lambda self: hasattr(self, "keeper"))
+    @invariant()
+    def tenants_hold_what_is_theirs(self) -> None:
+        owner = {
+            chain_key(chain, position): self.keeper.tenants.number(tenant(chain))
+            for chain in range(6)
+            for position in range(22)
+        }
+        for chunk in self.stored:
+            record = self.record(chunk)
+            assert record is None or self.keeper.chunks.tenant[record] == owner[chunk[2]]
+        rows = {row["tenant"]: row["used_bytes"] for row in self.keeper.tenants.report([2, 3])}
+        assert rows[TENANTS[1].hex()] <= 20 * PAGE
+        assert rows[TENANTS[2].hex()] <= 40 * PAGE
 
     @precondition(lambda self: hasattr(self, "keeper"))
     @invariant()

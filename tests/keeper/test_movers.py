@@ -6,11 +6,14 @@ import mmap
 import queue
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
+from kvkeep.identity import group_keys
 from kvkeep.keeper import flush
 from kvkeep.keeper.fetch import Stage
+from kvkeep.keeper.journal import MEMORY, Journal
 from kvkeep.keeper.keeper import Keeper
 from kvkeep.keeper.movers import Asked, Movers
 from kvkeep.keeper.namespaces import GroupSpec
@@ -18,8 +21,9 @@ from kvkeep.tiers.base import Key, Tier
 from kvkeep.tiers.faults import Faults, Faulty
 from kvkeep.tiers.guard import Guarded
 from kvkeep.tiers.meter import Metered
-from kvkeep.tiers.open import Opened, WriteWhen
+from kvkeep.tiers.open import Opened, WriteWhen, open_raw
 from kvkeep.tiers.seal import SEAL_BYTES, Sealed
+from kvkeep.tiers.url import TierURL
 from tests.keeper.test_keeper import PAGE, SLABS, chain_key, chain_keys, opened
 from tests.tiers.test_wrappers import MemoryTier
 
@@ -118,6 +122,37 @@ def test_what_was_committed_goes_down_and_comes_up(held: dict[Key, bytes], fault
     assert host.ask(0, 20) == 20  # in memory by now
     (figures,) = host.movers.figures()
     assert (figures["hits"], figures["stored"], figures["waiting_chunks"]) == (20, 20, 0)
+
+
+def test_what_a_directory_evicts_is_told_and_known(tmp_path: Path) -> None:
+    """From memory and tier, from the tier alone, and of a namespace that nobody has opened here."""
+    host = Host(wrapped(open_raw(TierURL(f"fs://{tmp_path / 'kv'}?capacity={32 * PAGE}"))), memory=4 * SMALL)
+    tier = host.movers.tiers[0].tier
+    tier.put([b"stranger" + bytes(16)], [memoryview(bytearray(PAGE))])
+    journal = host.keeper.journal = Journal(host.keeper.chunks)
+    for chain in (0, 2):
+        host.save(chain, 10)
+        host.flushed()
+        if not chain:
+            host.forget_memory()
+    before = journal.since(0, host.space).last
+    for chain in range(4, 14, 2):
+        host.save(chain, 10)
+        host.flushed()
+    told = journal.since(before, host.space)
+    last = {key.tobytes(): state for key, state in zip(told.keys, told.states.tolist(), strict=True)}
+    for chain, memory in ((0, 0), (2, MEMORY)):
+        keys = group_keys(chain_keys(chain, 10), host.space.fingerprint, 0)
+        names = [host.space.fingerprint[:8] + key.tobytes() for key in keys]
+        here = tier.contains(names)
+        assert not all(here)
+        for key, held in zip(keys, here, strict=True):
+            if not held:
+                assert last[key.tobytes()] == memory
+        if memory:
+            stored = host.keeper.chunks.stored[host.keeper.chunks.table.find(keys)] != 0
+            assert stored.tolist() == here
+    tier.close()
 
 
 def test_another_host_finds_it_and_does_not_write_it_again(held: dict[Key, bytes]) -> None:

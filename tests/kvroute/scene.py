@@ -75,17 +75,17 @@ async def scene(
     shape: Shape | None = None,
     shapes: list[Shape] | None = None,
     roles: list[Role] | None = None,
-    tls: ssl.SSLContext | None = None,
+    engine_tls: ssl.SSLContext | None = None,
     trust: ssl.SSLContext | bool = True,
     **options: Any,
 ) -> AsyncIterator[Scene]:
-    """Start all of it, and end all of it. `tls`: of the engines; `trust`: of the client."""
+    """Start all of it, and end all of it. `engine_tls`: of the engines; `trust`: of the client."""
     shapes = shapes or [shape or Shape()] * engines
     standing = [StandIn(one) for one in shapes]
     places = []
     for one, role in zip(standing, roles or ["any"] * len(standing), strict=True):
-        port = await one.start(tls=tls)
-        url = f"{'http' if tls is None else 'https'}://127.0.0.1:{port}"
+        port = await one.start(tls=engine_tls)
+        url = f"{'http' if engine_tls is None else 'https'}://127.0.0.1:{port}"
         places.append(parse_place(url, role, one.publisher.events, one.publisher.replay))
     given = {"listen": "127.0.0.1:0", "log_interval": 0.0, "check_interval": 0.1, **options}
     router = Router(Options(tuple(places), **given))

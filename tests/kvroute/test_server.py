@@ -280,7 +280,7 @@ def test_tls_on_both_sides(pem: Pem) -> None:
     async def play() -> None:
         engines, known = server_context(*pem.server), client_context(*pem.client)
         options = {"listen": "127.0.0.1:0", "tls": pem.server, "backend_tls": pem.client}
-        async with scene(1, tls=engines, trust=known, **options) as s:
+        async with scene(1, engine_tls=engines, trust=known, **options) as s:
             assert s.url.startswith("https:")
             await s.ask("a b c")
             body = {"model": "stand-in", "prompt": "a", "stream": True, "max_tokens": 3}
@@ -298,7 +298,7 @@ def test_tls_on_both_sides(pem: Pem) -> None:
 
 def test_an_engine_of_an_unknown_ca_is_down(pem: Pem) -> None:
     async def play() -> None:
-        async with scene(1, tls=server_context(pem.cert, pem.key), backend_tls=(pem.other_ca,)) as s:
+        async with scene(1, engine_tls=server_context(pem.cert, pem.key), backend_tls=(pem.other_ca,)) as s:
             assert await health(s) == 503
             assert not s.engines[0].stats.requests
 

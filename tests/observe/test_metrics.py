@@ -11,6 +11,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from kvkeep.identity import tenant_of
 from kvkeep.observe.histogram import Histogram
 from kvkeep.wire.messages import Reservation
 from tests.observe.traffic import CHUNK, Engine, keys_of, traffic
@@ -104,6 +105,27 @@ def test_namespaces_are_bounded(watched) -> None:
     assert value(text, "kvkeep_stored_chunks_total", namespace="others") == 2 * 9
     assert value(text, "kvkeep_stored_chunks_total") == 80
     assert value(text, "kvkeep_used_bytes") == 80 * CHUNK if 80 * CHUNK <= 4 << 20 else True
+
+
+def test_tenants_are_bounded_too(watched) -> None:
+    one = watched("--tenant-quota", f"{tenant_of('t1').hex()}=1MiB")
+    link, space = one.engine.connection, one.engine.space
+    for number in range(40):
+        keys, tenant = keys_of(number, 2), tenant_of(f"t{number}")
+        link.lookup(space, keys, tenant=tenant)
+        (done,) = link.reserve(space, [Reservation(keys, [b"\1\1"], 0, 0, tenant)])
+        link.commit(done.reservation, 0)
+    link.lookup(space, keys_of(20, 2), tenant=tenant_of("t20"))
+    text = one.text()
+    for name in ("asked", "stored"):
+        rows = samples(text)[f"kvkeep_tenant_{name}_chunks_total"]
+        assert len(rows) == 33
+        assert value(text, f"kvkeep_tenant_{name}_chunks_total", tenant="others") == 2 * 8
+    assert value(text, "kvkeep_tenant_hit_chunks_total") == 2
+    assert [(s.labels["tenant"], s.value) for s in samples(text)["kvkeep_tenant_quota_bytes"]] == [
+        (tenant_of("t1").hex(), 1 << 20)
+    ]
+    assert value(text, "kvkeep_tenant_used_bytes") == value(text, "kvkeep_used_bytes")
 
 
 def test_errors_by_kind(watched) -> None:

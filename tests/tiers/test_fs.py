@@ -93,6 +93,22 @@ def test_tails_of_chains_go_first(place: FsPlace) -> None:
         assert 10 <= sum(held) <= 36
 
 
+def test_it_tells_what_it_has_removed(place: FsPlace) -> None:
+    with closing(place.open(capacity=str(64 * PAGE))) as tier:
+        put = [key for seed in range(12) for key in keys_of(16, seed)]
+        for start in range(0, len(put), 16):
+            tier.put(put[start : start + 16], buffers_of([PAGE] * 16))
+        told = tier.gone()
+        assert sorted(told) == sorted(
+            key for key, here in zip(put, tier.contains(put), strict=True) if not here
+        )
+        assert len(told) >= 8 * 16
+        kept = next(key for key, here in zip(put, tier.contains(put), strict=True) if here)
+        tier.delete([kept, *told])
+        assert tier.gone() == [kept]
+        assert tier.gone() == []
+
+
 def test_a_peek_is_no_use(place: FsPlace) -> None:
     with closing(place.open(capacity=str(64 * PAGE))) as tier:
         first, second = keys_of(32, 1), keys_of(32, 2)

@@ -4,15 +4,46 @@ import fcntl
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from kvkeep.errors import KeeperUnavailable, RequestRefused
+from kvkeep.identity import tenant_of
 from kvkeep.wire import messages as msg
 from kvkeep.wire.client import Connection
 
 GROUPS = [(4096, None)]
+
+
+def test_tenants_are_told_apart_and_requests_counted_once(keeper_process) -> None:
+    """A request that waits for tiers looks twice: the second time counts."""
+    factory = keeper_process
+    a, b = tenant_of("a"), tenant_of("b")
+    keeper = factory(
+        "--tenant-quota", f"{a.hex()}=8192", "--tier", f"fs://{factory.directory()}?capacity=4MiB"
+    )
+    client = keeper.connect()
+    space = client.open_namespace(bytes(32), "m", GROUPS, 1, 1)
+    first = client.lookup(space, bytes(range(48)), patience=1e6, tenant=a)
+    deadline = time.monotonic() + 20
+    while first.ticket and client.poll([first.ticket]) != b"\2":
+        assert time.monotonic() < deadline
+    assert client.lookup(space, bytes(range(48)), ticket=first.ticket, tenant=a).chunks == 0
+    rows = [b"\1\1\1"]
+    mine = msg.Reservation(bytes(range(48)), rows, 0, 0, a)
+    other = msg.Reservation(bytes(range(100, 148)), rows, 0, 0, b)
+    for done in client.reserve(space, [mine, other]):
+        client.commit(done.reservation, 0)
+    found = client.lookup(space, bytes(range(48)), tenant=a)
+    assert found.chunks == 1, "a slot with its seal takes two pages, and the quota is two"
+    told = {row["tenant"]: row for row in client.status(b)["tenants"]}
+    assert set(told) == {a.hex(), b.hex()}
+    assert (told[a.hex()]["asked_chunks"], told[a.hex()]["hit_chunks"]) == (6, 1)
+    assert (told[a.hex()]["refused_chunks"], told[b.hex()]["stored_chunks"]) == (2, 3)
+    assert client.clear(tenant=b) == 3
+    assert client.clear(space, tenant_of("nobody")) == 0
 
 
 def test_a_killed_keeper_is_unavailable(keeper_process) -> None:

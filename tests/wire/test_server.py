@@ -65,6 +65,11 @@ DROPPED: dict[str, bytes] = {
     "unknown message": HELLO + frame("Shutdown"),
     "no message": HELLO + msg.HEADER.pack(1) + b"\xc0",
     "lookup of half a key": HELLO + OPEN + frame("Lookup", 0, b"x" * 17, 0),
+    "half a tenant": HELLO + OPEN + frame("Lookup", 0, KEYS, 0, 0.0, 0.0, 0, "", b"1234"),
+    "a tenant too long": HELLO + OPEN + frame("Clear", None, b"123456789"),
+    "a good item, and one of half a tenant": HELLO
+    + OPEN
+    + frame("Reserve", 0, [[KEYS, [b"\1\1", b"\1\1"], 0, 1], [KEYS, [b"\1\1", b"\1\1"], 0, 1, b"1234"]]),
     "lookup by text": HELLO + OPEN + frame("Lookup", 0, "x" * 16, 0),
     "changes of half a key": HELLO + OPEN + frame("Changes", 0, b"x" * 17, 0),
     "reservation of half a key": HELLO + OPEN + reserve(b"x" * 31, [b"\1", b"\1"]),

@@ -31,7 +31,7 @@ from kvkeep.engines.transformers.describe import (
 )
 from kvkeep.engines.transformers.past import PrefixCache
 from kvkeep.errors import KeeperUnavailable, KVKeepError, LayoutError
-from kvkeep.identity import KEY_BYTES, ChainHasher, encode_extra, fingerprint
+from kvkeep.identity import KEY_BYTES, ChainHasher, encode_extra, fingerprint, tenant_of
 from kvkeep.transfer import Transfer
 from kvkeep.transfer.base import prepare_mapping
 from kvkeep.wire.client import Found, Reserved
@@ -202,7 +202,8 @@ class Store:
     def _fill(self, past: PrefixCache, rows: list[Named], keeper: Opened, found: list[Found]) -> None:
         began = time.perf_counter()
         keys = [self._keys(row, past.begun.salt, len(row.tokens) // self.chunk_tokens) for row in rows]
-        found += [self._lookup(keeper, one) for one in keys]
+        tenant = tenant_of(past.begun.salt)
+        found += [self._lookup(keeper, one, tenant) for one in keys]
         best = list(found)
         columns = self._agree(past, rows, keys, best, keeper, found)
         past.epochs = [one.epoch for one in best]
@@ -239,7 +240,7 @@ class Store:
             if not late or all(group.window is None for group in self.groups):
                 return columns
             for i in late:
-                best[i] = self._lookup(keeper, keys[i][: wanted[i] * KEY_BYTES])
+                best[i] = self._lookup(keeper, keys[i][: wanted[i] * KEY_BYTES], tenant_of(past.begun.salt))
                 found.append(best[i])
 
     def _keys(self, row: Named, salt: str | None, chunks: int) -> bytes:
@@ -249,13 +250,14 @@ class Store:
         hasher.extend(tokens, extras)
         return hasher.keys(0, chunks)
 
-    def _lookup(self, keeper: Opened, keys: bytes) -> Found:
+    def _lookup(self, keeper: Opened, keys: bytes, tenant: bytes) -> Found:
         """What is held, in memory or, within the deadlines, in tiers."""
         if not keys:
             return Found(0, 0, 0, [])
         link, config = keeper.connection, self.config
         recompute = -1.0 if config.load == "never" else 0.0
-        first = link.lookup(keeper.namespace, keys, 0, recompute, config.probe_wait)
+        terms = (keeper.namespace, keys, 0, recompute, config.probe_wait)
+        first = link.lookup(*terms, tenant=tenant)
         if not first.ticket:
             return first
         began, stage, patience = time.monotonic(), 0, config.probe_wait
@@ -263,7 +265,7 @@ class Store:
             time.sleep(_POLL_EVERY)
             stage = link.poll([first.ticket])[0]
             patience = config.load_wait if stage else config.probe_wait
-        second = link.lookup(keeper.namespace, keys, 0, recompute, config.probe_wait, first.ticket)
+        second = link.lookup(*terms, first.ticket, tenant=tenant)
         if first.lease:
             link.release(first.lease)
         return second
@@ -355,7 +357,8 @@ class Store:
         keys = self._keys(row, past.begun.salt, last)[first * KEY_BYTES :]
         starts = row.start + np.arange(first, last) * self.chunk_tokens
         wanted = [(starts >= self._held(past, group)).astype(np.uint8).tobytes() for group in self.groups]
-        return _Offer(Reservation(keys, wanted, first, past.epochs[index]), index, row.start)
+        epoch, tenant = past.epochs[index], tenant_of(past.begun.salt)
+        return _Offer(Reservation(keys, wanted, first, epoch, tenant), index, row.start)
 
     def _held(self, past: PrefixCache, group: Group) -> int:
         return int(past.layers[group.layers[0]].held()[0])

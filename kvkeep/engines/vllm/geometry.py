@@ -90,7 +90,7 @@ class Geometry:
             count = len(blocks) // per_chunk
             whole[:count] = (blocks[: count * per_chunk] != 0).reshape(-1, per_chunk).all(axis=1)
             wanted.append(whole.tobytes())
-        return Reservation(keys, wanted, first, tracked.epoch)
+        return Reservation(keys, wanted, first, tracked.epoch, tracked.tenant)
 
     def add_save(
         self,

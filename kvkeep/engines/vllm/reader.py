@@ -137,8 +137,9 @@ class Reader:
         rule = {"never": -1.0, "always": 0.0}.get(self._config.load, recompute)
         # Asking what tiers have costs requests that miss: little of what computing them takes anyway.
         patience = max(self._config.probe_wait, _PROBE_SHARE * (limit - first) * recompute)
+        settled = ticket if settles else 0
         found = keeper.connection.lookup(
-            keeper.namespace, keys, first, rule, patience, ticket if settles else 0, tracked.trace
+            keeper.namespace, keys, first, rule, patience, settled, tracked.trace, tracked.tenant
         )
         if ticket and not settles:
             keeper.connection.forget(ticket)

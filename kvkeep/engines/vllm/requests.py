@@ -12,7 +12,7 @@ import numpy.typing as npt
 from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys
 
 from kvkeep.engines.vllm.handover import Awaited, handed_over
-from kvkeep.identity import ChainHasher, encode_extra, file_digest
+from kvkeep.identity import ChainHasher, encode_extra, file_digest, tenant_of
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -39,6 +39,7 @@ class Tracked:
             or request.mm_features
             or request.prompt_embeds is not None
         )
+        self.tenant = tenant_of(request.cache_salt)
         # vLLM passes its trace on where it traces itself (--otlp-traces-endpoint).
         self.trace = (request.trace_headers or {}).get("traceparent", "")[:64]
         params = request.kv_transfer_params if hands_over else None

@@ -16,6 +16,7 @@ import transformers
 
 from kvkeep.engines.transformers import KVKeepCache
 from kvkeep.errors import ConfigError
+from kvkeep.identity import tenant_of
 
 ROOT = Path(__file__).parents[3]
 
@@ -141,13 +142,17 @@ def test_a_private_keeper_and_its_options(kit: Any, monkeypatch: Any, tmp_path: 
         KVKeepCache.for_model(model, memry="64MiB")
 
 
-def test_what_else_is_in_the_key(kit: Any, tie: Callable[..., Any]) -> None:
+def test_what_else_is_in_the_key(kit: Any, tie: Callable[..., Any], keeper: Any) -> None:
     model, batch = kit.model("Llama", seed=26), kit.batch(kit.tokens(1, 100))
     cache = tie(model)
     kit.answer(model, batch, cache.begin(*batch, salt="a"))
     assert cache.begin(*batch, salt="a").loaded == 96
     assert cache.begin(*batch, salt="b").loaded == 0
     assert cache.begin(*batch).loaded == 0
+    told = {row["tenant"]: row for row in keeper.figures()["tenants"]}
+    a, b = told[tenant_of("a").hex()], told[tenant_of("b").hex()]
+    assert (a["stored_chunks"] > 0, a["hit_chunks"] > 0) == (True, True)
+    assert (b["asked_chunks"] > 0, b["hit_chunks"]) == (True, 0)
     # Another chunk size, type, configuration, or weights: another namespace.
     assert loaded_again(tie(model, chunk_tokens=32), batch) == 0
     assert loaded_again(tie(kit.model("Llama", seed=27)), batch) == 0

@@ -174,6 +174,33 @@ def held(engine: Engine, tokens: list[int]) -> int:
     return found.chunks
 
 
+def test_what_a_directory_evicts_is_taken_back(keeper_process: Callable[..., Any]) -> None:
+    """Without a request that asks for it: only new prompts come, and what is below is bounded."""
+    where = keeper_process.directory()
+    keeper = keeper_process("--tier", f"fs://{where}?capacity=4MiB", memory="2MiB")
+    engine, prompts = Engine(keeper), [words(4 * CHUNK, seed) for seed in range(1, 33)]
+
+    def stored(prompt: list[int]) -> int:
+        return engine.consumer.prefix(prompt, "STORAGE")
+
+    def settled() -> bool:
+        engine.step()
+        (tier,) = keeper.figures()["tiers"]
+        return tier["waiting_chunks"] == 0
+
+    for prompt in prompts:
+        engine.save(prompt)
+        deadline = time.monotonic() + 20
+        while not settled():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    engine.step()
+    files = [file for file in where.glob("*/*/*") if len(file.name) == 32]
+    assert len(engine.consumer.held["STORAGE", 0]) == 2 * len(files) < 2 * 4 * len(prompts)
+    assert stored(prompts[0]) == 0
+    assert stored(prompts[-1]) == 4 * CHUNK
+
+
 def test_an_engine_announces_what_another_one_saved_once_it_meets_it(keeper: Any) -> None:
     first, second, prompt = Engine(keeper), Engine(keeper, name="second"), words(100)
     first.save(prompt)

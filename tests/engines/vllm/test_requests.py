@@ -12,7 +12,7 @@ from vllm.v1.request import Request
 
 from kvkeep.cli.prompt import chain
 from kvkeep.engines.vllm.requests import Tracked
-from kvkeep.identity import KEY_BYTES, fingerprint
+from kvkeep.identity import KEY_BYTES, fingerprint, tenant_of
 
 pytestmark = pytest.mark.slow  # to import vLLM takes ten seconds
 
@@ -81,4 +81,6 @@ def test_the_command_line_makes_the_same_keys(salt: str | None) -> None:
     prompt, print_ = list(range(3 * CHUNK + 5)), fingerprint({"model": "m"})
     request = Request("r", prompt, SamplingParams(max_tokens=1), None, cache_salt=salt)
     space = {"fingerprint": print_.hex(), "chunk_tokens": CHUNK}
-    assert chain(space, prompt, salt) == Tracked(request, print_, CHUNK).keys(0, 3)
+    tracked = Tracked(request, print_, CHUNK)
+    assert chain(space, prompt, salt) == tracked.keys(0, 3)
+    assert tracked.tenant == tenant_of(salt)

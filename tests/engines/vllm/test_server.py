@@ -15,6 +15,7 @@ import pytest
 
 from kvbench.engine import VllmServer, connector_args
 from kvkeep.cli.main import main
+from kvkeep.identity import tenant_of
 from kvkeep.wire.client import Connection
 from tests.cores import engine_cores
 
@@ -62,6 +63,11 @@ def test_what_must_not_be_mixed_is_not(
         assert again(cache_salt="tenant a") == (cold, 0)
         assert again(cache_salt="tenant a") == (cold, HIT)
         assert again(cache_salt="tenant b") == (cold, 0)
+        told = {row["tenant"]: row for row in figures(keeper.socket)["tenants"]}
+        for salt, counts in (("tenant a", (6, 3, 3)), ("tenant b", (3, 0, 3))):
+            row = told.pop(tenant_of(salt).hex())
+            assert tuple(row[f"{name}_chunks"] for name in ("asked", "hit", "stored")) == counts
+        assert told == {}
         adapted, found = again(model="adapter")
         assert found == 0
         assert adapted != cold
