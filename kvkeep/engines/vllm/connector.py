@@ -126,14 +126,15 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
         meta, worker = self._step(), self._worker
         if worker is None or meta is None:
             return
-        for name, copies in meta.apart.items():
-            self._begin(worker, meta, name, copies)
         if meta.unplanned and not self._recomputes:
             raise RuntimeError(
                 "kvkeep: a step could not plan its loads, and this engine cannot recompute them"
             )
         worker.fail_blocks(meta.unplanned)
-        if self._guard(lambda: worker.load(meta, forward_context), False) or meta.loads is None:
+        loaded = self._guard(lambda: worker.load(meta, forward_context), False)
+        for name, copies in meta.apart.items():  # behind it: with the first step it takes up the session
+            self._begin(worker, meta, name, copies)
+        if loaded or meta.loads is None:
             return
         if self._recomputes:
             worker.fail_load(meta)
