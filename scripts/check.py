@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 # All budgets: stay under. By what is read together: the cache, one engine's adapter, what measures it.
 PACKAGE_LINES = {
-    "kvkeep": 13_000,  # without the adapters
+    "kvkeep": 13_100,  # without the adapters
     "kvkeep/engines/vllm": 2_850,
     "kvkeep/engines/transformers": 1_500,
     "kvbench": 6_000,

@@ -39,7 +39,8 @@ from kvkeep.transfer.pipeline import load_beside
 
 __all__ = ["BLOCK", "LAYERS", "WINDOW", "Ledger", "answer", "slowly"]
 
-BLOCK, WINDOW, LAYERS, BLOCKS = 16, 48, 2, 46
+BLOCK, LAYERS, BLOCKS = 16, 2, 46
+WINDOW = 33  # no whole number of blocks: what it still looks back on begins at any place of a block
 _MODULUS = (1 << 23) - 15  # exact in float32
 
 
