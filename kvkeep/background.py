@@ -20,17 +20,18 @@ class GiveWay:
     """Called by a background thread after each few milliseconds of work: sleeps where others want its core.
 
     Made in that thread. Others want the core when the thread had to wait for one, which the kernel counts
-    (schedstat; without it this never sleeps).
+    (schedstat; without it this never sleeps). `pause`: seconds that it then sleeps.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, pause: float = _PAUSE) -> None:
+        self._pause = pause
         self._figures = Path(f"/proc/self/task/{threading.get_native_id()}/schedstat")
         self._waited = self._read()
 
     def __call__(self) -> None:
         waited = self._read()
         if waited - self._waited > _NOTICED_NS:
-            time.sleep(_PAUSE)
+            time.sleep(self._pause)
             waited = self._read()  # the wait after the sleep says nothing of the work
         self._waited = waited
 

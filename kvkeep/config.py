@@ -36,6 +36,7 @@ _UNITS |= {
 _MAX_SOCKET_PATH = 107
 LOG_FORMATS = ("text", "json")
 LOAD_RULES = ("auto", "always", "never")
+LOAD_WAYS = ("auto", "layers", "request")
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,9 @@ class EngineConfig:
     """URLs of the places below the private keeper's memory, the fastest first."""
     load: str = "auto"
     """When to load from a tier: auto (where that is faster than computing, as measured), always, never."""
+    load_by: str = "auto"
+    """How loads go beside computing (vLLM): layers (in the step that needs them, layer by layer on a GPU),
+    request (the request waits, other requests' steps go on), auto (request where graphs hide the layers)."""
     load_wait: float = 5.0
     """Seconds that a request waits, at most, for chunks that a tier holds; then it takes what has come."""
     probe_wait: float = 0.05
@@ -136,6 +140,8 @@ class EngineConfig:
             raise ConfigError("log_interval must be 0 or more seconds")
         if self.load not in LOAD_RULES:
             raise ConfigError(f"load must be one of {', '.join(LOAD_RULES)}, not {self.load!r}")
+        if self.load_by not in LOAD_WAYS:
+            raise ConfigError(f"load_by must be one of {', '.join(LOAD_WAYS)}, not {self.load_by!r}")
         waits = {"load_wait": self.load_wait, "probe_wait": self.probe_wait, "remote_wait": self.remote_wait}
         for name, seconds in waits.items():
             if not 0 <= seconds < math.inf:

@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 # All budgets: stay under. By what is read together: the cache, one engine's adapter, what measures it.
 PACKAGE_LINES = {
-    "kvkeep": 13_800,  # without the adapters
-    "kvkeep/engines/vllm": 2_750,
+    "kvkeep": 15_000,  # without the adapters
+    "kvkeep/engines/vllm": 2_850,
     "kvkeep/engines/transformers": 1_500,
     "kvbench": 6_000,
     "kvroute": 3_500,

@@ -52,6 +52,18 @@ def test_it_sleeps_where_another_wants_the_core(
     assert pauses
 
 
+def test_how_long_it_sleeps_is_the_callers_choice(
+    pauses: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work() -> None:
+        give_way = GiveWay(0.002)
+        monkeypatch.setattr(give_way, "_read", lambda: give_way._waited + 10**9)
+        give_way()
+
+    in_thread(work)
+    assert pauses == [0.002]
+
+
 def test_it_goes_on_where_nothing_waits(pauses: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     def work() -> None:
         give_way = GiveWay()

@@ -49,7 +49,7 @@ class Transfer(ABC):
     Made once from the KV tensors, `layers[g]` of group g in a fixed order, and an arena mapping;
     neither is owned. `save` and `load` take, for n blocks of one group, `offsets` (int64 [n]: the
     byte in the arena where the block's bytes begin) and `blocks` (int64 [n]: block ids). Both
-    return when the bytes are there. Called from one thread at a time.
+    return when the bytes are there. Saves come from one thread at a time, and so do loads.
     """
 
     name: ClassVar[str]

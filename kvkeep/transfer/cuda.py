@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from kvkeep.errors import DeviceError
 from kvkeep.layout import group_layout
 from kvkeep.transfer.base import Move, Offsets, Transfer, describe_layers
 from kvkeep.transfer.kernels import WORD
@@ -48,6 +49,7 @@ class CudaTransfer(Transfer):
     computes meanwhile uses `start_save` and `start_load`, all from one thread, and then
     - calls `fence(blocks)` before anything overwrites blocks that it has passed to `start_save`;
     - calls `arrive(layer)` before it reads a layer of what it loads layer by layer.
+    What nobody reads before it is there, `start_apart` loads.
     """
 
     name = "cuda"
@@ -95,10 +97,7 @@ class CudaTransfer(Transfer):
         if self._pinned(moves):
             ended = self._save(copies, pinned=True)
         else:
-            # A copy from or to pageable memory blocks its caller until the device has come to it.
-            if self._pageable is None:
-                self._pageable = ThreadPoolExecutor(1, "kvkeep-pageable")
-            ended = self._pageable.submit(self._save, copies, pinned=False)
+            ended = self._unpinned().submit(self._save, copies, pinned=False)
         pending = Pending(nbytes, began, ended)
         self._reading.append(_Reading(np.concatenate([move.blocks for move in moves]), pending))
         if hold:
@@ -134,6 +133,38 @@ class CudaTransfer(Transfer):
         if len(plans[0].sizes):
             self.backend.current().wait_event(self._arrivals[stages[0][0]])
         return Pending(nbytes, began, ended)
+
+    def start_apart(self, moves: Sequence[Move], after: Event) -> Pending:
+        """Arena → paged KV, behind `after` of the engine's stream, which does not wait: nobody may read or
+        write these blocks until the bytes are there.
+
+        Raises LayoutError before anything is copied, or DeviceError, as `Pending` may: when what had been
+        begun has ended, so that the blocks can go to others.
+        """
+        nbytes = self._check_all(moves)
+        copies = self._plan(moves)
+        self._loads.wait_event(after)
+        began = self._loads.record_event()
+        ended: Event | Future[Event]
+        if self._pinned(moves):
+            ended = self._load_apart(copies, True)
+        else:
+            ended = self._unpinned().submit(self._load_apart, copies, False)
+        return Pending(nbytes, began, ended)
+
+    def _load_apart(self, copies: Copies, pinned: bool) -> Event:
+        try:
+            self._load(copies, pinned)
+        except DeviceError:
+            self._loads.record_event().synchronize()
+            raise
+        return self._loads.record_event()
+
+    def _unpinned(self) -> ThreadPoolExecutor:
+        """A copy from or to pageable memory blocks its caller until the device has come to it."""
+        if self._pageable is None:
+            self._pageable = ThreadPoolExecutor(1, "kvkeep-pageable")
+        return self._pageable
 
     def _load(self, copies: Copies, pinned: bool) -> None:
         small = (copies.sizes < _KERNEL_BELOW) & pinned

@@ -1,4 +1,5 @@
-"""Around copies that go on while the engine computes: in which order layers are needed, and what follows."""
+"""Around copies that go on while the engine computes: in which order layers are needed, what follows, and
+how a CPU does them."""
 
 from __future__ import annotations
 
@@ -6,14 +7,37 @@ import contextlib
 import logging
 import queue
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 
+from kvkeep.background import GiveWay
 from kvkeep.errors import KVKeepError
+from kvkeep.transfer.base import Move, Transfer
 from kvkeep.transfer.streams import Pending
 
-__all__ = ["Completions", "LayerOrder"]
+__all__ = ["Completions", "LayerOrder", "load_beside"]
 
 log = logging.getLogger("kvkeep.transfer")
+
+_PIECE = 4 << 20
+_PAUSE = 0.002
+
+
+def load_beside(transfer: Transfer, moves: Sequence[Move]) -> float:
+    """Arena → paged KV on a thread of its own beside one that computes: some MiB at a time, with a pause
+    where somebody waits for the core. Returns the seconds spent on copying when the bytes are there.
+
+    Raises LayoutError.
+    """
+    give_way, seconds = GiveWay(_PAUSE), 0.0
+    for group, offsets, blocks in moves:
+        step = max(1, _PIECE // transfer.layouts[group].block_bytes)
+        for at in range(0, len(blocks), step):
+            began = time.perf_counter()
+            transfer.load(group, offsets[at : at + step], blocks[at : at + step])
+            seconds += time.perf_counter() - began
+            give_way()
+    return seconds
 
 
 class Completions:

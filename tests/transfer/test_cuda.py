@@ -198,7 +198,8 @@ class Engine:
         self.kept: dict[int, torch.Tensor] = {}
         self.saving: list[tuple[Pending, dict[int, torch.Tensor]]] = []
         self.leased: list[tuple[Pending, list[int]]] = []
-        self.checks: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.apart: list[tuple[Pending, dict[int, torch.Tensor]]] = []
+        self.checks: list[tuple[torch.Tensor, torch.Tensor, list[int]]] = []
         self.value = 1.0
 
     def compute(self, layer: int, block: int) -> None:
@@ -209,15 +210,18 @@ class Engine:
         self.backend.engine.submit([lambda: target[block].copy_(new)])
 
     def step(self) -> None:
-        blocks = self.chance.sample(range(self.BLOCKS), self.chance.randint(1, 6))
+        self.settle(wait=False)
+        free_blocks = sorted(set(range(self.BLOCKS)) - set(self.waiting()))
+        blocks = self.chance.sample(free_blocks, min(self.chance.randint(1, 6), len(free_blocks)))
         cut = self.chance.randint(0, len(blocks))
         fresh, loads = blocks[:cut], blocks[cut:]
-        self.settle(wait=False)
         held = sorted(self.kept)
         slots = self.chance.sample(held, min(len(loads), len(held)))
         loads = loads[: len(slots)]
         self.transfer.fence(np.array(fresh + loads, np.int64))
-        if loads:
+        begun = self.backend.current().record_event()
+        apart = loads if self.chance.random() < 0.3 else []
+        if loads and not apart:
             names = [f"{n}" for n in range(self.LAYERS)] if self.chance.random() < 0.7 else []
             group = self.chance.randint(0, 1)
             names = [f"alias {name}" for name in names] if group else names
@@ -227,17 +231,25 @@ class Engine:
             self.leased.append((pending, slots))
             for slot, block in zip(slots, loads, strict=True):
                 self.truth[:, block] = self.kept[slot]
+        loading = [*self.waiting(), *apart]
         for layer in range(self.LAYERS - (self.chance.random() < 0.5)):  # at times it leaves the last one out
             for name in (f"{layer}", f"alias {layer}"):
                 self.transfer.arrive(name)
             for block in fresh:
                 self.compute(layer, block)
-            self.read(layer)
+            self.read(layer, loading)
         self.transfer.end_forward()
+        if apart:
+            pending = self.transfer.start_apart([self.move(self.chance.randint(0, 1), slots, apart)], begun)
+            self.leased.append((pending, slots))
+            coming = {block: self.kept[slot] for slot, block in zip(slots, apart, strict=True)}
+            self.apart.append((pending, coming))
+            loads = []
         self.leased = [(pending, slots) for pending, slots in self.leased if not pending.done()]
         taken = [slot for _, slots in [*self.saving, *self.leased] for slot in slots]
         free = sorted(set(range(self.SLOTS)) - set(self.kept) - set(taken))
-        whence = loads if loads and self.chance.random() < 0.5 else range(self.BLOCKS)
+        still = sorted(set(range(self.BLOCKS)) - set(self.waiting()))
+        whence = loads if loads and self.chance.random() < 0.5 else still
         chosen = self.chance.sample(whence, min(self.chance.randint(0, 5), len(free), len(whence)))
         if chosen:
             slots = self.chance.sample(free, len(chosen))
@@ -249,14 +261,24 @@ class Engine:
         size = self.transfer.layouts[group].block_bytes
         return Move(group, np.array(slots, np.int64) * size, np.array(blocks, np.int64))
 
-    def read(self, layer: int) -> None:
-        """What attention does: read all blocks of a layer, on the engine's stream."""
+    def waiting(self) -> list[int]:
+        """Blocks that requests wait for."""
+        return [block for _, coming in self.apart for block in coming]
+
+    def read(self, layer: int, loading: list[int]) -> None:
+        """What attention does: read all blocks of a layer that are not `loading`, on the engine's stream."""
         seen, target = torch.zeros(self.BLOCKS, 64), self.layers[layer][1]
         self.backend.engine.submit([lambda: seen.copy_(target)])
-        self.checks.append((seen, self.truth[layer].clone()))
+        self.checks.append((seen, self.truth[layer].clone(), loading))
 
     def settle(self, wait: bool) -> None:
-        """What the keeper hears: a slot may be loaded once its save is done."""
+        """What the keeper hears: a slot may be loaded once its save is done; and what the engine hears: a
+        request need not wait any longer."""
+        for loading in self.apart[:]:
+            if loading[0].done():
+                self.apart.remove(loading)
+                for block, value in loading[1].items():
+                    self.truth[:, block] = value
         for entry in self.saving[:]:
             pending, written = entry
             if wait:
@@ -273,7 +295,9 @@ class Engine:
         self.backend.finish()
         slots = torch.frombuffer(self.arena, dtype=torch.float32).view(self.SLOTS, self.LAYERS, 64)
         wrong = sum(not torch.equal(slots[slot], value) for slot, value in self.kept.items())
-        wrong += sum(not torch.equal(seen, expected) for seen, expected in self.checks)
+        for seen, expected, loading in self.checks:
+            still = [block for block in range(self.BLOCKS) if block not in loading]
+            wrong += not torch.equal(seen[still], expected[still])
         self.transfer.close()
         return wrong
 
@@ -347,6 +371,29 @@ def test_a_stage_that_is_refused_leaves_nothing_under_way(seed: int, monkeypatch
         transfer.start_load([Move(0, one * 0, one)], ["0", "1", "2"])
     transfer.end_forward()
     backend.engine.submit([lambda: tensors[0][1][2].fill_(7)])
+    backend.finish()
+    assert (tensors[0][1][2] == 7).all()
+    transfer.close()
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_refused_load_apart_has_ended(pinned: bool, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its blocks go to others: what had been begun must not come after that."""
+    backend = HostBackend(random.Random(seed))
+    tensors = [(f"{n}", torch.randn(4, 1024)) for n in range(3)]
+    transfer = engine([tensors], 4, mmap.mmap(-1, 1 << 16), backend, pinned)
+    one, copy = np.array([2]), backend.copy
+    transfer.save(0, one * 0, one)
+
+    def refuse(*args, **kwargs) -> None:
+        copy(*args, **kwargs)
+        raise DeviceError("no more")
+
+    monkeypatch.setattr(backend, "copy", refuse)
+    with pytest.raises(DeviceError):
+        transfer.start_apart([Move(0, one * 0, one)], backend.engine.record_event()).wait()
+    tensors[0][1][2].fill_(7)
     backend.finish()
     assert (tensors[0][1][2] == 7).all()
     transfer.close()

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import mmap
 import random
 import threading
 
+import numpy as np
 import pytest
+import torch
 
 from kvbench.host_device import HostBackend
 from kvkeep.errors import DeviceError
-from kvkeep.transfer.pipeline import Completions, LayerOrder
+from kvkeep.transfer import pipeline
+from kvkeep.transfer.base import Move
+from kvkeep.transfer.pipeline import Completions, LayerOrder, load_beside
+from kvkeep.transfer.reference import ReferenceTransfer
 from kvkeep.transfer.streams import Pending
 
 
@@ -48,6 +54,32 @@ def test_a_copy_that_fails_is_not_reported_as_done(caplog: pytest.LogCaptureFixt
     completions.close()
     assert said == ["failed", "next"]
     assert "refused" in caplog.text
+
+
+@pytest.mark.parametrize("piece", [1, 700, 1 << 20])
+def test_a_load_beside_is_whole_and_gives_way_between_its_pieces(
+    piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses = list[float]()
+    monkeypatch.setattr(pipeline, "_PIECE", piece)
+    monkeypatch.setattr(pipeline, "GiveWay", lambda seconds: lambda: pauses.append(seconds))
+    groups = [[("a", torch.randn(9, 64)), ("b", torch.randn(9, 64))], [("c", torch.randn(9, 32))]]
+    before = [[tensor.clone() for _, tensor in group] for group in groups]
+    transfer, moves = ReferenceTransfer(groups, 9, mmap.mmap(-1, 1 << 14)), []
+    for number, group in enumerate(groups):
+        blocks = np.array([7, 2, 3, 5])
+        moves.append(
+            Move(number, 8192 * number + np.arange(4) * transfer.layouts[number].block_bytes, blocks)
+        )
+        transfer.save(*moves[-1])
+        for _, tensor in group:
+            tensor.zero_()
+    assert load_beside(transfer, moves) > 0
+    for group, old in zip(groups, before, strict=True):
+        for (_, tensor), was in zip(group, old, strict=True):
+            assert torch.equal(tensor[[7, 2, 3, 5]], was[[7, 2, 3, 5]])
+            assert not tensor[[0, 1, 4, 6, 8]].any()
+    assert pauses == [pipeline._PAUSE] * {1: 8, 700: 4 + 1, 1 << 20: 2}[piece]
 
 
 def forward(order: LayerOrder, kind: str, layers: str) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -16,6 +17,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorHandshakeMetadata,
     KVConnectorMetadata,
     KVConnectorRole,
+    KVConnectorTransferResults,
     KVConnectorWorkerMetadata,
     SupportsHMA,
 )
@@ -23,7 +25,7 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from kvkeep import config as configuration
 from kvkeep.engines.vllm.describe import check_engine, preferred_layout
-from kvkeep.engines.vllm.metadata import Handshake, Rank, StepMeta
+from kvkeep.engines.vllm.metadata import Copies, Handshake, Rank, StepMeta
 from kvkeep.engines.vllm.scheduler import SchedulerSide
 from kvkeep.engines.vllm.stats import KVKeepProm, KVKeepStats
 from kvkeep.engines.vllm.worker import WorkerSide
@@ -120,7 +122,7 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
             self._worker.begin_step()
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
-        """All loads of the step, before its forward."""
+        """All loads that the step's forward reads, before it; and those that requests wait for begin."""
         meta, worker = self._step(), self._worker
         if worker is None or meta is None:
             return
@@ -129,12 +131,31 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
                 "kvkeep: a step could not plan its loads, and this engine cannot recompute them"
             )
         worker.fail_blocks(meta.unplanned)
-        if self._guard(lambda: worker.load(meta, forward_context), False) or meta.loads is None:
+        loaded = self._guard(lambda: worker.load(meta, forward_context), False)
+        for name, copies in meta.apart.items():  # behind it: with the first step it takes up the session
+            self._begin(worker, meta, name, copies)
+        if loaded or meta.loads is None:
             return
         if self._recomputes:
             worker.fail_load(meta)
         else:
             worker.load_again(meta)
+
+    def _begin(self, worker: WorkerSide, meta: StepMeta, name: str, copies: Copies | None) -> None:
+        if copies is None or not self._guard(partial(worker.load_apart, meta, name, copies), False):
+            worker.refuse(meta, name)
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        """Requests whose loads have ended on this rank: each once, also where it failed or was given up."""
+        results, worker = KVConnectorTransferResults(), self._worker
+        if worker is None:
+            return results
+        for name in worker.apart.ended():
+            results.finished_recving.add(name)
+            if not self._guard(partial(worker.settle, name), False):
+                results.failed_recving.add(name)
+                worker.stats.add("load_failures", 1)
+        return results
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """On a GPU the device waits for the layer's bytes; on a CPU they are there already."""
@@ -191,12 +212,14 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
-        """Tokens that can be loaded beyond the local hit; None to be asked again. Loading is synchronous."""
+        """Tokens that can be loaded beyond the local hit, None to be asked again; and whether the request
+        waits for them while others go on."""
         scheduler = self._scheduler
         if scheduler is None:
             return 0, False
         nothing: int | None = 0
-        return self._guard(lambda: scheduler.matched(request, num_computed_tokens), nothing), False
+        found = self._guard(lambda: scheduler.matched(request, num_computed_tokens), nothing)
+        return found, bool(found) and scheduler.apart
 
     def update_state_after_alloc(
         self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int

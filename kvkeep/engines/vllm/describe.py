@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 __all__ = [
+    "attends_to_all",
     "check_engine",
     "describe_backends",
     "describe_model",
@@ -96,6 +97,12 @@ def group_window(spec: KVCacheSpec) -> int | None:
     if isinstance(spec, SlidingWindowSpec):
         return max(1, int(spec.sliding_window) - 1 + int(spec.extra_retained_tokens))
     return None
+
+
+def attends_to_all(specs: Sequence[KVCacheSpec]) -> bool:
+    """Whether all layers keep all tokens, so that the engine can compute the last one of a prompt that was
+    loaded whole: of a window it may have given up what that one still looks back on."""
+    return all(type(spec) in (FullAttentionSpec, MLAAttentionSpec) for spec in specs)
 
 
 def describe_model(

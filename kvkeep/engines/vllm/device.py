@@ -15,12 +15,13 @@ from kvkeep.transfer.pipeline import Completions, LayerOrder
 from kvkeep.transfer.streams import Event, Pending
 
 if TYPE_CHECKING:
+    from vllm.config import CompilationConfig
     from vllm.forward_context import ForwardContext
 
     from kvkeep.transfer.base import Move
     from kvkeep.transfer.cuda import CudaTransfer
 
-__all__ = ["Device", "by_blocks", "kind_of"]
+__all__ = ["Device", "by_blocks", "kind_of", "replays_whole_graphs"]
 
 
 def by_blocks(tensor: torch.Tensor, num_blocks: int) -> torch.Tensor:
@@ -38,6 +39,16 @@ def kind_of(context: ForwardContext) -> str:
     """
     mode: Any = context.cudagraph_runtime_mode
     return "" if not context.attn_metadata or mode == CUDAGraphMode.FULL else str(mode)
+
+
+def replays_whole_graphs(compilation: CompilationConfig) -> bool:
+    """Whether batches with prefill, which those with a load are, are replayed as graphs of the whole model.
+
+    True once the runner has settled it, before it registers its KV caches. FULL_AND_PIECEWISE and
+    FULL_DECODE_ONLY, of which only decoding is a whole graph, are not such.
+    """
+    mode = compilation.cudagraph_mode
+    return mode is not None and mode.mixed_mode() == CUDAGraphMode.FULL
 
 
 class Device:
@@ -66,6 +77,10 @@ class Device:
         pending = transfer.start_load(moves, order)
         self._layered = bool(order)
         return pending
+
+    def load_apart(self, transfer: CudaTransfer, moves: Sequence[Move]) -> Pending:
+        """Start a load for requests that wait for it: behind all earlier steps, beside this one."""
+        return transfer.start_apart(moves, self._began or transfer.backend.current().record_event())
 
     def arrive(
         self, transfer: CudaTransfer | None, layer: str, context: Callable[[], ForwardContext]

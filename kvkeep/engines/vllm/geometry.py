@@ -132,7 +132,7 @@ def arrange(
     return session, slot
 
 
-def blocks_written(output: SchedulerOutput, loads: Copies | None) -> npt.NDArray[np.int64]:
+def blocks_written(output: SchedulerOutput, loads: Sequence[Copies]) -> npt.NDArray[np.int64]:
     """Blocks that a step may write and that others may have had before: all that it was given, or loads into.
 
     Whatever way a block has come free (preemption, eviction from a window, a request's end), it is written
@@ -142,6 +142,5 @@ def blocks_written(output: SchedulerOutput, loads: Copies | None) -> npt.NDArray
     given = [request.block_ids for request in output.scheduled_new_reqs]
     given += [blocks for blocks in output.scheduled_cached_reqs.new_block_ids if blocks is not None]
     parts = [np.array(blocks, np.int64) for groups in given for blocks in groups]
-    if loads is not None:
-        parts += [row for rows in loads.blocks.values() for row in rows]
+    parts += [row for copies in loads for rows in copies.blocks.values() for row in rows]
     return np.unique(np.concatenate(parts)) if parts else np.zeros(0, np.int64)

@@ -30,6 +30,8 @@ class Handshake(KVConnectorHandshakeMetadata):
     """Per group, what one block of this rank takes."""
     unfit: str = ""
     """Why this worker's KV cannot be kept; empty where it can."""
+    whole_graphs: bool = False
+    """Whether it replays whole graphs for batches that load: no layer can wait for its bytes there."""
 
 
 @dataclass
@@ -75,6 +77,9 @@ class StepMeta(KVConnectorMetadata):
 
     epoch: int
     loads: Copies | None = None
+    """What this step's forward reads."""
+    apart: dict[str, Copies | None] = field(default_factory=dict)
+    """What requests wait for, by their ids, beside the steps; None: could not be planned."""
     saves: Copies | None = None
     session: Session | None = None
     """Present until every worker has joined it."""

@@ -48,6 +48,8 @@ class Tracked:
         """Another engine goes on with it."""
         self.epoch = 0
         """The request's place in the keeper's time; children of its chain are older than parents."""
+        self.load_failed = False
+        """The engine computes it: what it waited for did not come, and is not offered again."""
         self.next_save = 0
         """First chunk that has not been offered to the keeper yet."""
         self.forget_claim()

@@ -10,16 +10,17 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from kvkeep.config import EngineConfig
 from kvkeep.engines.link import Identity, Link, Opened
-from kvkeep.engines.vllm.describe import describe_model, group_window
+from kvkeep.engines.vllm.describe import attends_to_all, describe_model, group_window
 from kvkeep.engines.vllm.events import Events, events_wanted
 from kvkeep.engines.vllm.geometry import Geometry, arrange, blocks_written
 from kvkeep.engines.vllm.handover import Arrivals, answer
 from kvkeep.engines.vllm.metadata import Copies, Handshake, Rank, Session, StepMeta, WorkerMeta
+from kvkeep.engines.vllm.promises import Guard, Promises
 from kvkeep.engines.vllm.reader import Reader, give_back
 from kvkeep.engines.vllm.report import Reporter
 from kvkeep.engines.vllm.requests import Tracked
@@ -40,22 +41,6 @@ if TYPE_CHECKING:
 __all__ = ["SchedulerSide"]
 
 log = logging.getLogger("kvkeep.vllm")
-_T = TypeVar("_T")
-
-
-class Promise(NamedTuple):
-    """A load that the engine counts on: `external` tokens behind the first `local`."""
-
-    tracked: Tracked
-    blocks: tuple[list[int], ...]
-    local: int
-    external: int
-
-
-class Guard(Protocol):
-    """Runs an action; on a fault, logs it and returns `otherwise`."""
-
-    def __call__(self, action: Callable[[], _T], otherwise: _T) -> _T: ...
 
 
 class SchedulerSide:
@@ -82,7 +67,8 @@ class SchedulerSide:
         self._ranks: list[Rank] = []
         self._ready = False
         self._requests: dict[str, Tracked] = {}
-        self._loads: list[Promise] = []
+        self._promises = Promises()
+        self._whole = attends_to_all(specs)
         self._told = False
         self._disabled = False
         self._reporter = Reporter(config.log_interval)
@@ -114,14 +100,17 @@ class SchedulerSide:
         parts, readers = len(self._session.part), len(self._ranks)
         identity = Identity(self._fingerprint, self._label(), specs, parts, readers, geometry.chunk_tokens)
         self._link = Link(self.config, self._engine_id, identity)
+        whole = any(worker.whole_graphs for worker in workers.values())
+        self._promises.apart = whole if self.config.load_by == "auto" else self.config.load_by == "request"
         self._joined = {rank: 0 if workers[rank].attached else -1 for rank in self._ranks}
         log.info(
-            "kvkeep namespace %s: chunks of %d tokens, %.2f MiB; %d groups, %d ranks",
+            "kvkeep namespace %s: chunks of %d tokens, %.2f MiB; %d groups, %d ranks; loads by %s",
             self._fingerprint.hex()[:12],
             geometry.chunk_tokens,
             sum(slot) / 2**20,
             len(slot),
             len(self._ranks),
+            "request" if self.apart else "layers",
         )
         self._open_first()
 
@@ -139,14 +128,20 @@ class SchedulerSide:
 
     # Reading
 
+    @property
+    def apart(self) -> bool:
+        """Whether requests wait for their loads, while the engine computes for others."""
+        return self._promises.apart
+
     def matched(self, request: Request, local: int) -> int | None:
-        """Tokens beyond `local` whose KV is held and leased; leaves at least one to compute. None while
-        more is on its way from a tier: the engine asks again."""
+        """Tokens beyond `local` whose KV is held and leased. None while more is on its way from a tier: the
+        engine asks again. Leaves at least one to compute, but where the engine takes its last token back."""
         if not self._ready or request.skip_reading_prefix_cache:
             return 0
         tracked = self._track(request)
-        first, limit = local // self._chunk_tokens, (request.num_tokens - 1) // self._chunk_tokens
-        if not tracked.cacheable:
+        end = request.num_tokens - (0 if self.apart and self._whole else 1)
+        first, limit = local // self._chunk_tokens, end // self._chunk_tokens
+        if not tracked.cacheable or tracked.load_failed:
             return 0
         try:
             if not self._reader.look(self._keeper, tracked, first, limit, self._chunk_tokens):
@@ -170,7 +165,7 @@ class SchedulerSide:
             return
         local = (tracked.first + tracked.found) * self._chunk_tokens - external
         self.stats.add("hit_tokens", external)
-        self._loads.append(Promise(tracked, blocks.get_block_ids(), local, external))
+        self._promises.make(tracked, blocks.get_block_ids(), local, external)
 
     def finished(self, request: Request) -> dict[str, Any] | None:
         """A request is over: let go of it. Returns parameters for the engine that goes on with it, if any."""
@@ -190,20 +185,18 @@ class SchedulerSide:
         `guard(action, otherwise)` runs what may fail. A promised load that cannot be planned is
         handed to the workers as failed: the engine has counted its tokens as computed.
         """
-        promised, self._loads = self._loads, []
         if self.events is not None:
             self.events.look_out()
-        loads = guard(lambda: self._plan_loads(promised), None) if promised else None
+        planned = self._promises.plan(self._geometry, guard, self._met)
         saves = guard(lambda: self._plan_saves(output), None) if self._ready else None
         guard(self._renew, None)
-        meta = StepMeta(self._session.epoch if self._session is not None else -1, loads, saves)
+        epoch = self._session.epoch if self._session is not None else -1
+        meta = StepMeta(epoch, planned.loads, planned.apart, saves, unplanned=planned.unplanned)
         meta.scheduled_tokens = output.total_num_scheduled_tokens
         if self._fences:
-            meta.reused = blocks_written(output, loads)
+            meta.reused = blocks_written(output, planned.all())
         if not meta.scheduled_tokens:
-            self._reader.rest(self._arrivals.rests())
-        if promised and loads is None:
-            meta.unplanned = [block for _, table, *_ in promised for blocks in table for block in blocks]
+            self._reader.rest(self._arrivals.rests() or self._promises.waits)
         if self._session is not None and not (self._told and self._all_joined()):
             meta.session, self._told = self._session, True
         return meta
@@ -215,16 +208,6 @@ class SchedulerSide:
         if self._keeper is not None:  # the workers close theirs as they leave: then the session's claims end
             self._keeper.connection.close()
             self._keeper = None
-
-    def _plan_loads(self, promised: list[Promise]) -> Copies:
-        assert self._geometry is not None
-        copies = Copies()
-        for tracked, table, local, external in promised:
-            self._geometry.add_load(copies, tracked, table, local, external)
-            tracked.loaded()
-            self._met(tracked, 0, tracked.first + tracked.found)
-            tracked.forget_claim()
-        return copies
 
     def _plan_saves(self, output: SchedulerOutput) -> Copies | None:
         began = time.perf_counter()
@@ -277,6 +260,9 @@ class SchedulerSide:
 
     def update(self, output: KVConnectorOutput) -> None:
         """What the workers reported after a step."""
+        self._promises.arrived(output.finished_recving or ())
+        for name in output.failed_recving & self._requests.keys():
+            self._requests[name].load_failed = True
         if isinstance(output.kv_connector_worker_meta, WorkerMeta):
             self._joined |= output.kv_connector_worker_meta.joined
             if self._ready and not self._all_joined():
@@ -302,7 +288,7 @@ class SchedulerSide:
         self._fingerprint = fingerprint(self._description | {"reset": uuid.uuid4().hex})
         for tracked in self._requests.values():
             tracked.cacheable = False  # part of its KV may be from before
-            if all(tracked is not promise.tracked for promise in self._loads):
+            if not self._promises.holds(tracked):
                 self._give_back(tracked)
         if self.events is not None:
             self.events.forget()
@@ -364,10 +350,9 @@ class SchedulerSide:
         self._keeper.connection.close()
         self._link.reopen(self._keeper.epoch + 1)
         self._keeper, self._ready = None, False
-        promised = {id(tracked) for tracked, *_ in self._loads}
         for tracked in self._requests.values():
             tracked.next_save = 0
-            if id(tracked) not in promised:
+            if not self._promises.holds(tracked):
                 tracked.forget_claim()
 
     def _renew(self) -> None:

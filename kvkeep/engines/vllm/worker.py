@@ -6,7 +6,8 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, cast
+from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,16 +16,18 @@ from vllm.forward_context import get_forward_context
 
 from kvkeep.config import EngineConfig
 from kvkeep.engines.link import connect
+from kvkeep.engines.vllm.apart import Apart
 from kvkeep.engines.vllm.describe import describe_backends, describe_scales, describe_tensors
-from kvkeep.engines.vllm.device import Device, by_blocks
+from kvkeep.engines.vllm.device import Device, by_blocks, replays_whole_graphs
+from kvkeep.engines.vllm.joined import Joined
 from kvkeep.engines.vllm.metadata import Copies, Handshake, Rank, Session, StepMeta, WorkerMeta
 from kvkeep.engines.vllm.stats import KVKeepStats
 from kvkeep.errors import DeviceError, KeeperUnavailable, KVKeepError, LayoutError
 from kvkeep.layout import group_layout
 from kvkeep.transfer import Transfer, make_transfer
 from kvkeep.transfer.base import Move, describe_layers
+from kvkeep.transfer.pipeline import load_beside
 from kvkeep.transfer.reference import ReferenceTransfer
-from kvkeep.wire.client import Connection
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -40,43 +43,6 @@ log = logging.getLogger("kvkeep.vllm")
 _PREFILL_TOKENS = 64  # a step of fewer says little about prefill
 
 
-class _Joined:
-    """One session joined: its connection and the copy engine over its arena."""
-
-    def __init__(self, epoch: int, connection: Connection, transfer: Transfer) -> None:
-        self.epoch = epoch
-        self.connection = connection
-        self.transfer = transfer
-        self.device = cast("CudaTransfer", transfer) if transfer.name == "cuda" else None
-        self._ending: threading.Thread | None = None
-
-    @property
-    def leaving(self) -> bool:
-        """Whether this rank has left: nothing that it copies is to be taken for good any more."""
-        return self._ending is not None
-
-    @property
-    def closed(self) -> bool:
-        """Whether this rank has left, or has lost the keeper."""
-        return self._ending is not None or self.connection.closed
-
-    def close(self, wait: float = 0.0) -> None:
-        """Leave. The claims that protect slots end with the connection, so a device's copies end before it,
-        on another thread; `wait`: seconds for that."""
-        if self._ending is None:
-            self._ending = threading.Thread(target=self._end, name="kvkeep-end", daemon=True)
-            if self.device is not None:
-                self._ending.start()
-            else:
-                self._end()
-        if wait and self.device is not None:
-            self._ending.join(wait)
-
-    def _end(self) -> None:
-        self.transfer.close()
-        self.connection.close()
-
-
 class WorkerSide:
     """State of one rank. Hooks come from one thread; joining a later session has its own."""
 
@@ -85,12 +51,13 @@ class WorkerSide:
         self.stats = KVKeepStats()
         self._kv_config = kv_config
         self._engine_id: str = vllm_config.kv_transfer_config.engine_id
-        self._modules: dict[str, object] = vllm_config.compilation_config.static_forward_context
+        self._compilation = vllm_config.compilation_config
+        self._modules: dict[str, object] = self._compilation.static_forward_context
         self._layers: list[list[tuple[str, torch.Tensor]]] = []
         self._rank: Rank = (0, 0)
         self._handshake: Handshake | None = None
-        self._joined: _Joined | None = None
-        self._next: _Joined | None = None
+        self._joined: Joined | None = None
+        self._next: Joined | None = None
         self._joining = -1
         self._session: Session | None = None
         self._failed_blocks: set[int] = set()
@@ -98,6 +65,8 @@ class WorkerSide:
         self._began = 0.0
         self._loading = 0.0
         self._device: Device | None = None
+        self.apart = Apart()
+        """Loads of whole requests, beside the steps."""
 
     # Start
 
@@ -133,13 +102,15 @@ class WorkerSide:
             self._joined = self._join(0)
         except KeeperUnavailable as error:
             log.warning("kvkeep: %s; the engine runs without it and goes on looking", error)
-        return Handshake(self._joined is not None, text, [layout.block_bytes for layout in layouts])
+        whole = self._device is not None and replays_whole_graphs(self._compilation)
+        sizes = [layout.block_bytes for layout in layouts]
+        return Handshake(self._joined is not None, text, sizes, whole_graphs=whole)
 
     def handshake(self) -> Handshake | None:
         """What `register` found."""
         return self._handshake
 
-    def _join(self, epoch: int) -> _Joined:
+    def _join(self, epoch: int) -> Joined:
         connection = connect(self.config, self._engine_id, epoch, arena=True, device=self._device is not None)
         try:
             arena = connection.map_arena()
@@ -149,7 +120,7 @@ class WorkerSide:
         except BaseException:
             connection.close()
             raise
-        return _Joined(epoch, connection, transfer)
+        return Joined(epoch, connection, transfer)
 
     # One step
 
@@ -208,7 +179,7 @@ class WorkerSide:
 
         def release() -> None:
             for lease in leases:
-                self._tell(joined, lambda link, lease=lease: link.release(lease, reader))  # type: ignore[misc]
+                joined.tell(self._rank, lambda link, lease=lease: link.release(lease, reader))  # type: ignore[misc]
 
         if joined.device is not None and self._device is not None:
             pending = self._device.load(joined.device, self._moves(meta.loads), context)
@@ -222,6 +193,46 @@ class WorkerSide:
         self.stats.add("loaded_bytes", nbytes)
         self._count(meta.loads, "loaded_tokens")
         return True
+
+    def load_apart(self, meta: StepMeta, name: str, copies: Copies) -> bool:
+        """Begin to load for a request that waits for it, beside this step and later ones. False, or an error,
+        where that cannot be: nothing of it is under way then."""
+        joined = self._joined
+        if joined is None or joined.epoch != meta.epoch or joined.leaving:
+            log.warning("kvkeep: rank %s has left session %d, in which it is to load", self._rank, meta.epoch)
+            return False
+        moves = self._moves(copies)
+        copy: Callable[[], float]
+        if joined.device is not None and self._device is not None:
+            copy = self._device.load_apart(joined.device, moves).wait
+        else:
+            copy = partial(load_beside, joined.transfer, moves)
+        self.apart.begin(name, joined, copies, copy, self._rank, self._reader)
+        return True
+
+    def settle(self, name: str) -> bool:
+        """Count a load that `apart` says has ended. True where its bytes are there; raises what was wrong."""
+        try:
+            done = self.apart.settle(name)
+        except KeeperUnavailable as error:
+            log.warning("kvkeep: rank %s: %s; what it was for is computed", self._rank, error)
+            return False
+        if done is None:
+            return False
+        seconds, copies = done
+        assert self._handshake is not None
+        for group, rows in copies.blocks.items():
+            self.stats.add("loaded_bytes", sum(map(len, rows)) * self._handshake.block_bytes[group])
+        self.stats.add("load_seconds", seconds)
+        self._count(copies, "loaded_tokens")
+        return True
+
+    def refuse(self, meta: StepMeta, name: str) -> None:
+        """A load for which a request waits cannot be begun. This rank leaves the session, with which its
+        lease ends; other requests' loads go on to their end."""
+        self.apart.refuse(name)
+        if self._joined is not None and self._joined.epoch == meta.epoch:
+            self.stop()
 
     def load_again(self, meta: StepMeta) -> None:
         """Second try after a failed load, by the reference engine; raises if that fails too."""
@@ -246,7 +257,7 @@ class WorkerSide:
 
         def commit() -> None:
             for reservation in reservations:
-                self._tell(joined, lambda link, number=reservation: link.commit(number, part))  # type: ignore[misc]
+                joined.tell(self._rank, lambda link, number=reservation: link.commit(number, part))  # type: ignore[misc]
 
         if joined.device is not None and self._device is not None:
             # Where the engine zeroes blocks, Model Runner V2 does so before it tells us of the step.
@@ -300,7 +311,7 @@ class WorkerSide:
         self.stop()
 
     def stop(self, wait: float = 0.0) -> None:
-        """Leave the session, if there is one: to end, or to begin a new one. `wait`: see `_Joined.close`."""
+        """Leave the session, if there is one: to end, or to begin a new one. `wait`: see `Joined.close`."""
         if self._joined is not None:
             self._joined.close(wait)
 
@@ -332,15 +343,6 @@ class WorkerSide:
     def _count(self, copies: Copies, name: str) -> None:
         if self._session is not None and self._readers()[0] == self._rank:
             self.stats.add(name, copies.tokens)
-
-    def _tell(self, joined: _Joined, send: Callable[[Connection], None]) -> None:
-        if joined.leaving:
-            return
-        try:
-            send(joined.connection)
-        except KeeperUnavailable as error:
-            joined.close()
-            log.warning("kvkeep: rank %s lost the keeper: %s", self._rank, error)
 
     def _follow(self, meta: StepMeta) -> None:
         """Join the session that the scheduler works in; in the background, except that it is known."""

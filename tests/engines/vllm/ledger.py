@@ -9,6 +9,8 @@ scheduler, executor, hooks of the model runners.
 from __future__ import annotations
 
 import random
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -32,10 +34,13 @@ from vllm.v1.worker.kv_connector_model_runner_mixin import KVConnectorModelRunne
 from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase
 
 from kvkeep.errors import KVKeepError
+from kvkeep.transfer.base import Move, Transfer
+from kvkeep.transfer.pipeline import load_beside
 
-__all__ = ["BLOCK", "LAYERS", "WINDOW", "Ledger", "answer"]
+__all__ = ["BLOCK", "LAYERS", "WINDOW", "Ledger", "answer", "slowly"]
 
-BLOCK, WINDOW, LAYERS, BLOCKS = 16, 48, 2, 46
+BLOCK, LAYERS, BLOCKS = 16, 2, 46
+WINDOW = 33  # no whole number of blocks: what it still looks back on begins at any place of a block
 _MODULUS = (1 << 23) - 15  # exact in float32
 
 
@@ -59,6 +64,20 @@ def answer(prompt: list[int], count: int) -> list[int]:
     for _ in range(count):
         tokens.append(follower(sums(tokens)[-1]))
     return tokens[len(prompt) :]
+
+
+def slowly(draw: random.Random, failing: bool) -> Callable[[Transfer, Sequence[Move]], float]:
+    """`load_beside` that takes the time of a few steps; where `failing`, one of five ends halfway."""
+
+    def load(transfer: Transfer, moves: Sequence[Move]) -> float:
+        time.sleep(0.015 * draw.random())
+        if failing and draw.random() < 0.2:
+            for group, offsets, blocks in moves:
+                transfer.load(group, offsets[:1], blocks[:1])
+            raise KVKeepError("a load that ends halfway, by the test's own wish")
+        return load_beside(transfer, moves)
+
+    return load
 
 
 class Ledger(WorkerBase):
@@ -121,7 +140,7 @@ class Ledger(WorkerBase):
 
     def _fail_some(self, draw: random.Random) -> None:
         side = get_kv_transfer_group()._worker
-        load = side.load
+        load, begin = side.load, side.load_apart
 
         def sometimes(meta: Any, context: Any) -> bool:
             if meta.loads is not None and draw.random() < 0.33:
@@ -129,7 +148,13 @@ class Ledger(WorkerBase):
             done: bool = load(meta, context)
             return done
 
-        side.load = sometimes
+        def seldom(meta: Any, name: str, copies: Any) -> bool:
+            if draw.random() < 0.2:
+                raise KVKeepError("a load that cannot begin, by the test's own wish")
+            begun: bool = begin(meta, name, copies)
+            return begun
+
+        side.load, side.load_apart = sometimes, seldom
 
     def get_kv_connector_handshake_metadata(self) -> dict[tuple[int, int], Any]:
         return {(0, 0): get_kv_transfer_group().get_handshake_metadata()}

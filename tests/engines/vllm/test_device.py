@@ -14,17 +14,17 @@ import torch
 pytest.importorskip("vllm")
 pytest.importorskip("triton")
 
-from vllm.config import CUDAGraphMode
+from vllm.config import CompilationConfig, CUDAGraphMode
 from vllm.forward_context import ForwardContext
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 
-from kvbench.host_device import HostBackend
+from kvbench.host_device import HostBackend, HostEvent
 from kvkeep.config import EngineConfig
 from kvkeep.engines.link import session_name
 from kvkeep.engines.vllm import worker
 from kvkeep.engines.vllm.connector import KVKeepConnector
 from kvkeep.engines.vllm.describe import describe_backends
-from kvkeep.engines.vllm.device import Device, by_blocks, kind_of
+from kvkeep.engines.vllm.device import Device, by_blocks, kind_of, replays_whole_graphs
 from kvkeep.engines.vllm.geometry import blocks_written
 from kvkeep.engines.vllm.metadata import Copies, Session, StepMeta
 from kvkeep.transfer import cuda
@@ -58,7 +58,7 @@ class Rank:
         )
         config = SimpleNamespace(
             kv_transfer_config=SimpleNamespace(engine_id="engine"),
-            compilation_config=SimpleNamespace(static_forward_context={}),
+            compilation_config=SimpleNamespace(static_forward_context={}, cudagraph_mode=None),
         )
         kv = SimpleNamespace(
             num_blocks=BLOCKS,
@@ -82,14 +82,27 @@ class Rank:
         return copies
 
     def step(
-        self, loads: Copies | None = None, saves: Copies | None = None, writes: int | None = None
+        self,
+        loads: Copies | None = None,
+        saves: Copies | None = None,
+        writes: int | None = None,
+        apart: dict[str, Copies | None] | None = None,
+        gate: HostEvent | None = None,
     ) -> bool:
-        """One step as Model Runner V2 makes it; `writes`: a block that its forward overwrites."""
-        reused = np.array([] if writes is None else [writes], np.int64)
-        meta = StepMeta(0, loads, saves, self.session, reused=reused, scheduled_tokens=128)
+        """One step as Model Runner V2 makes it; `writes`: a block that its forward overwrites; `gate`: what
+        that forward waits for."""
+        apart = apart or {}
+        written = [row for copies in apart.values() if copies for row in copies.blocks[0]]
+        reused = np.concatenate([*written, np.array([] if writes is None else [writes], np.int64)])
+        tokens = 128 if gate is None else 1  # a forward that stands still is not to be measured
+        meta = StepMeta(0, loads, apart, saves, self.session, reused=reused, scheduled_tokens=tokens)
         self.side.fence(meta)
         self.side.begin_step()
+        if gate is not None:
+            self.backend.engine.wait_event(gate)
         assert self.side.load(meta, context())
+        for name, copies in apart.items():
+            assert self.side.load_apart(meta, name, copies)
         for name in NAMES:
             self.side.arrive(name)
             if writes is not None:
@@ -158,6 +171,67 @@ def test_a_connection_ends_after_the_copies(
     assert rank.figure("chunks") == 0
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_request_waits_for_its_load_while_a_forward_goes_on(
+    seed: int, keeper_process: Callable[..., Any], wait_until, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rank, keys = Rank(keeper_process(), monkeypatch, seed), bytes(range(16 * CHUNKS))
+    before = {name: tensor.clone() for name, tensor in rank.layers.items()}
+    saved, fresh = list(range(1, 9)), list(range(12, 20))
+    [reserved] = rank.link.reserve(rank.space, [Reservation(keys, [b"\1" * CHUNKS], 0, 0)])
+    assert rank.step(saves=rank.copies(reserved.offsets[0], saved, reserved.reservation))
+    wait_until(lambda: not rank.figure("reservations"), 20)
+    found = rank.link.lookup(rank.space, keys)
+
+    assert rank.step(writes=fresh[0])  # by a request that has ended since: before the load
+    gate = HostEvent(rank.backend)
+    waits = {"r": rank.copies(found.offsets[0], fresh, found.lease)}
+    assert rank.step(apart=waits, gate=gate)
+    wait_until(rank.side.apart.ended, 20)
+    assert gate.at is None  # the forward has not gone on
+    assert rank.side.apart.ended() == ["r"]
+    assert rank.side.settle("r")
+    assert rank.side.apart.ended() == []
+    for name, tensor in rank.layers.items():
+        assert torch.equal(tensor[fresh], before[name][saved]), name
+    wait_until(lambda: not rank.figure("leases"), 20)
+    figures = rank.side.stats.data
+    assert (figures["loaded_bytes"], figures["loaded_tokens"]) == (8 * LAYERS * 4096, 8)
+    gate.at = 0.0
+    rank.side.stop(wait=20)
+
+
+def test_a_rank_that_leaves_ends_its_loads_first(
+    keeper_process: Callable[..., Any], wait_until, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The claim on what it reads ends with its connection; what is asked of it afterwards is refused."""
+    rank, keys = Rank(keeper_process(), monkeypatch, 3), bytes(range(16 * CHUNKS))
+    [reserved] = rank.link.reserve(rank.space, [Reservation(keys, [b"\1" * CHUNKS], 0, 0)])
+    rank.step(saves=rank.copies(reserved.offsets[0], list(range(1, 9)), reserved.reservation))
+    wait_until(lambda: not rank.figure("reservations"), 20)
+    found = rank.link.lookup(rank.space, keys)
+    rank.backend._lock.acquire()  # the device stands still
+    try:
+        rank.step(apart={"r": rank.copies(found.offsets[0], list(range(12, 20)), found.lease)})
+        rank.side.stop()
+        assert rank.side._joined.leaving
+        assert not rank.side._joined.connection.closed
+        assert rank.side.apart.ended() == []
+    finally:
+        rank.backend._lock.release()
+    wait_until(rank.side.apart.ended, 20)
+    assert rank.side.settle("r")
+    late = rank.copies(found.offsets[0], list(range(12, 20)), found.lease)
+    assert not rank.side.load_apart(StepMeta(0, apart={"late": late}), "late", late)
+    rank.side.stop(wait=20)
+    assert rank.side._joined.connection.closed
+
+
+def test_which_engines_load_by_request() -> None:
+    modes = {mode for mode in CUDAGraphMode if replays_whole_graphs(CompilationConfig(cudagraph_mode=mode))}
+    assert modes == {CUDAGraphMode.FULL}
+
+
 def test_a_forward_that_asks_for_fewer_layers_fails_its_load(
     keeper_process: Callable[..., Any], wait_until, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,8 +265,8 @@ def test_blocks_that_a_step_may_write() -> None:
     output = SchedulerOutput([new], cached, {}, 0, {}, {}, set(), [])
     loads = Copies()
     loads.add(1, np.array([0]), np.array([0]), np.array([7]))
-    assert blocks_written(output, loads).tolist() == [0, 3, 4, 5, 7, 9]
-    assert blocks_written(SchedulerOutput.make_empty(), None).tolist() == []
+    assert blocks_written(output, [loads]).tolist() == [0, 3, 4, 5, 7, 9]
+    assert blocks_written(SchedulerOutput.make_empty(), []).tolist() == []
 
 
 def test_the_layout_that_is_asked_for() -> None:

@@ -47,6 +47,13 @@ def test_mixed_prompts_are_answered_alike(model: str, live: Callable[..., dict[s
     assert on["second round"]["cached"] == [(269 // 32) * 32, (379 // 32) * 32]
     assert off["full hit"]["cached"] == [0] * len(whole)
 
+    beside = live(prepared(model), "mixed", {"memory": "1GiB", "load_by": "request"})
+    assert assert_equal(beside, off) >= 50
+    assert beside["full hit"]["cached"] == whole
+    assert beside["beyond the window again"]["cached"] == on["beyond the window again"]["cached"]
+    assert beside["metrics"]["vllm:kvkeep_loaded_bytes"] > 0
+    assert beside["metrics"]["vllm:kvkeep_load_failures"] == beside["metrics"]["vllm:kvkeep_errors"] == 0
+
 
 # 36 blocks for six requests that grow to eight each; prefill in pieces of 64 tokens.
 TIGHT = {"num_gpu_blocks_override": 36, "max_num_batched_tokens": 64, "max_num_seqs": 8, "max_model_len": 512}
@@ -54,8 +61,12 @@ TIGHT = {"num_gpu_blocks_override": 36, "max_num_batched_tokens": 64, "max_num_s
 
 def test_preemption_and_chunked_prefill(live: Callable[..., dict[str, Any]]) -> None:
     off = live(prepared("smollm2"), "crowded", None, **TIGHT)
-    for chunk_tokens, own_cache in ((32, True), (64, False)):
-        connector = {"memory": "1GiB", "chunk_tokens": chunk_tokens}
+    for chunk_tokens, own_cache, load_by in (
+        (32, True, "layers"),
+        (64, False, "layers"),
+        (32, True, "request"),
+    ):
+        connector = {"memory": "1GiB", "chunk_tokens": chunk_tokens, "load_by": load_by}
         on = live(prepared("smollm2"), "crowded", connector, enable_prefix_caching=own_cache, **TIGHT)
         assert assert_equal(on, off) == 12
         assert on["metrics"]["vllm:num_preemptions"] > 0

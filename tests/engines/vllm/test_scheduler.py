@@ -21,16 +21,18 @@ from vllm.platforms import current_platform
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
+from vllm.v1.request import RequestStatus
 
 from kvkeep.engines import link
-from tests.engines.vllm.ledger import BLOCK, BLOCKS, Ledger, answer
+from kvkeep.engines.vllm import worker
+from tests.engines.vllm.ledger import BLOCK, BLOCKS, Ledger, answer, slowly
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(200)]
 
 
 @contextmanager
 def engine(
-    model: Path, socket: str, monkeypatch: pytest.MonkeyPatch, overlapped: bool
+    model: Path, socket: str, monkeypatch: pytest.MonkeyPatch, overlapped: bool, load_by: str
 ) -> Iterator[EngineCore]:
     """An engine core in this process, with our connector on both sides."""
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -49,7 +51,7 @@ def engine(
             "kv_connector": "KVKeepConnector",
             "kv_connector_module_path": "kvkeep.engines.vllm",
             "kv_role": "kv_both",
-            "kv_connector_extra_config": {"socket": socket, "chunk_tokens": 2 * BLOCK},
+            "kv_connector_extra_config": {"socket": socket, "chunk_tokens": 2 * BLOCK, "load_by": load_by},
         },
         **settings,
     )
@@ -74,6 +76,9 @@ class Talk:
         self.asked: dict[str, tuple[list[int], int]] = {}
         self.said: dict[str, list[int]] = {}
         self.numbers = itertools.count()
+        self.loading: dict[str, bool] = {}
+        """Requests that waited for a load of theirs, and whether that was all of their prompt."""
+        self.given_up = set[str]()
 
     def prompt(self) -> list[int]:
         """The head of a text that others ask about too, of any length, sometimes with its earlier answer."""
@@ -81,7 +86,9 @@ class Talk:
         if self.said and self.draw.random() < 0.3:
             name = self.draw.choice(list(self.said))
             root = self.asked[name][0] + self.said[name]
-        return (root + [self.draw.randrange(3, 4000) for _ in range(self.draw.randrange(1, 20))])[:380]
+        prompt = (root + [self.draw.randrange(3, 4000) for _ in range(self.draw.randrange(1, 20))])[:380]
+        whole = len(prompt) // (2 * BLOCK) * 2 * BLOCK
+        return prompt[:whole] if whole and self.draw.random() < 0.3 else prompt
 
     def ask(self) -> None:
         name, prompt, count = f"r{next(self.numbers)}", self.prompt(), self.draw.randrange(1, 60)
@@ -101,7 +108,7 @@ class Talk:
 
     def run(self, requests: int) -> None:
         """All of them; the engine's own cache is emptied, and some are given up, in between."""
-        asked, given_up = 0, set[str]()
+        asked = 0
         while asked < requests or self.core.scheduler.has_requests():
             if asked < requests and self.draw.random() < 0.35:
                 self.ask()
@@ -109,30 +116,45 @@ class Talk:
             if self.draw.random() < 0.02 and len(self.asked) > 1:
                 name = self.draw.choice(list(self.asked))
                 if len(self.said[name]) < self.asked[name][1]:
-                    self.core.abort_requests([name])
-                    given_up.add(name)
+                    self.give_up(name)
             if self.draw.random() < 0.02:
                 self.core.reset_prefix_cache()
             self.step()
+            self.watch()
             time.sleep(self.pause)  # an engine that has lost its session finds it again in the background
         for name, (prompt, count) in self.asked.items():
             right = answer(prompt, count)
             assert self.said[name] == right[: len(self.said[name])], name
-            assert len(self.said[name]) == count or name in given_up, name
+            assert len(self.said[name]) == count or name in self.given_up, name
+
+    def give_up(self, name: str) -> None:
+        self.core.abort_requests([name])
+        self.given_up.add(name)
+
+    def watch(self) -> None:
+        """See who waits for a load; every eighth is given up in the middle of it."""
+        for name, request in list(self.core.scheduler.requests.items()):
+            if request.status is RequestStatus.WAITING_FOR_REMOTE_KVS and name not in self.loading:
+                self.loading[name] = request.num_computed_tokens == request.num_tokens
+                if len(self.loading) % 8 == 3:
+                    self.give_up(name)
 
 
 @pytest.mark.parametrize("hybrid", [False, True], ids=["one group", "sliding window"])
 @pytest.mark.parametrize("overlapped", [False, True], ids=["in turn", "overlapped"])
 @pytest.mark.parametrize("runner", ["v1", "v2"])
 @pytest.mark.parametrize("failing", [False, True], ids=["", "loads fail"])
+@pytest.mark.parametrize("load_by", ["layers", "request"])
 def test_every_text_finds_its_own(
     hybrid: bool,
     overlapped: bool,
     runner: str,
     failing: bool,
+    load_by: str,
     tiny_model: Path,
     keeper_process: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
+    wait_until: Callable[..., None],
 ) -> None:
     keeper = keeper_process(memory="4MiB")
     monkeypatch.setattr(Ledger, "hybrid", hybrid)
@@ -140,10 +162,20 @@ def test_every_text_finds_its_own(
     monkeypatch.setattr(Ledger, "load_errors", random.Random(1) if failing else None)
     monkeypatch.setattr(Ledger, "nonsense", 0)
     monkeypatch.setattr(link, "_RETRY_FIRST", 0.001)
-    with engine(tiny_model, keeper.socket, monkeypatch, overlapped) as core:
-        Talk(core, seed=3, pause=0.002 if failing else 0).run(60)
+    monkeypatch.setattr(worker, "load_beside", slowly(random.Random(2), failing))
+    with engine(tiny_model, keeper.socket, monkeypatch, overlapped, load_by) as core:
+        talk = Talk(core, seed=3, pause=0.002 if failing else 0)
+        talk.run(60)
         figures = keeper.figures()["counters"]
         assert (core.batch_queue is not None) == overlapped
+        assert core.scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == BLOCKS - 1
+        wait_until(lambda: not keeper.figures()["leases"], 20)
     assert figures["hit_chunks"] > 50
-    # Where the engine cannot recompute, a load is repeated instead, before the forward.
-    assert (Ledger.nonsense > 0) == (failing and not hybrid and not overlapped)
+    if load_by == "layers":
+        assert not talk.loading
+        # Where the engine cannot recompute, a load is repeated instead, before the forward.
+        assert (Ledger.nonsense > 0) == (failing and not hybrid and not overlapped)
+    else:
+        assert len(talk.loading) > 10
+        assert hybrid or any(talk.loading.values())
+        assert Ledger.nonsense == 0  # nothing is computed from blocks before they are there

@@ -93,26 +93,32 @@ def test_two_ranks_and_a_restart(
 ) -> None:
     """Tensor parallelism: both parts of a chunk come back, in another engine, to the right rank."""
     keeper = keeper_process(memory="256MiB")
-    args = [*ARGS, "--tensor-parallel-size", "2", *connector_args(socket=keeper.socket)]
     environ = {**SMALL, "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
     answers = []
-    for life in range(2):
+    for life, load_by in enumerate(("layers", "layers", "request")):
         log = tmp_path / f"engine{life}.log"
+        args = [*ARGS, "--tensor-parallel-size", "2"]
+        args += connector_args(socket=keeper.socket, load_by=load_by)
         with VllmServer(tiny_model, args, log=log, environ=environ) as engine:
             answers.append(engine.complete(prompt(2), 12).text)
             assert engine.metric("vllm:kvkeep_loaded_tokens_total") == (HIT if life else 0)
-    assert answers[0] == answers[1]
+    assert answers[0] == answers[1] == answers[2]
     (space,) = figures(keeper.socket)["namespaces"]
     assert "tp2" in space["label"]
     assert figures(keeper.socket)["reservations"] == 0
 
 
+@pytest.mark.parametrize("load_by", ["layers", "request"])
 def test_the_keeper_dies_and_another_takes_over(
-    tiny_model: Path, keeper_process: Callable[..., Any], tmp_path: Path, wait_until: Callable[..., None]
+    load_by: str,
+    tiny_model: Path,
+    keeper_process: Callable[..., Any],
+    tmp_path: Path,
+    wait_until: Callable[..., None],
 ) -> None:
     """kill -9 of the keeper amid loads and saves: every answer is right; the next keeper is found."""
     first = keeper_process(memory="256MiB")
-    args = [*ARGS, *connector_args(socket=first.socket, timeout=0.5)]
+    args = [*ARGS, *connector_args(socket=first.socket, timeout=0.5, load_by=load_by)]
     with VllmServer(tiny_model, args, log=tmp_path / "engine.log", environ=SMALL) as engine:
         expected = {seed: engine.complete(prompt(seed), 24).text for seed in range(6)}
 
