@@ -66,7 +66,7 @@ def test_a_clean_tree_passes_and_prints_each_figure_with_its_budget(tree: Tree) 
     done = tree.run()
     assert done.returncode == 0, done.stdout + done.stderr
     for budget in (
-        *("lines (under 13000)", "lines (under 400)", "lines (under 50)", "abstract methods (under 7)"),
+        *("lines (under 14500)", "lines (under 400)", "lines (under 50)", "abstract methods (under 7)"),
         *("fields (under 30)", "functions under 35 lines: 100.0% (at least 90%)"),
     ):
         assert budget in done.stdout
@@ -118,13 +118,13 @@ def test_file_length(tree: Tree) -> None:
 
 def test_package_length(tree: Tree) -> None:
     """Each part has its own, and an adapter's lines are not the package's too."""
-    for i in range(32):
+    for i in range(36):
         tree.write(f"kvkeep/a{i}.py", "#\n" * 394)
     for i in range(6):
         tree.write(f"kvkeep/engines/vllm/a{i}.py", "#\n" * 394)
     assert tree.over_budget() == []
-    tree.write("kvkeep/more.py", "#\n" * 391)
-    assert tree.over_budget() == [("kvkeep", "13000 lines, budget: under 13000")]
+    tree.write("kvkeep/more.py", "#\n" * 315)
+    assert tree.over_budget() == [("kvkeep", "14500 lines, budget: under 14500")]
     tree.write("kvkeep/engines/vllm/more.py", "#\n" * 386)
     assert tree.over_budget()[1:] == [("kvkeep/engines/vllm", "2750 lines, budget: under 2750")]
     for i in range(16):
