@@ -5,9 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 
-import numpy as np
-
-from kvkeep.tiers.landing import address_of
 from kvkeep.tiers.peer_nixl import Agent
 
 __all__ = ["RawNixl"]
@@ -26,7 +23,7 @@ sys.stdin.read()
 
 
 class RawNixl:
-    """One READ of `count` pieces of `size` bytes of another process."""
+    """READs of `count` pieces of `size` bytes of another process, all at once or `most` bytes at a time."""
 
     def __init__(self, memory: memoryview, size: int, count: int, device: str = "lo") -> None:
         command = [sys.executable, "-c", _OTHER, str(size * count), device]
@@ -37,18 +34,17 @@ class RawNixl:
         start, metadata = self.process.stdout.readline().split()
         self._agent = Agent(memory, device)
         self._name = self._agent.meet(bytes.fromhex(metadata))
-        self._into = _pieces(address_of(memory), size, count)
-        self._there = _pieces(int(start), size, count)
+        self._there = [int(start) + at * size for at in range(count)]
+        self._into = [memory[at * size : (at + 1) * size] for at in range(count)]
 
-    def __call__(self) -> None:
-        self._agent._read(self._name, self._into, self._there)
+    def __call__(self, most: int = 1 << 62) -> None:
+        step = max(1, most // len(self._into[0]))
+        for at in range(0, len(self._into), step):
+            buffers, addresses = self._into[at : at + step], self._there[at : at + step]
+            self._agent.end(self._agent.begin(self._name, buffers, addresses))
 
     def close(self) -> None:
         """End the other process."""
         self._agent.leave(self._name)
         self.process.kill()
         self.process.wait(20)
-
-
-def _pieces(start: int, size: int, count: int) -> np.ndarray:
-    return np.array([(start + at * size, size, 0) for at in range(count)], np.uint64)

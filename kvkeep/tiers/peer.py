@@ -14,6 +14,7 @@ import ssl
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from queue import Empty, LifoQueue
 from typing import NamedTuple, TypeAlias
@@ -22,8 +23,9 @@ from kvkeep.errors import ConfigError, ProtocolError, TierUnavailable
 from kvkeep.tiers import peer_wire as wire
 from kvkeep.tiers.base import Buffer, Capabilities, Check, Got, Key, Put, Seal, Tier
 from kvkeep.tiers.landing import groups
+from kvkeep.tiers.peer_batch import BUSY, Batch, Reads
 from kvkeep.tiers.peer_nixl import Agent, load
-from kvkeep.tiers.peer_wire import PORT, Channel, State
+from kvkeep.tiers.peer_wire import PORT, Channel
 from kvkeep.tiers.threads import Threads
 from kvkeep.tiers.url import TierURL
 from kvkeep.tls import client_context
@@ -35,8 +37,8 @@ log = logging.getLogger("kvkeep.tiers")
 _GROUP = 8 << 20  # bytes of one request: what the other keeper leases at a time
 _READ = 16 << 20  # the same where NIXL reads: more at a time
 _AHEAD = 2  # requests on their way: while one is answered the other one is there already
-_BUSY = -1  # in results: to be asked for again
-_DIAL_SECONDS = 1.0  # a host that is gone does not refuse: it says nothing
+_CONNECT_SECONDS = 1.0  # a host that is gone does not refuse: it says nothing
+_GREET_SECONDS = 2.0  # at the start, which a peer that hangs must not hold up
 _QUESTIONS = 2  # connections besides, so that no question waits behind values
 
 
@@ -48,42 +50,28 @@ class Address(NamedTuple):
     token: bytes = b""
     tls: ssl.SSLContext | None = None
 
-    def dial(self, timeout: float) -> Channel:
-        """A new connection, greeted. Raises OSError, or Refused with what to do."""
-        connect = min(timeout, _DIAL_SECONDS)
-        sock: socket.socket = socket.create_connection((self.host, self.port), connect)
+    def connect(self, timeout: float) -> Channel:
+        """A new connection, to be greeted. Raises OSError."""
+        address, soon = (self.host, self.port), min(timeout, _CONNECT_SECONDS)
+        sock: socket.socket = socket.create_connection(address, soon)
+        sock.settimeout(timeout)
         try:
             if self.tls is not None:
                 sock = self.tls.wrap_socket(sock, server_hostname=self.host)
-            channel = Channel(sock, connect)
-            wire.greet(channel, self.token)
-            channel.wait(timeout)
-        except (OSError, ProtocolError):
+        except OSError:
             sock.close()
             raise
+        return Channel(sock, timeout)
+
+    def dial(self, timeout: float) -> Channel:
+        """A new connection, greeted. Raises OSError, or Refused with what to do."""
+        channel = self.connect(timeout)
+        try:
+            wire.greet(channel, self.token)
+        except (OSError, ProtocolError):
+            channel.close()
+            raise
         return channel
-
-
-class _Batch(NamedTuple):
-    """One `get` under way."""
-
-    keys: Sequence[Key]
-    buffers: Sequence[Buffer]
-    results: list[Got | int]
-    nixl: bool
-
-    def request(self, part: list[int]) -> wire.Take | wire.Lend:
-        """What asks for the values of these places."""
-        names = b"".join(self.keys[place] for place in part)
-        lengths = [len(self.buffers[place]) for place in part]
-        return wire.Lend(names, lengths) if self.nixl else wire.Take(names, lengths)
-
-    def given(self, part: list[int], states: bytes) -> list[int]:
-        """Of these places, those whose values come; notes what became of the others."""
-        _expect(states, len(part))
-        for place, state in zip(part, states, strict=True):
-            self.results[place] = _SAID.get(state, _BUSY)
-        return [place for place, state in zip(part, states, strict=True) if state == State.GIVEN]
 
 
 class PeerTier(Tier):
@@ -95,6 +83,7 @@ class PeerTier(Tier):
         self._agent: Agent | None = None
         self._met: tuple[Channel, str] | None = None
         self._threads = Threads(connections, "kvkeep-peer")
+        self._checks = ThreadPoolExecutor(1, thread_name_prefix="kvkeep-peer-check")
         self._width = connections
         self._questions, self._values = _seats(_QUESTIONS), _seats(connections)
         self._lock = threading.Lock()
@@ -126,19 +115,20 @@ class PeerTier(Tier):
                 some = keys[at : at + wire.MOST_KEYS]
                 channel.send(wire.Have(b"".join(some)))
                 found = channel.reply(wire.Held).held
-                _expect(found, len(some))
+                if len(found) != len(some):
+                    raise ProtocolError(f"{len(found)} answers to {len(some)} questions")
                 held += found
         return [bool(byte) for byte in held]
 
     def get(self, keys: Sequence[Key], buffers: Sequence[Buffer]) -> list[Got]:
         """As the interface says; a value that the peer has no leave to lend just now is a MISS."""
-        results: list[Got | int] = [_BUSY] * len(keys)
+        results: list[Got | int] = [BUSY] * len(keys)
         agent = self._agent
         nixl = agent is not None and all(map(agent.has, buffers))
         left = list(range(len(keys)))
         while left:
-            self._round(left, _Batch(keys, buffers, results, nixl))
-            busy = [place for place in left if results[place] == _BUSY]
+            self._round(left, Batch(keys, buffers, results, self._check, nixl))
+            busy = [place for place in left if results[place] == BUSY]
             if len(busy) == len(left):
                 break
             left = busy
@@ -161,8 +151,9 @@ class PeerTier(Tier):
             while (idle := _idle(seats)) is not None:
                 self._drop(idle)
         self._threads.close(wait_for_it=False)
+        self._checks.shutdown(wait=False)
 
-    def _round(self, left: list[int], batch: _Batch) -> None:
+    def _round(self, left: list[int], batch: Batch) -> None:
         """Ask for what is left, in several requests on several connections at a time."""
         group = _READ if batch.nixl else _GROUP
         runs = [left[run.start : run.stop] for run in groups([batch.buffers[place] for place in left], group)]
@@ -181,60 +172,45 @@ class PeerTier(Tier):
         self._threads.each(range(min(1 if batch.nixl else self._width, len(parts))), work)
 
     def _converse(
-        self, channel: Channel, waiting: Iterator[list[int]], failed: threading.Event, batch: _Batch
+        self, channel: Channel, waiting: Iterator[list[int]], failed: threading.Event, batch: Batch
     ) -> None:
         """Ask for one part after the other, and for the next one before this one has come."""
-        peer = self._meet(channel) if batch.nixl else ""
+        reads = self._reads(channel, batch) if batch.nixl else None
         asked: deque[list[int]] = deque()
         more = True
-        while more or asked:
-            while more and len(asked) < _AHEAD:
-                part = None if failed.is_set() else next(waiting, None)
-                more = part is not None
-                if part is not None:
-                    channel.send(batch.request(part))
-                    asked.append(part)
-            if asked and batch.nixl:
-                self._fetch(channel, peer, asked.popleft(), batch)
-            elif asked:
-                self._receive(channel, asked.popleft(), batch)
+        try:
+            while more or asked:
+                while more and len(asked) < _AHEAD:
+                    part = None if failed.is_set() else next(waiting, None)
+                    more = part is not None
+                    if part is not None:
+                        channel.send(batch.request(part))
+                        asked.append(part)
+                if asked and reads is not None:
+                    reads.begin(asked.popleft())
+                elif asked:
+                    self._receive(channel, asked.popleft(), batch)
+            if reads is not None:
+                reads.end(0)
+        finally:
+            if reads is not None:
+                reads.close()
 
-    def _receive(self, channel: Channel, part: list[int], batch: _Batch) -> None:
+    def _receive(self, channel: Channel, part: list[int], batch: Batch) -> None:
         for place in batch.given(part, channel.reply(wire.Given).states):
             channel.fill(batch.buffers[place])
-            self._judge(place, batch)
+            batch.came([place])
 
-    def _fetch(self, channel: Channel, peer: str, part: list[int], batch: _Batch) -> None:
-        """Read what the peer lends from its memory."""
+    def _reads(self, channel: Channel, batch: Batch) -> Reads:
+        """For a batch over a connection, of which there is one; NIXL gets to know the agent behind it."""
         assert self._agent is not None
-        lent = channel.reply(wire.Lent)
-        places = batch.given(part, lent.states)
-        if len(places) != len(lent.addresses):
-            raise ProtocolError(f"{len(lent.addresses)} addresses of {len(places)} values")
-        if places:
-            self._agent.read(peer, [batch.buffers[place] for place in places], lent.addresses)
-            channel.send(wire.Back(lent.loan))
-        for place in places:
-            self._judge(place, batch)
-
-    def _judge(self, place: int, batch: _Batch) -> None:
-        """A value has come."""
-        whole = self._check is None or self._check(batch.keys[place], batch.buffers[place])
-        batch.results[place] = Got.HIT if whole else Got.DAMAGED
-
-    def _meet(self, channel: Channel) -> str:
-        """The name of the agent behind a connection, which NIXL then knows; there is one such connection."""
-        assert self._agent is not None
-        if self._met is not None:
-            known, name = self._met
-            if known is channel:
-                return name
-            self._agent.leave(name)  # its connection broke, and NIXL's may have too
+        if self._met is not None and self._met[0] is not channel:
+            self._agent.leave(self._met[1])  # the connection broke, and NIXL's may have too
             self._met = None
-        channel.send(wire.Meet())
-        name = self._agent.meet(channel.reply(wire.Met).metadata)
-        self._met = channel, name
-        return name
+        if self._met is None:
+            channel.send(wire.Meet())
+            self._met = channel, self._agent.meet(channel.reply(wire.Met).metadata)
+        return Reads(self._agent, self._met[1], channel, batch, self._checks)
 
     @contextmanager
     def _channel(self, seats: _Seats) -> Iterator[Channel]:
@@ -274,14 +250,17 @@ class PeerTier(Tier):
             if not (self._closed or channel.stale):
                 return channel
             self._drop(channel)
-        channel = None if self._closed else self._address.dial(self._timeout)
-        if channel is not None:
-            with self._lock:
-                self._open.add(channel)
-                if not self._closed:
-                    return channel
+        channel = self._address.connect(self._timeout)
+        with self._lock:
+            self._open.add(channel)  # before it is greeted, so that `close` ends that
+        try:
+            if self._closed:
+                raise ConnectionAbortedError("the tier is closed")
+            wire.greet(channel, self._address.token)
+        except (OSError, ProtocolError):
             self._drop(channel)
-        raise ConnectionAbortedError("the tier is closed")
+            raise
+        return channel
 
     def _drop(self, channel: Channel) -> None:
         with self._lock:
@@ -292,7 +271,6 @@ class PeerTier(Tier):
 _CUT = (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError)
 """What TLS makes of a connection that ends: no wrong certificate."""
 _Seats: TypeAlias = "LifoQueue[Channel | None]"
-_SAID = {State.MISSING: Got.MISS, State.OTHER_LENGTH: Got.DAMAGED}
 
 
 def _seats(count: int) -> _Seats:
@@ -309,11 +287,6 @@ def _idle(seats: _Seats) -> Channel | None:
             if (channel := seats.get_nowait()) is not None:
                 return channel
     return None
-
-
-def _expect(answer: bytes, count: int) -> None:
-    if len(answer) != count:
-        raise ProtocolError(f"{len(answer)} answers to {count} questions")
 
 
 def _why(error: Exception) -> str:
@@ -341,7 +314,7 @@ def open_peer(url: TierURL) -> PeerTier:
         load()
     address = Address(url.host, url.port or PORT, token, tls)
     try:
-        address.dial(timeout).close()
+        address.dial(min(timeout, _GREET_SECONDS)).close()
     except (OSError, ProtocolError) as error:
         if isinstance(error, wire.Refused | ssl.SSLError) and not isinstance(error, _CUT):
             raise ConfigError(f"{url}: {error}") from error

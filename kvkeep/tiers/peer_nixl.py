@@ -5,7 +5,7 @@ no authentication of its own: whoever reaches UCX's port may read what is regist
 itself, and its port is that of one network device, the loopback one unless another is named.
 
 A read that has begun cannot be called back: released in mid-way, UCX goes on writing to the memory. So
-`Agent.read` returns when the read has ended, whatever that takes, and the slots stay reserved until then.
+`Agent.end` returns when the read has ended, whatever that takes, and the slots stay reserved until then.
 
 Through its bindings, not its Python class: that one's progress thread takes a whole core for nothing (its
 `pthrDelay` is 0), and its logger writes to standard output.
@@ -106,23 +106,30 @@ class Agent:
         except (*self._errors, RuntimeError) as error:
             log.debug("NIXL: %s", error)
 
-    def read(self, name: str, buffers: Sequence[Buffer], addresses: Sequence[int]) -> None:
-        """Fill each buffer from its address in the peer's memory. Raises TierUnavailable; then too nothing
-        writes to the buffers any more."""
+    def begin(self, name: str, buffers: Sequence[Buffer], addresses: Sequence[int]) -> int:
+        """Begin to fill each buffer from its address in the peer's memory; every read that began is to be
+        ended. Raises TierUnavailable."""
         into = [(address_of(buffer), len(buffer), 0) for buffer in buffers]
         there = [(at, row[1], 0) for at, row in zip(addresses, into, strict=True)]
+        nixl = self._nixl
         try:
-            self._read(name, np.array(into, np.uint64), np.array(there, np.uint64))
+            rows = [nixl.nixlXferDList(nixl.DRAM_SEG, np.array(row, np.uint64)) for row in (into, there)]
+            handle = int(self._agent.createXferReq(nixl.NIXL_READ, *rows, name, b"", []))
         except (*self._errors, RuntimeError, ValueError) as error:
-            raise TierUnavailable(f"NIXL: the read failed: {error}") from error
-
-    def _read(self, name: str, into: Any, there: Any) -> None:
-        agent, nixl = self._agent, self._nixl
-        rows = [nixl.nixlXferDList(nixl.DRAM_SEG, array) for array in (into, there)]
-        handle = agent.createXferReq(nixl.NIXL_READ, *rows, name, b"", [])
+            raise TierUnavailable(f"NIXL: the read cannot be made: {error}") from error
         try:
-            state, began, told = agent.postXferReq(handle, b""), time.monotonic(), False
-            while state == nixl.NIXL_IN_PROG:
+            self._agent.postXferReq(handle, b"")
+        except (*self._errors, RuntimeError) as error:
+            self._agent.releaseXferReq(handle)
+            raise TierUnavailable(f"NIXL: the read cannot begin: {error}") from error
+        return handle
+
+    def end(self, handle: int) -> None:
+        """Wait until a read is over. Raises TierUnavailable where it failed; then too nothing writes to its
+        buffers any more."""
+        nixl, began, told = self._nixl, time.monotonic(), False
+        try:
+            while self._agent.getXferStatus(handle) == nixl.NIXL_IN_PROG:
                 late = time.monotonic() - began > self._timeout
                 if late and not told:
                     told = True
@@ -130,11 +137,10 @@ class Agent:
                         "NIXL: a read of a peer takes more than %g s; it is waited for", self._timeout
                     )
                 time.sleep(_LOOK_LATE if late else _LOOK_EVERY)
-                state = agent.getXferStatus(handle)
+        except (*self._errors, RuntimeError) as error:
+            raise TierUnavailable(f"NIXL: the read failed: {error}") from error
         finally:
-            agent.releaseXferReq(handle)
-        if state != nixl.NIXL_SUCCESS:
-            raise RuntimeError(f"it ended with {state}")
+            self._agent.releaseXferReq(handle)
 
 
 _kept: list[Agent] = []

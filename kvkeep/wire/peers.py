@@ -242,11 +242,15 @@ class Peers:
         done: Future[_T] = Future()
 
         def run() -> None:
-            if done.set_running_or_notify_cancel():
-                try:
-                    done.set_result(call())
-                except RequestRefused as error:
-                    done.set_exception(error)
+            if not done.set_running_or_notify_cancel():
+                return
+            try:
+                done.set_result(call())
+            except RequestRefused as error:
+                done.set_exception(error)
+            finally:
+                if not done.done():  # a bug, which the loop tells of: the client is dropped
+                    done.set_exception(ConnectionAbortedError("an unexpected error"))
 
         self._post(run)
         try:

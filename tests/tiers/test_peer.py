@@ -587,7 +587,11 @@ def test_eviction_beside_reading(keeper_process: Any) -> None:
     def read() -> None:
         back = buffers_of([CHUNK] * 60)
         while not stop.is_set():
-            results = tier.get(keys, back)
+            try:
+                results = tier.get(keys, back)
+            except TierUnavailable as error:
+                wrong.append(error)
+                return
             seen.update(results)
             if garbled(results, sent, back) or Got.DAMAGED in results:
                 wrong.append(results)
@@ -600,7 +604,8 @@ def test_eviction_beside_reading(keeper_process: Any) -> None:
                 lending.save(key, value)
         stop.set()
         thread.join(20)
-    assert not wrong
+        assert not thread.is_alive()
+    assert not wrong, lending.keeper.log.read_text()
     assert seen == {Got.HIT, Got.MISS}
 
 
