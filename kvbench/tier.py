@@ -102,6 +102,8 @@ def run(args: argparse.Namespace) -> int:
     opened, url = open_tier(args.url, depth=str(args.depth)), TierURL(args.url)
     raw = None
     try:
+        if opened.tier.capabilities.readonly:
+            raise ConfigError(f"{opened.url} cannot be written to: python -m benchmarks.peers measures peers")
         make = RAW.get(url.scheme.removeprefix("faulty+"))
         bed = Bed(shape)
         shape = replace(shape, sources=bed.sources, targets=bed.targets)

@@ -57,6 +57,8 @@ class KeeperConfig:
     """Seconds without any client after which the keeper ends; 0: never (embedded keepers end)."""
     tiers: tuple[str, ...] = ()
     """URLs of the places below memory, the fastest first."""
+    peers: str | None = None
+    """Address and port at which other keepers may read this one, with options as in a URL; None: nowhere."""
     drain: float = 30.0
     """Seconds that the end of the keeper waits, at most, for chunks to be written to the tiers."""
     record: str | None = None

@@ -34,7 +34,10 @@ class Trace:
     def chose(self, choice: Choice) -> None:
         """The request goes there; a second choice is told as the first was."""
         if self._span is not None:
-            told = {"kvroute.engine": choice.backend.name, "kvroute.held_tokens": choice.held}
+            told: dict[str, str | int] = {
+                "kvroute.engine": choice.backend.name,
+                "kvroute.held_tokens": choice.held,
+            }
             self._span.add_event("kvroute.chosen", told)
             self._span.set_attributes(told)
 

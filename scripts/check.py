@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 # All budgets: stay under. By what is read together: the cache, one engine's adapter, what measures it.
 PACKAGE_LINES = {
-    "kvkeep": 15_000,  # without the adapters
+    "kvkeep": 15_500,  # without the adapters
     "kvkeep/engines/vllm": 2_850,
     "kvkeep/engines/transformers": 1_500,
     "kvbench": 6_000,
@@ -27,7 +27,7 @@ PACKAGE_LINES = {
 }
 FILE_LINES, FUNCTION_LINES = 400, 50
 USUAL_FUNCTION_LINES, USUAL_SHARE = 35, 0.9  # nine functions of ten stay under this
-ABSTRACT_METHODS, CONFIG_FIELDS = 7, 30
+ABSTRACT_METHODS, CONFIG_FIELDS = 7, 32
 DUPLICATE_LINES, IMPORT_SECONDS = 8, 1.0
 
 # What a part of the tree may import or use of GUARDED, beside itself; the longest name that fits counts.
@@ -52,6 +52,7 @@ MAY_USE: dict[str, tuple[str, ...]] = {
     "kvkeep.transfer": (*_LOW, "torch"),
     "kvkeep.wire": (*_LOW, "kvkeep.observe"),
     "kvkeep.wire.connection": (*_LOW, "kvkeep.observe", "kvkeep.keeper"),
+    "kvkeep.wire.peers": (*_LOW, "kvkeep.keeper", "kvkeep.tiers"),
     "kvkeep.wire.server": (*_LOW, "kvkeep.observe", "kvkeep.keeper", "kvkeep.tiers"),
     "kvkeep.engines": _ENGINE,
     "kvkeep.engines.vllm": (*_ENGINE, "vllm"),

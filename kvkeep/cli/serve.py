@@ -16,6 +16,7 @@ from kvkeep.errors import ConfigError
 from kvkeep.observe.logs import set_up
 from kvkeep.observe.traces import Traces, otlp
 from kvkeep.observe.watch import Watch, tier_names
+from kvkeep.tiers.peer_nixl import loaded
 from kvkeep.wire.server import KeeperServer
 
 if TYPE_CHECKING:
@@ -40,6 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="URL",
         help="a place below memory, e.g. fs:///data/kv?capacity=500GiB; several: the fastest first",
+    )
+    parser.add_argument(
+        "--peers",
+        metavar="HOST:PORT",
+        help="let other keepers read this one there, e.g. 10.0.0.1:7440?token_file=FILE (default: nowhere)",
     )
     parser.add_argument(
         "--drain", help="seconds that the end waits for chunks to be written to the tiers (default: 30)"
@@ -80,6 +86,9 @@ def run(args: argparse.Namespace) -> int:
         # An embedded keeper inherits its engine's pinning, on whose cores it must not depend.
         os.sched_setaffinity(0, range(os.cpu_count() or 1))
     asyncio.run(_serve(settings))
+    if loaded():
+        logging.shutdown()
+        os._exit(0)
     return 0
 
 

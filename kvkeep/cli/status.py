@@ -70,6 +70,12 @@ def _print(figures: dict[str, Any]) -> None:
         f"{figures['leases']} leases, {figures['reservations']} reservations, "
         f"{figures['protocol_errors']} protocol errors"
     )
+    if (peers := figures.get("peers")) is not None:
+        console.print(
+            f"peers    at {peers['address']}: {peers['connections']} connections, "
+            f"{peers['given_chunks']} chunks given ({_size(peers['given_bytes'])}), "
+            f"{peers['dropped']} dropped"
+        )
     table = Table("#", "namespace", "fingerprint", "chunks", "bytes", "hit ratio", "lookups")
     for space in figures["namespaces"]:
         table.add_row(

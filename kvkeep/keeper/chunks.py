@@ -50,6 +50,8 @@ class Chunks:
         """A bit for each tier that holds the chunk, as far as this keeper knows."""
         self.queued = np.zeros(0, np.uint16)
         """A bit for each tier that it waits to be written to."""
+        self.sealed = np.zeros(0, np.bool_)
+        """Its slot ends with its seal: it came from a tier, or was lent before."""
         # By namespace and kind, and by namespace; kept, since counting a million took 30 ms.
         self._taken = np.zeros((0, 0), np.int64)
         self._readable = np.zeros(0, np.int64)
@@ -74,6 +76,7 @@ class Chunks:
             self.pinned,
             self.stored,
             self.queued,
+            self.sealed,
         )
         return self.table.nbytes + sum(column.nbytes for column in columns) + 8 * len(self._free)
 
@@ -95,6 +98,7 @@ class Chunks:
         self.tenant[records] = tenant
         self.position[records] = positions
         self.stored[records] = self.queued[records] = 0
+        self.sealed[records] = False
         self._tally(namespace, kind)
         self._taken[namespace, kind] += len(records)
         return records
@@ -182,6 +186,7 @@ class Chunks:
             "pinned",
             "stored",
             "queued",
+            "sealed",
         ):
             column: npt.NDArray[np.generic] = getattr(self, name)
             grown = np.zeros(new, column.dtype)

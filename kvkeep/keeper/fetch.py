@@ -252,8 +252,9 @@ class Fetches:
         for record in batch.records.tolist():
             del self._arriving[record]
         keeper.chunks.stored[batch.records[good]] |= np.uint16(1 << batch.tier)
-        keeper.settle(batch.claim, MOVERS, good)
         kept = batch.records[good]
+        keeper.chunks.sealed[kept] = True
+        keeper.settle(batch.claim, MOVERS, good)
         for fetch in batch.waiters:
             fetch.pending.discard(batch)
             fetch.landed[batch.tier] += len(kept)

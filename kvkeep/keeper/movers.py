@@ -319,6 +319,7 @@ class Movers:
                 "available": opened.guard.available,
                 "last_error": opened.guard.last_error,
                 "write": opened.write.value,
+                "live": opened.tier.capabilities.live,
                 "waiting_chunks": len(waiting) + writing,
                 "reading_bytes": reading,
                 "lost_chunks": waiting.lost,

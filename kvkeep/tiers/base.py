@@ -73,6 +73,10 @@ class Capabilities:
     """Longest value; longer ones are REFUSED."""
     concurrency: int = 2
     """Batches that it serves at once without making them slower."""
+    readonly: bool = False
+    """It takes no values: puts are REFUSED, and nothing is deleted."""
+    live: bool = False
+    """What it holds is what others compute just now, and asking costs little: who waits asks again soon."""
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ _OURS = {
     "s3": "kvkeep.tiers.s3:open_s3",
     "mooncake": "kvkeep.tiers.mooncake:open_mooncake",
     "infinistore": "kvkeep.tiers.infinistore:open_infinistore",
+    "peer": "kvkeep.tiers.peer:open_peer",
 }
 _FAULTY = "faulty+"
 MOST_TIERS = 16
@@ -74,15 +75,20 @@ def open_tier(text: str, **suggested: str) -> Opened:
     url = TierURL(text)
     for name, value in suggested.items():
         url.suggest(name, value)
-    write = WriteWhen(url.take_choice("write", tuple(when.value for when in WriteWhen), "through"))
     raw = open_raw(url)
     try:
+        write = _write_when(url, raw.capabilities.readonly)
         url.finish()
     except ConfigError:
         raw.close()
         raise
     guard = Guarded(raw, str(url))
     return Opened(str(url), Metered(Sealed(guard)), guard, write)
+
+
+def _write_when(url: TierURL, readonly: bool) -> WriteWhen:
+    whens = (WriteWhen.NEVER,) if readonly else tuple(WriteWhen)
+    return WriteWhen(url.take_choice("write", tuple(when.value for when in whens), whens[0].value))
 
 
 def open_tiers(urls: Sequence[str]) -> list[Opened]:

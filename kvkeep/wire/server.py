@@ -29,6 +29,7 @@ from kvkeep.tiers.open import open_tiers
 from kvkeep.tiers.seal import SEAL_BYTES
 from kvkeep.wire.connection import ServerConnection
 from kvkeep.wire.listen import arena, listen
+from kvkeep.wire.peers import Peers
 from kvkeep.wire.record import Recorder
 
 __all__ = ["KeeperServer"]
@@ -47,7 +48,8 @@ class KeeperServer:
     def __init__(self, config: KeeperConfig) -> None:
         self.config = config
         tiers = open_tiers(config.tiers)
-        trailer = SEAL_BYTES if tiers else 0
+        sealed = bool(tiers) or config.peers is not None
+        trailer = SEAL_BYTES if sealed else 0
         self.keeper = Keeper(config.memory, config.policy, trailer, config.tenant_quotas)
         self.identity = uuid.uuid4().hex
         self.started = time.time()
@@ -62,8 +64,12 @@ class KeeperServer:
         self._had_client = False
         self._stopping = asyncio.Event()
         self.arena_fd = arena(self.keeper.arena.nbytes, config.huge_pages)
-        self._memory = mmap.mmap(self.arena_fd, self.keeper.arena.nbytes) if tiers else None
-        self.movers = None if self._memory is None else Movers(self.keeper, tiers, self._memory, self._post)
+        self._memory = mmap.mmap(self.arena_fd, self.keeper.arena.nbytes) if sealed else None
+        self.movers, self.peers = None, None
+        if self._memory is not None and config.peers is not None:
+            self.peers = Peers(config.peers, self.keeper, self._memory, self._post)
+        if self._memory is not None and tiers:
+            self.movers = Movers(self.keeper, tiers, self._memory, self._post)
         self.recorder: Recorder | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -81,12 +87,16 @@ class KeeperServer:
             if self.config.record is not None:
                 self.recorder = Recorder(self.config.record)
                 self.recorder.start()
+            if self.peers is not None:
+                self.peers.start()
             await server.start_serving()
             self.ready = True
             ready()
             await self._until_done()
         finally:
             self.ready = False
+            if self.peers is not None:
+                self.peers.close()
             server.close()
             for connection in list(self.connections):
                 connection.close()
@@ -132,6 +142,7 @@ class KeeperServer:
             "recorded": None if self.recorder is None else self.recorder.figures(),
             "tiers": [] if self.movers is None else self.movers.figures(),
             "tenants": keeper.tenants.report(keeper.tenants.heaviest(_TENANTS_SHOWN, tenant)),
+            "peers": None if self.peers is None else self.peers.figures(),
             "namespaces": [
                 {
                     "namespace": space.number,

@@ -93,9 +93,10 @@ class Site:
         self.host, self.engine, self.socket, self._folder = host, engine, socket, folder
         self._keeper: subprocess.Popen[bytes] | None = None
 
-    def keep(self, url: str) -> None:
+    def keep(self, url: str, *options: str) -> None:
         """Start a keeper there, and wait for the engine to find it."""
         command = [sys.executable, "-m", "kvkeep.cli", "serve", "--socket", self.socket, "--memory", "256MiB"]
+        command += options
         with (self._folder / "keeper.log").open("ab") as log:
             self._keeper = subprocess.Popen(
                 self.host.command(*command), stderr=log, env={**os.environ, "KVKEEP_TIERS": url}
@@ -112,6 +113,13 @@ class Site:
         """End the keeper; it writes what it has to write."""
         if self._keeper is not None:
             self._keeper.terminate()
+            self._keeper.wait(60)
+            self._keeper = None
+
+    def kill(self) -> None:
+        """The keeper is gone, at once."""
+        if self._keeper is not None:
+            self._keeper.kill()
             self._keeper.wait(60)
             self._keeper = None
 
@@ -187,3 +195,47 @@ def cut_and_restored(one: Site, other: Site, seed: int, wait_until: Callable[...
     wait_until(lambda: other.tier()["available"] and not other.tier()["waiting_chunks"], 60)
     # What it wrote meanwhile reached the store.
     assert one.ask(seed + 2) == (third, HIT)
+
+
+def test_hosts_read_each_other(sites: list[Site], tmp_path: Path, wait_until: Callable[..., None]) -> None:
+    """Keeper to keeper, no store between: a hit, a cut link, and each keeper killed in turn."""
+    one, other = sites
+    token = tmp_path / "token"
+    token.write_text("0123456789abcdef0123456789abcdef")
+    with contextlib.ExitStack() as stack:
+
+        def keep(site: Site, peer: Site) -> None:
+            way = Proxy((peer.host.address, 7440), site.host.store)
+            stack.callback(way.close)
+            url = f"peer://{site.host.store}:{way.port}?token_file={token}&timeout=1s"
+            site.keep(url, "--peers", f"{site.host.address}:7440?token_file={token}")
+
+        try:
+            keep(one, other)
+            keep(other, one)
+            cold, nothing = one.ask(90)
+            assert nothing == 0
+            wait_until(lambda: other.tier()["available"], 60)
+            assert other.ask(90) == (cold, HIT)
+            cold, _ = other.ask(91)
+            wait_until(lambda: one.tier()["available"], 60)
+            assert one.ask(91) == (cold, HIT)
+            cold, _ = one.ask(92)
+            other.host.cut()
+            assert other.ask(92) == (cold, 0)
+            other.host.restore()
+            cold, _ = one.ask(93)
+            wait_until(lambda: other.tier()["available"], 60)
+            assert other.ask(93) == (cold, HIT)
+            cold, _ = one.ask(94)
+            one.kill()
+            assert other.ask(94) == (cold, 0)
+            keep(one, other)
+            wait_until(lambda: one.tier()["available"], 60)
+            assert one.ask(94) == (cold, HIT)  # of what the other one computed
+            other.kill()
+            assert one.ask(94) == (cold, HIT)
+        finally:
+            for site in sites:
+                site.host.restore()
+                site.leave()

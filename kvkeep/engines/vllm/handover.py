@@ -26,6 +26,7 @@ __all__ = ["Arrivals", "Awaited", "answer", "handed_over"]
 
 _POLL_EVERY = 0.003
 _LOOK_FIRST, _LOOK_MOST = 0.1, 1.6  # seconds between looks into tiers, of which no other host tells
+_LOOK_LIVE = 0.05  # where one of them is a peer, which is asked in less than a millisecond
 _IN_MEMORY = 1
 _WHOLE = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
 
@@ -44,7 +45,7 @@ class Awaited:
     polled: float = 0.0
     looked: float = 0.0
     """When it was looked up last."""
-    pause: float = _LOOK_FIRST
+    pause: float = 0.0
     """Until the next look, if nothing comes."""
     expected: int = -1
     """Chunks that had come then."""
@@ -99,6 +100,7 @@ class Arrivals:
         self._group = group
         self._clock = clock
         self._told = False
+        self._live: tuple[int, bool] | None = None
 
     def waits(
         self, keeper: Opened | None, tracked: Tracked, fingerprint: bytes, limit: int, chunk_tokens: int
@@ -114,17 +116,18 @@ class Arrivals:
             return self._end(awaited, now, late=False)
         if awaited.begun is None:
             awaited.begun = awaited.looked = now
-        self._came(awaited, held, now)
+        first, most = (_LOOK_LIVE, _LOOK_LIVE) if self._is_live(keeper) else (_LOOK_FIRST, _LOOK_MOST)
+        self._came(awaited, held, now, first)
         if now - awaited.polled >= _POLL_EVERY:
             awaited.polled = now
             come = held + self._leading(keeper, tracked, fingerprint, held, wanted)
-            self._came(awaited, come, now)
+            self._came(awaited, come, now, first)
             late = now - awaited.came >= self._patience
             if late and come <= held:
                 return self._end(awaited, now, late=True)
             if late or come >= wanted > awaited.expected or now - awaited.looked >= awaited.pause:
                 awaited.looked, awaited.expected = now, come
-                awaited.pause = min(2 * awaited.pause, _LOOK_MOST)
+                awaited.pause = min(2 * awaited.pause, most)
                 tracked.asked = (-1, -1)  # so it is looked up anew
             if late:
                 self._end(awaited, now, late=True)
@@ -142,9 +145,16 @@ class Arrivals:
         now = keeper.connection.changes(keeper.namespace, keys.tobytes()).now
         return next((at for at, state in enumerate(now) if not state & _IN_MEMORY), len(now))
 
-    def _came(self, awaited: Awaited, chunks: int, now: float) -> None:
+    def _came(self, awaited: Awaited, chunks: int, now: float, pause: float) -> None:
         if chunks > awaited.chunks:
-            awaited.chunks, awaited.came, awaited.pause = chunks, now, _LOOK_FIRST
+            awaited.chunks, awaited.came, awaited.pause = chunks, now, pause
+
+    def _is_live(self, keeper: Opened) -> bool:
+        """Whether a tier of the keeper is worth asking often; found out once for each keeper."""
+        if self._live is None or self._live[0] != keeper.epoch:
+            tiers: Any = keeper.connection.status()["tiers"]
+            self._live = (keeper.epoch, any(tier.get("live") for tier in tiers))
+        return self._live[1]
 
     def _end(self, awaited: Awaited, now: float, late: bool) -> bool:
         awaited.over = True

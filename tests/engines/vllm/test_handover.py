@@ -170,6 +170,24 @@ def test_chunks_come_through_a_shared_tier_too(keeper_process: Any, tmp_path: Pa
     give_back(pair.opened, tracked)
 
 
+def test_a_peer_is_asked_soon_again(keeper_process: Any) -> None:
+    """Chunk by chunk as they are saved on the other host: at each look what is there by then, 50 ms apart."""
+    other = keeper_process("--peers", "0", memory="16MiB")
+    address = other.figures()["peers"]["address"]
+    pair = Pair(other, keeper_process("--tier", f"peer://{address}", memory="16MiB"))
+    tracked = pair.begin(REMOTE)
+    for chunk in range(WHOLE):
+        began = pair.now
+        while tracked.first + tracked.found < chunk:
+            assert pair.ask(tracked) is None
+            pair.now += 0.002
+            time.sleep(0.002)
+            assert pair.now < began + 1.0
+        assert tracked.awaited is None or tracked.awaited.pause <= 0.05
+        pair.save(chunk, chunk + 1)
+    assert pair.until_answered(tracked, 0.002)[0] == WHOLE
+
+
 ASKED = {"do_remote_decode": True, "do_remote_prefill": False, "remote_engine_id": None, "remote_host": None}
 
 
