@@ -114,7 +114,7 @@ def keepers(apart: bool, rate: str, folder: Path) -> Iterator[tuple[str, str]]:
         there.limit(rate)
         port, token = free_port(), Path(place) / "token"
         token.write_text(secrets.token_hex(32))
-        lends = ["--peers", f"{there.store}:{port}", "--peer-token", str(token)]
+        lends = ["--peers", f"{there.store}:{port}?token_file={token}"]
         stack.enter_context(keeper(near, "4GiB", [], folder / "near.log", drain_s=0, args=lends))
         tier = f"peer://{there.store}:{port}?token_file={token}"
         stack.enter_context(keeper(far, "4GiB", [tier], folder / "far.log", drain_s=0, on=there.command()))
