@@ -26,7 +26,8 @@ _START = "from kvkeep.cli import main; raise SystemExit(main())"
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with engines first: where tests run side by side, the longest file must not begin last."""
     engines = {item.path for item in items if item.get_closest_marker("vllm")}
-    items.sort(key=lambda item: item.path not in engines)
+    longest = ("test_equality.py", "test_preemption.py")
+    items.sort(key=lambda item: (item.path not in engines, item.path.name not in longest))
 
 
 def _wait_until(predicate: Callable[[], object], seconds: float = 20.0) -> None:
@@ -34,6 +35,13 @@ def _wait_until(predicate: Callable[[], object], seconds: float = 20.0) -> None:
     while not predicate():
         assert time.monotonic() < deadline, f"not within {seconds:g} s"
         time.sleep(0.01)
+
+
+@pytest.fixture
+def short_dir() -> Iterator[Path]:
+    """A directory for sockets, whose paths may have 107 bytes; those of `tmp_path` have the test's name."""
+    with tempfile.TemporaryDirectory(prefix="kvkeep-") as folder:
+        yield Path(folder)
 
 
 class KeeperProcess:

@@ -132,8 +132,8 @@ def test_a_keeper_that_is_full(kit: Any, keeper_process: Callable[..., Any], tie
     assert cache.stats.errors == 0
 
 
-def test_a_private_keeper_and_its_options(kit: Any, monkeypatch: Any, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+def test_a_private_keeper_and_its_options(kit: Any, monkeypatch: Any, short_dir: Path) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(short_dir))
     model, batch = kit.model("Llama", seed=25), kit.batch(kit.tokens(1, 100))
     with KVKeepCache.for_model(model, memory="64MiB", chunk_tokens=kit.chunk) as cache:
         kit.answer(model, batch, cache.begin(*batch))

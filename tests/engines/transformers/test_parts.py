@@ -123,11 +123,11 @@ def test_the_gpu_benchmark_runs_on_a_cpu(tmp_path: Path) -> None:
     assert all(row["load_ratio"] > 0 and row["disk_ratio"] > 0 for row in rows)
 
 
-def test_the_page_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_page_runs(monkeypatch: pytest.MonkeyPatch, short_dir: Path) -> None:
     if not (ROOT / "demo" / "models" / "smollm2").is_dir():
         pytest.skip("smollm2 is not prepared: run `make models`")
     monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(short_dir))
     text = (ROOT / "docs" / "transformers.md").read_text()
     names: dict[str, Any] = {}
     for block in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):

@@ -53,21 +53,3 @@ def test_mixed_prompts_are_answered_alike(model: str, live: Callable[..., dict[s
     assert beside["beyond the window again"]["cached"] == on["beyond the window again"]["cached"]
     assert beside["metrics"]["vllm:kvkeep_loaded_bytes"] > 0
     assert beside["metrics"]["vllm:kvkeep_load_failures"] == beside["metrics"]["vllm:kvkeep_errors"] == 0
-
-
-# 36 blocks for six requests that grow to eight each; prefill in pieces of 64 tokens.
-TIGHT = {"num_gpu_blocks_override": 36, "max_num_batched_tokens": 64, "max_num_seqs": 8, "max_model_len": 512}
-
-
-def test_preemption_and_chunked_prefill(live: Callable[..., dict[str, Any]]) -> None:
-    off = live(prepared("smollm2"), "crowded", None, **TIGHT)
-    for chunk_tokens, own_cache, load_by in (
-        (32, True, "layers"),
-        (64, False, "layers"),
-        (32, True, "request"),
-    ):
-        connector = {"memory": "1GiB", "chunk_tokens": chunk_tokens, "load_by": load_by}
-        on = live(prepared("smollm2"), "crowded", connector, enable_prefix_caching=own_cache, **TIGHT)
-        assert assert_equal(on, off) == 12
-        assert on["metrics"]["vllm:num_preemptions"] > 0
-        assert sum(on["preempted again"]["cached"]) > 500

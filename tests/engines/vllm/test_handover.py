@@ -63,8 +63,8 @@ class Pair:
         waits = self.arrivals.waits(self.opened, tracked, PRINT, WHOLE, CHUNK)
         return None if waits else tracked.found
 
-    def until_answered(self, tracked: Tracked, step: float = 0.01) -> tuple[int, float]:
-        """Chunks, and how long the engine had to ask."""
+    def until_answered(self, tracked: Tracked, step: float = 0.01, rest: float = 0.0) -> tuple[int, float]:
+        """Chunks, and how long the engine had to ask. `rest`: real seconds between, for keepers at work."""
         began = self.now
         for _ in range(2000):
             got = self.ask(tracked)
@@ -72,6 +72,7 @@ class Pair:
                 give_back(self.opened, tracked)
                 return got, self.now - began
             self.now += step
+            time.sleep(rest)
         raise AssertionError("it waits for ever")
 
 
@@ -185,7 +186,7 @@ def test_a_peer_is_asked_soon_again(keeper_process: Any) -> None:
             assert pair.now < began + 1.0
         assert tracked.awaited is None or tracked.awaited.pause <= 0.05
         pair.save(chunk, chunk + 1)
-    assert pair.until_answered(tracked, 0.002)[0] == WHOLE
+    assert pair.until_answered(tracked, 0.002, rest=0.005)[0] == WHOLE
 
 
 ASKED = {"do_remote_decode": True, "do_remote_prefill": False, "remote_engine_id": None, "remote_host": None}

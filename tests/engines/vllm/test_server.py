@@ -196,19 +196,23 @@ def is_measured(engine: VllmServer, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_private_keeper_lives_and_ends_with_its_engine(
-    tiny_model: Path, tmp_path: Path, wait_until: Callable[..., None], capsys: pytest.CaptureFixture[str]
+    tiny_model: Path,
+    tmp_path: Path,
+    short_dir: Path,
+    wait_until: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    environ = {**SMALL, "XDG_RUNTIME_DIR": str(tmp_path)}
+    environ = {**SMALL, "XDG_RUNTIME_DIR": str(short_dir)}
     args = [*ARGS, *connector_args(memory="128MiB")]
     with VllmServer(tiny_model, args, log=tmp_path / "engine.log", environ=environ) as engine:
         first = engine.complete(prompt(5), 8).text
         engine.reset_local_cache()
         assert engine.complete(prompt(5), 8).text == first
         assert engine.metric("vllm:kvkeep_loaded_tokens_total") == HIT
-        assert len(list((tmp_path / "kvkeep").glob("*.sock"))) == 1
+        assert len(list((short_dir / "kvkeep").glob("*.sock"))) == 1
         is_measured(engine, capsys)
     # It was not killed with the engine's processes: it ends by itself, and leaves no socket and no lock.
-    wait_until(lambda: not any((tmp_path / "kvkeep").iterdir()), 30)
+    wait_until(lambda: not any((short_dir / "kvkeep").iterdir()), 30)
 
 
 def test_a_wrong_option_stops_the_start(tiny_model: Path, tmp_path: Path) -> None:
