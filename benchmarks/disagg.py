@@ -35,7 +35,7 @@ from rich.table import Table
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from kvbench.engine import VllmServer, connector_args  # noqa: E402
+from kvbench.engine import VllmServer, connector_args, cores_by_role  # noqa: E402
 from kvbench.network import Unavailable, hosts  # noqa: E402
 from kvbench.process import free_port  # noqa: E402
 from kvbench.servers import keeper  # noqa: E402
@@ -124,13 +124,12 @@ def keepers(apart: bool, rate: str, folder: Path) -> Iterator[tuple[str, str]]:
 @contextlib.contextmanager
 def fleet(prefills: int, sockets: tuple[str, str], folder: Path) -> Iterator[Fleet]:
     """Engines on the cores of their kind."""
-    cores = sorted(os.sched_getaffinity(0))
-    half = max(1, len(cores) // 2)
+    of_prefill, of_decode = cores_by_role(sorted(os.sched_getaffinity(0)))
     with contextlib.ExitStack() as stack:
         engines = []
         for number in range(prefills + 1):
             decodes = number == prefills
-            its = cores[half:] or cores if decodes else cores[:half]
+            its = of_decode if decodes else of_prefill
             role, socket = ("kv_consumer", sockets[1]) if decodes else ("kv_producer", sockets[0])
             args = ["--dtype", "float32", "--max-model-len", "8192", "--block-size", "32"]
             engine = VllmServer(

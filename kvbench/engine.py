@@ -24,6 +24,7 @@ __all__ = [
     "EngineFailed",
     "VllmServer",
     "connector_args",
+    "cores_by_role",
     "fastest_dtype",
     "vllm_command",
 ]
@@ -51,6 +52,12 @@ def fastest_dtype() -> str:
     """bfloat16 where the CPU computes it; elsewhere it is emulated, and float32 is 3× faster."""
     flags = Path("/proc/cpuinfo").read_text()
     return "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32"
+
+
+def cores_by_role(cores: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
+    """The cores of engines that prefill, and of those that decode: halves, or a single core for both."""
+    half = max(1, len(cores) // 2)
+    return cores[:half], cores[half:] or cores
 
 
 def connector_args(role: str = "kv_both", **options: Any) -> list[str]:

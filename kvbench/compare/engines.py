@@ -13,7 +13,7 @@ from typing import NamedTuple
 import httpx
 
 from kvbench.compare.plan import Plan
-from kvbench.engine import CPU_ENVIRONMENT, connector_args, fastest_dtype, vllm_command
+from kvbench.engine import CPU_ENVIRONMENT, connector_args, cores_by_role, fastest_dtype, vllm_command
 from kvbench.process import ServerProcess, free_port
 from kvbench.servers import keeper
 
@@ -85,11 +85,10 @@ def prefill_and_decode(name: str, prefills: int, decodes: int, plan: Plan, folde
         held = stack.enter_context(keeper(socket, plan.memory, [], folder / "keeper.log", drain_s=0))
         engines: list[Engine] = []
         words = [sys.executable, "-m", "kvkeep.cli", "route"]
-        cores = plan.core_list()
-        half = max(1, len(cores) // 2)
+        of_prefill, of_decode = cores_by_role(plan.core_list())
         for kind, role, count, its in (
-            ("prefill", "kv_producer", prefills, cores[:half]),
-            ("decode", "kv_consumer", decodes, cores[half:] or cores),
+            ("prefill", "kv_producer", prefills, of_prefill),
+            ("decode", "kv_consumer", decodes, of_decode),
         ):
             for number in range(count):
                 share = its[number::count] or [its[number % len(its)]]

@@ -51,6 +51,16 @@ class Pair:
         return figures
 
 
+def under_way(keeper_process: Any) -> Pair:
+    """Of four documents one has come, and the others are being read."""
+    pair = Pair(keeper_process)
+    for document in range(4):
+        pair.source.save(document)
+    assert pair.to.ask(0) == CHUNKS
+    assert 0 not in [pair.to.begin(document) for document in range(1, 4)]
+    return pair
+
+
 @needs_nixl
 def test_what_one_holds_the_other_gives(
     keeper_process: Any, wires: str, wait_until: Callable[..., None]
@@ -104,11 +114,7 @@ def test_nothing_listens_beyond_loopback(keeper_process: Any) -> None:
 def test_either_is_killed_in_mid_stream(
     keeper_process: Any, wires: str, which: str, wait_until: Callable[..., None]
 ) -> None:
-    pair = Pair(keeper_process)
-    for document in range(4):
-        pair.source.save(document)
-    assert pair.to.ask(0) == CHUNKS
-    assert 0 not in [pair.to.begin(document) for document in range(1, 4)]
+    pair = under_way(keeper_process)
     time.sleep(0.01)
     victim = pair.giver if which == "giver" else pair.taker
     victim.process.kill()
@@ -129,11 +135,7 @@ def test_a_giver_that_stops_and_goes_on(
     keeper_process: Any, wires: str, wait_until: Callable[..., None]
 ) -> None:
     """Requests give up in time; a read that was under way ends when it can, and writes to nobody's slot."""
-    pair = Pair(keeper_process)
-    for document in range(4):
-        pair.source.save(document)
-    assert pair.to.ask(0) == CHUNKS
-    assert 0 not in [pair.to.begin(document) for document in range(1, 4)]
+    pair = under_way(keeper_process)
     os.kill(pair.giver.process.pid, signal.SIGSTOP)
     began = time.monotonic()
     for document in range(3):

@@ -34,6 +34,7 @@ from kvkeep.wire.messages import Reservation
 pytestmark = pytest.mark.slow  # to import vLLM takes ten seconds
 
 LAYERS, BLOCKS, PER_CHUNK, CHUNKS = 4, 24, 4, 2
+KEYS = bytes(range(16 * CHUNKS))
 NAMES = [f"layer.{n}" for n in range(LAYERS)]
 
 
@@ -81,6 +82,11 @@ class Rank:
         copies.add(0, np.repeat(offsets, PER_CHUNK), index, np.array(blocks, np.int64))
         return copies
 
+    def keep(self, blocks: list[int]) -> None:
+        """Save these blocks in a step, as the chunks of KEYS."""
+        [reserved] = self.link.reserve(self.space, [Reservation(KEYS, [b"\1" * CHUNKS], 0, 0)])
+        assert self.step(saves=self.copies(reserved.offsets[0], blocks, reserved.reservation))
+
     def step(
         self,
         loads: Copies | None = None,
@@ -120,16 +126,15 @@ class Rank:
 def test_saved_behind_the_forward_and_loaded_beside_it(
     seed: int, keeper_process: Callable[..., Any], wait_until, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rank, keys = Rank(keeper_process(), monkeypatch, seed), bytes(range(16 * CHUNKS))
+    rank = Rank(keeper_process(), monkeypatch, seed)
     before = {name: tensor.clone() for name, tensor in rank.layers.items()}
     saved, fresh = list(range(1, 9)), list(range(12, 20))
-    [reserved] = rank.link.reserve(rank.space, [Reservation(keys, [b"\1" * CHUNKS], 0, 0)])
-    assert rank.step(saves=rank.copies(reserved.offsets[0], saved, reserved.reservation))
+    rank.keep(saved)
     assert rank.step(writes=saved[3])  # given to somebody else while it is still being saved
     wait_until(lambda: not rank.figure("reservations"), 20)
     assert rank.step()  # by now the order of layers is known
 
-    found = rank.link.lookup(rank.space, keys)
+    found = rank.link.lookup(rank.space, KEYS)
     assert found.chunks == CHUNKS
     assert rank.side._device._order.of(kind_of(context())) == tuple(NAMES)
     assert rank.step(loads=rank.copies(found.offsets[0], fresh, found.lease))
@@ -151,9 +156,9 @@ def test_a_connection_ends_after_the_copies(
     keeper_process: Callable[..., Any], wait_until, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its claims protect slots that the device still writes; and what was under way is not committed."""
-    rank, keys = Rank(keeper_process(), monkeypatch, 1), bytes(range(16 * CHUNKS))
+    rank = Rank(keeper_process(), monkeypatch, 1)
     rank.step()
-    [reserved] = rank.link.reserve(rank.space, [Reservation(keys, [b"\1" * CHUNKS], 0, 0)])
+    [reserved] = rank.link.reserve(rank.space, [Reservation(KEYS, [b"\1" * CHUNKS], 0, 0)])
     rank.backend._lock.acquire()  # the device stands still
     try:
         rank.step(saves=rank.copies(reserved.offsets[0], list(range(1, 9)), reserved.reservation))
@@ -175,13 +180,12 @@ def test_a_connection_ends_after_the_copies(
 def test_a_request_waits_for_its_load_while_a_forward_goes_on(
     seed: int, keeper_process: Callable[..., Any], wait_until, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rank, keys = Rank(keeper_process(), monkeypatch, seed), bytes(range(16 * CHUNKS))
+    rank = Rank(keeper_process(), monkeypatch, seed)
     before = {name: tensor.clone() for name, tensor in rank.layers.items()}
     saved, fresh = list(range(1, 9)), list(range(12, 20))
-    [reserved] = rank.link.reserve(rank.space, [Reservation(keys, [b"\1" * CHUNKS], 0, 0)])
-    assert rank.step(saves=rank.copies(reserved.offsets[0], saved, reserved.reservation))
+    rank.keep(saved)
     wait_until(lambda: not rank.figure("reservations"), 20)
-    found = rank.link.lookup(rank.space, keys)
+    found = rank.link.lookup(rank.space, KEYS)
 
     assert rank.step(writes=fresh[0])  # by a request that has ended since: before the load
     gate = HostEvent(rank.backend)
@@ -205,11 +209,10 @@ def test_a_rank_that_leaves_ends_its_loads_first(
     keeper_process: Callable[..., Any], wait_until, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The claim on what it reads ends with its connection; what is asked of it afterwards is refused."""
-    rank, keys = Rank(keeper_process(), monkeypatch, 3), bytes(range(16 * CHUNKS))
-    [reserved] = rank.link.reserve(rank.space, [Reservation(keys, [b"\1" * CHUNKS], 0, 0)])
-    rank.step(saves=rank.copies(reserved.offsets[0], list(range(1, 9)), reserved.reservation))
+    rank = Rank(keeper_process(), monkeypatch, 3)
+    rank.keep(list(range(1, 9)))
     wait_until(lambda: not rank.figure("reservations"), 20)
-    found = rank.link.lookup(rank.space, keys)
+    found = rank.link.lookup(rank.space, KEYS)
     rank.backend._lock.acquire()  # the device stands still
     try:
         rank.step(apart={"r": rank.copies(found.offsets[0], list(range(12, 20)), found.lease)})
@@ -235,12 +238,12 @@ def test_which_engines_load_by_request() -> None:
 def test_a_forward_that_asks_for_fewer_layers_fails_its_load(
     keeper_process: Callable[..., Any], wait_until, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rank, keys = Rank(keeper_process(), monkeypatch, 2), bytes(range(16 * CHUNKS))
-    [reserved] = rank.link.reserve(rank.space, [Reservation(keys, [b"\1" * CHUNKS], 0, 0)])
+    rank = Rank(keeper_process(), monkeypatch, 2)
+    [reserved] = rank.link.reserve(rank.space, [Reservation(KEYS, [b"\1" * CHUNKS], 0, 0)])
     for saves in (rank.copies(reserved.offsets[0], list(range(1, 9)), reserved.reservation), None):
         rank.step(saves=saves)
     wait_until(lambda: not rank.figure("reservations"), 20)
-    found = rank.link.lookup(rank.space, keys)
+    found = rank.link.lookup(rank.space, KEYS)
     monkeypatch.setitem(globals(), "NAMES", NAMES[:2])
     assert not rank.step(loads=rank.copies(found.offsets[0], list(range(12, 20)), found.lease))
     rank.side.stop(wait=20)

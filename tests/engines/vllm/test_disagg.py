@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 from collections.abc import Callable
@@ -39,8 +38,7 @@ def prompt(seed: int, length: int = 700) -> list[int]:
 
 
 def arguments(role: str, socket: str) -> list[str]:
-    flag, transfer = connector_args(socket=socket, chunk_tokens=CHUNK, remote_wait=20.0)
-    return [*ARGS, flag, json.dumps(json.loads(transfer) | {"kv_role": role})]
+    return [*ARGS, *connector_args(role, socket=socket, chunk_tokens=CHUNK, remote_wait=20.0)]
 
 
 class Couple:
