@@ -21,6 +21,7 @@ from blake3 import blake3
 
 __all__ = [
     "KEY_BYTES",
+    "SPACE_BYTES",
     "TENANT_BYTES",
     "ChainHasher",
     "encode_extra",
@@ -32,6 +33,10 @@ __all__ = [
 
 KEY_BYTES = 16
 """Bytes of a chunk key: 128 bits, so 2^64 work for a collision."""
+
+SPACE_BYTES = 8
+"""Bytes of the fingerprint with which a chunk's name begins wherever namespaces mix: in tiers, with peers.
+The chunk key follows."""
 
 TENANT_BYTES = 8
 """Bytes that name a tenant, for quotas and reports; it is the salt in the keys that keeps tenants apart."""

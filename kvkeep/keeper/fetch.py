@@ -113,7 +113,7 @@ class Fetch:
         if not any(len(places) for _, places in self._asked):
             self._asked = self._about_windows(end)
         self._step *= 4
-        prefix = self.space.fingerprint[:8]
+        prefix = self.space.prefix
         return [prefix + key.tobytes() for group, places in self._asked for key in self.chains[group][places]]
 
     def _about_windows(self, end: int) -> list[tuple[int, Records]]:

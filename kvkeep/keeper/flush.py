@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from kvkeep.identity import SPACE_BYTES
 from kvkeep.keeper.chunks import ChunkState
 from kvkeep.keeper.index import Keys, Records
 from kvkeep.keeper.keeper import Keeper
@@ -17,7 +18,6 @@ from kvkeep.keeper.leases import ClaimKind
 __all__ = ["MOVERS", "Flush", "FlushQueue", "Move", "moves_of"]
 
 _MOST_WAITING = 1 << 20  # 16 MiB of keys: what waits while a tier is away for long
-_SPACE_BYTES = 8  # of a value's name
 MOVERS = "~movers"
 """The session that holds the movers' own claims."""
 
@@ -111,15 +111,15 @@ class FlushQueue:
         """The tier has given up values, by their names there: whoever put them, and whether or not memory has
         them too."""
         chunks, journal = self._keeper.chunks, self._keeper.journal
-        spaces = {space.fingerprint[:_SPACE_BYTES]: space for space in self._keeper.namespaces}
-        keys = np.frombuffer(b"".join(name[_SPACE_BYTES:] for name in names), "<u8").reshape(-1, 2)
+        spaces = {space.prefix: space for space in self._keeper.namespaces}
+        keys = np.frombuffer(b"".join(name[SPACE_BYTES:] for name in names), "<u8").reshape(-1, 2)
         records = chunks.table.find(keys)
         held = records[records >= 0]
         chunks.stored[held] &= ~self._bit
         if journal is not None:
             journal.note(held)
             for name, record in zip(names, records.tolist(), strict=True):
-                if record < 0 and (space := spaces.get(name[:_SPACE_BYTES])) is not None:
+                if record < 0 and (space := spaces.get(name[:SPACE_BYTES])) is not None:
                     journal.probed(space, [name], [-1])
 
     def add(self, records: Records) -> None:
@@ -142,7 +142,7 @@ def moves_of(keeper: Keeper, records: Records) -> list[Move]:
     chunks = keeper.chunks
     keys = chunks.table.keys_of(records)
     return [
-        Move(keeper.namespaces[space].fingerprint[:8] + key.tobytes(), offset, length)
+        Move(keeper.namespaces[space].prefix + key.tobytes(), offset, length)
         for space, key, offset, length in zip(
             chunks.namespace[records].tolist(),
             keys,

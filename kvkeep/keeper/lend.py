@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvkeep.errors import RequestRefused
+from kvkeep.identity import KEY_BYTES, SPACE_BYTES
 from kvkeep.keeper.chains import check_distinct
 from kvkeep.keeper.chunks import ChunkState
 from kvkeep.keeper.index import Records
@@ -24,7 +25,7 @@ PEERS = "~peers"
 MISSING, OTHER_LENGTH, BUSY = -1, -2, -3
 """Instead of an offset: not held; held, and longer or shorter; there is no more to be lent at once."""
 _SHARE = 4  # of the arena that may be lent at once, one in so many: what is leased cannot be evicted
-_NAME = 24
+_NAME_BYTES = SPACE_BYTES + KEY_BYTES
 
 
 class Loan(NamedTuple):
@@ -50,7 +51,7 @@ class Lender:
         keeper.attach(PEERS)
 
     def held(self, names: bytes) -> bytes:
-        """A byte per key (24 bytes each, as tiers name chunks): 1 where it can be lent now."""
+        """A byte per key (as tiers name chunks): 1 where it can be lent now."""
         return (self._find(names) >= 0).astype(np.uint8).tobytes()
 
     def lend(self, names: bytes, lengths: list[int]) -> Loan:
@@ -91,13 +92,13 @@ class Lender:
 
     def _find(self, names: bytes) -> Records:
         """Records of committed chunks of the namespaces that the keys name; -1 for others."""
-        if len(names) % _NAME:
-            raise RequestRefused(f"keys are {_NAME} bytes each")
+        if len(names) % _NAME_BYTES:
+            raise RequestRefused(f"keys are {_NAME_BYTES} bytes each")
         rows: npt.NDArray[np.uint64] = np.frombuffer(names, "<u8").reshape(-1, 3)
         chunks, spaces = self._keeper.chunks, self._keeper.namespaces
         records = chunks.table.find(np.ascontiguousarray(rows[:, 1:]))
         if len(self._prefixes) < len(spaces):
-            self._prefixes = np.frombuffer(b"".join(space.fingerprint[:8] for space in spaces), "<u8")
+            self._prefixes = np.frombuffer(b"".join(space.prefix for space in spaces), "<u8")
         here = np.flatnonzero(records >= 0)
         mine = records[here]
         good = chunks.state[mine] == ChunkState.COMMITTED

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from kvkeep.identity import SPACE_BYTES
+
 __all__ = ["Counters", "GroupSpec", "Namespace"]
 
 
@@ -48,3 +50,8 @@ class Namespace:
     chunk_tokens: int = 0
     """Tokens of a chunk, for people; 0: not known."""
     counters: Counters = field(default_factory=Counters)
+
+    @property
+    def prefix(self) -> bytes:
+        """With which the names of its chunks begin where namespaces mix."""
+        return self.fingerprint[:SPACE_BYTES]

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from kvkeep import identity
+
 __all__ = [
     "KEY_BYTES",
     "Buffer",
@@ -31,7 +33,7 @@ __all__ = [
 
 Key: TypeAlias = bytes
 """24 bytes: the first 8 of the namespace's fingerprint, then the 16 of the chunk key."""
-KEY_BYTES = 24
+KEY_BYTES = identity.SPACE_BYTES + identity.KEY_BYTES
 
 Buffer: TypeAlias = memoryview
 """Contiguous bytes (format "B") of the caller's. In the arena they start at a page, and their length is a
