@@ -25,8 +25,11 @@ def test_preemption_and_chunked_prefill(live: Callable[..., dict[str, Any]]) -> 
         (64, False, "layers"),
         (32, True, "request"),
     ):
-        connector = {"memory": "1GiB", "chunk_tokens": chunk_tokens, "load_by": load_by}
+        # A keeper that another test on the same cores holds up for a second is not what this is about.
+        patient = {"memory": "1GiB", "timeout": 30}
+        connector = {**patient, "chunk_tokens": chunk_tokens, "load_by": load_by}
         on = live(prepared("smollm2"), "crowded", connector, enable_prefix_caching=own_cache, **TIGHT)
         assert assert_equal(on, off) == 12
         assert on["metrics"]["vllm:num_preemptions"] > 0
+        assert on["metrics"]["vllm:kvkeep_keeper_losses"] == 0
         assert sum(on["preempted again"]["cached"]) > 500
