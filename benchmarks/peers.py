@@ -71,7 +71,7 @@ class Bed:
 
     def __init__(self, size: int, count: int) -> None:
         self.size, self.count = size, count
-        self.memory = memoryview(arena(size * count))
+        self.memory = arena(size * count)
         self.chunks = [self.memory[at * size : (at + 1) * size] for at in range(count)]
         self.sent = np.frombuffer(os.urandom(size * count), np.uint8).reshape(count, size)
 

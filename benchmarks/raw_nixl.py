@@ -13,7 +13,7 @@ _OTHER = """
 import os, sys
 from kvbench.memory import arena
 from kvkeep.tiers.peer_nixl import Agent
-memory = memoryview(arena(int(sys.argv[1])))
+memory = arena(int(sys.argv[1]))
 for at in range(0, len(memory), 1 << 20):
     memory[at : at + (1 << 20)] = os.urandom(1 << 20)
 agent = Agent(memory, sys.argv[2])

@@ -121,7 +121,7 @@ class Threads:
     def __init__(self, directory: str, shape: Shape, direct: bool) -> None:
         self._shape, self._flags = shape, os.O_DIRECT if direct else 0
         self._directory = tempfile.mkdtemp(prefix=".bench-", dir=directory)
-        self._memory = [memoryview(arena(shape.chunk_bytes, huge=True)) for _ in range(shape.depth)]
+        self._memory = [arena(shape.chunk_bytes) for _ in range(shape.depth)]
         for view in self._memory:
             view[:] = os.urandom(shape.chunk_bytes)
         self.name = f"pread threads={shape.depth} direct={int(direct)} bs={shape.chunk_bytes}"

@@ -73,7 +73,7 @@ class Bed:
         """Chunks that lie in the pieces in turn."""
         size = self.shape.chunk_bytes
         each = -(-self.shape.count // self.shape.depth) * size + 4 * mmap.PAGESIZE
-        views = [memoryview(arena(each, fd, huge=True)) for fd in fds]
+        views = [arena(each, fd) for fd in fds]
         places = [divmod(number, len(views)) for number in range(self.shape.count)]
         return [views[piece][at * size : (at + 1) * size] for at, piece in places]
 

@@ -9,29 +9,42 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["GiveWay"]
+__all__ = ["Busy", "GiveWay", "never"]
+
+Busy = Callable[[], bool]
+"""Whether somebody is at work on the cores, so that work which can wait had better do so."""
 
 _NOTICED_NS, _PAUSE = 200_000, 0.05
+
+
+def never() -> bool:
+    """Nobody that we know of is at work."""
+    return False
 
 
 class GiveWay:
     """Called by a background thread after each few milliseconds of work: sleeps where others want its core.
 
     Made in that thread. Others want the core when the thread had to wait for one, which the kernel counts
-    (schedstat; without it this never sleeps). `pause`: seconds that it then sleeps.
+    (schedstat; without it this never sleeps). `pause`: seconds that it then sleeps. `busy`: sleep also
+    while this says so.
     """
 
-    def __init__(self, pause: float = _PAUSE) -> None:
+    def __init__(self, pause: float = _PAUSE, busy: Busy = never) -> None:
         self._pause = pause
+        self._busy = busy
         self._figures = Path(f"/proc/self/task/{threading.get_native_id()}/schedstat")
         self._waited = self._read()
 
     def __call__(self) -> None:
         waited = self._read()
-        if waited - self._waited > _NOTICED_NS:
+        if waited - self._waited > _NOTICED_NS or self._busy():
             time.sleep(self._pause)
+            while self._busy():
+                time.sleep(self._pause)
             waited = self._read()  # the wait after the sleep says nothing of the work
         self._waited = waited
 

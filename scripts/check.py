@@ -33,13 +33,14 @@ DUPLICATE_LINES, IMPORT_SECONDS = 8, 1.0
 # What a part of the tree may import or use of GUARDED, beside itself; the longest name that fits counts.
 _LOW = (
     *("kvkeep.errors", "kvkeep.config", "kvkeep.layout"),
-    *("kvkeep.identity", "kvkeep.background", "kvkeep.tls"),
+    *("kvkeep.identity", "kvkeep.background", "kvkeep.pages", "kvkeep.tls"),
 )
 _ENGINE = (*_LOW, "kvkeep.wire", "kvkeep.observe", "kvkeep.transfer", "torch")
 MAY_USE: dict[str, tuple[str, ...]] = {
     "kvkeep": (*_LOW, "kvkeep.wire", "kvkeep.observe"),  # whatever is not named below
     "kvkeep.errors": (),
     "kvkeep.background": (),
+    "kvkeep.pages": ("kvkeep.background", "kvkeep.errors"),
     "kvkeep.tls": _LOW[:1],
     "kvkeep.config": (*_LOW[:1], "os"),
     "kvkeep.layout": _LOW[:2],

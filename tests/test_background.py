@@ -84,3 +84,15 @@ def test_a_kernel_that_does_not_count(pauses: list[float]) -> None:
 
     in_thread(work)
     assert not pauses
+
+
+def test_it_waits_while_the_caller_says_busy(pauses: list[float]) -> None:
+    answers = [True, True, True, False]
+
+    def work() -> None:
+        give_way = GiveWay(0.002, busy=lambda: answers.pop(0))
+        give_way()
+
+    in_thread(work)
+    assert pauses == [0.002] * 3
+    assert not answers

@@ -58,7 +58,8 @@ def _print(figures: dict[str, Any]) -> None:
     used, total = figures["used_bytes"], figures["memory_bytes"]
     console.print(
         f"memory   {_size(used)} of {_size(total)} used ({100 * used / total:.0f} %), "
-        f"{100 * figures['prefaulted_bytes'] / total:.0f} % prepared, index {_size(figures['index_bytes'])}"
+        f"{100 * figures['prefaulted_bytes'] / total:.0f} % prepared, "
+        f"{100 * figures['huge_page_bytes'] / total:.0f} % huge pages, index {_size(figures['index_bytes'])}"
     )
     console.print(
         f"hits     {_ratio(counters)} of the chunks asked for in {counters['lookups']} lookups; "

@@ -8,7 +8,6 @@ until its verb has returned, however long that takes, so a hung store pins what 
 from __future__ import annotations
 
 import logging
-import mmap
 import queue
 import threading
 import time
@@ -82,12 +81,12 @@ class Movers:
         self,
         keeper: Keeper,
         tiers: Sequence[Opened],
-        memory: mmap.mmap,
+        memory: memoryview,
         post: Callable[[Callable[[], None]], object],
     ) -> None:
         self._keeper = keeper
         self.tiers = list(tiers)
-        self._memory = memoryview(memory)
+        self._memory = memory
         self._post = post
         self._fetches = Fetches(keeper)
         self._probes = Lane("probe", _PROBE_THREADS)

@@ -29,6 +29,7 @@ _MODEL_CHARACTERS = 60
 _ERROR_KINDS = ("protocol", "silent", "unread", "user", "refused")
 _GAUGES = {
     "prefaulted_bytes": "Bytes of the arena prepared ahead.",
+    "huge_page_bytes": "Bytes of the arena that are huge pages.",
     "index_bytes": "Memory of the index of chunks.",
     "chunks": "Chunks held, or being written.",
     "leases": "Leases now.",

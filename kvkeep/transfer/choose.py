@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import mmap
 from collections.abc import Sequence
 
 import torch
@@ -19,7 +18,7 @@ log = logging.getLogger("kvkeep.transfer")
 
 
 def make_transfer(
-    layers: Sequence[Sequence[tuple[str, torch.Tensor]]], num_blocks: int, arena: mmap.mmap, threads: int = 1
+    layers: Sequence[Sequence[tuple[str, torch.Tensor]]], num_blocks: int, arena: memoryview, threads: int = 1
 ) -> Transfer:
     """The fast engine for the device that holds the layers. Raises LayoutError where there is none."""
     devices = {tensor.device for group in layers for _, tensor in group}
@@ -40,7 +39,7 @@ def make_transfer(
 def _on_cuda(
     layers: Sequence[Sequence[tuple[str, torch.Tensor]]],
     num_blocks: int,
-    arena: mmap.mmap,
+    arena: memoryview,
     device: torch.device,
 ) -> Transfer:
     if importlib.util.find_spec("triton") is None:

@@ -9,7 +9,6 @@ larger than the caches anyway.
 from __future__ import annotations
 
 import itertools
-import mmap
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -38,7 +37,7 @@ class CpuTransfer(Transfer):
         self,
         layers: Sequence[Sequence[tuple[str, torch.Tensor]]],
         num_blocks: int,
-        arena: mmap.mmap,
+        arena: memoryview,
         threads: int = 1,
     ) -> None:
         super().__init__(layers, num_blocks, arena)

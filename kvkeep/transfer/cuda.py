@@ -9,7 +9,6 @@ Slots hold a block's pieces in the order in which the device holds them, so noth
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
@@ -18,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from kvkeep.background import Busy, never
 from kvkeep.errors import DeviceError
 from kvkeep.layout import group_layout
 from kvkeep.transfer.base import Move, Offsets, Transfer, describe_layers
@@ -58,7 +58,7 @@ class CudaTransfer(Transfer):
         self,
         layers: Sequence[Sequence[tuple[str, torch.Tensor]]],
         num_blocks: int,
-        arena: mmap.mmap,
+        arena: memoryview,
         backend: Backend,
     ) -> None:
         super().__init__(layers, num_blocks, arena)
@@ -72,7 +72,8 @@ class CudaTransfer(Transfer):
         self._last: Event | None = None
         self._pageable: ThreadPoolExecutor | None = None
 
-    def prepare(self, fd: int) -> None:
+    def prepare(self, fd: int, busy: Busy = never) -> None:
+        """Whatever `busy` says: the engine computes on the device."""
         self.pinning.start(fd)
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ import os
 import threading
 
 from kvkeep.background import GiveWay
-from kvkeep.transfer.base import await_allocation, populate
+from kvkeep.pages import await_allocation, populate
 from kvkeep.transfer.streams import Backend
 
 __all__ = ["REGISTER_STEP", "Pinning"]

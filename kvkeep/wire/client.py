@@ -7,7 +7,6 @@ caller goes on without the cache and opens a new one when `Connection.open` succ
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
 import socket
 import time
@@ -18,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvkeep.errors import KeeperUnavailable, ProtocolError, RequestRefused
+from kvkeep.pages import map_shared
 from kvkeep.wire import messages as msg
 
 __all__ = ["Connection", "Found", "Reserved"]
@@ -100,9 +100,9 @@ class Connection:
             raise RequestRefused("this connection was opened without the arena")
         return self._arena_fd
 
-    def map_arena(self) -> mmap.mmap:
+    def map_arena(self) -> memoryview:
         """The arena, shared with the keeper. The caller owns the mapping; it outlives the keeper."""
-        return mmap.mmap(self.arena_fd, self.arena_bytes)
+        return map_shared(self.arena_fd, self.arena_bytes)
 
     def open_namespace(
         self,

@@ -1,4 +1,4 @@
-"""What a keeper takes from the operating system before it serves: its socket and its memory."""
+"""A keeper's socket: one keeper per path, and nobody else's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from kvkeep.errors import ConfigError
 
-__all__ = ["arena", "discard", "listen", "locked"]
+__all__ = ["discard", "listen", "locked"]
 
 
 def listen(path: Path) -> socket.socket:
@@ -101,24 +101,3 @@ def _answers(path: Path) -> bool:
         except OSError:
             return True
     return True
-
-
-def arena(nbytes: int, huge_pages: bool) -> int:
-    """A memfd of fixed size: no client can shrink it under another's feet."""
-    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | (os.MFD_HUGETLB if huge_pages else 0)
-    try:
-        fd = os.memfd_create("kvkeep-arena", flags)
-        os.ftruncate(fd, nbytes)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-        if huge_pages:
-            os.posix_fallocate(fd, 0, nbytes)
-    except OSError as error:
-        remedy = (
-            "reserve huge pages (vm.nr_hugepages), or leave --huge-pages out"
-            if huge_pages
-            else "give --memory less"
-        )
-        raise ConfigError(
-            f"cannot create an arena of {nbytes / 2**30:.2f} GiB: {error.strerror}; {remedy}"
-        ) from error
-    return fd

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import logging
-import mmap
 import socket
 import ssl
 import threading
@@ -55,7 +54,7 @@ class Peers:
         self,
         where: str,
         keeper: Keeper,
-        memory: mmap.mmap,
+        memory: memoryview,
         post: Callable[[Callable[[], None]], object],
     ) -> None:
         """`where`: HOST:PORT, or a PORT of the loopback address, and options as of a URL.
@@ -73,7 +72,7 @@ class Peers:
             load()
         url.finish()
         self._lender = Lender(keeper)
-        self._memory = memoryview(memory)
+        self._memory = memory
         self._post = post
         self._listener: socket.socket | None = None
         self._lock = threading.Lock()

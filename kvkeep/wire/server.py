@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import mmap
 import os
 import threading
 import time
@@ -18,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from kvkeep import __version__
+from kvkeep import __version__, pages
 from kvkeep.background import GiveWay
 from kvkeep.config import KeeperConfig
 from kvkeep.keeper.keeper import Keeper
@@ -28,7 +27,7 @@ from kvkeep.observe.watch import Watch
 from kvkeep.tiers.open import open_tiers
 from kvkeep.tiers.seal import SEAL_BYTES
 from kvkeep.wire.connection import ServerConnection
-from kvkeep.wire.listen import arena, listen
+from kvkeep.wire.listen import listen
 from kvkeep.wire.peers import Peers
 from kvkeep.wire.record import Recorder
 
@@ -39,7 +38,6 @@ log = logging.getLogger("kvkeep.keeper")
 _NEWEST_SHOWN = 16  # of the namespaces that hold nothing: a reset makes a new one each time
 _TENANTS_SHOWN = 16
 _PREFAULT_STEP = 4 << 20
-_MADV_POPULATE_WRITE = 23
 
 
 class KeeperServer:
@@ -53,7 +51,8 @@ class KeeperServer:
         self.keeper = Keeper(config.memory, config.policy, trailer, config.tenant_quotas)
         self.identity = uuid.uuid4().hex
         self.started = time.time()
-        self.prefaulted = 0
+        self.prefaulted, self.huge = 0, self.keeper.arena.nbytes if config.huge_pages else 0
+        """Bytes of the arena that are allocated, and how many of them the kernel made huge pages of."""
         self.errors: Counter[str] = Counter()
         """Clients dropped and requests refused, by kind."""
         self.watch: Watch | None = None
@@ -63,8 +62,8 @@ class KeeperServer:
         self.connections: set[ServerConnection] = set()
         self._had_client = False
         self._stopping = asyncio.Event()
-        self.arena_fd = arena(self.keeper.arena.nbytes, config.huge_pages)
-        self._memory = mmap.mmap(self.arena_fd, self.keeper.arena.nbytes) if sealed else None
+        self.arena_fd = pages.create(self.keeper.arena.nbytes, config.huge_pages)
+        self._memory = pages.map_shared(self.arena_fd, self.keeper.arena.nbytes) if sealed else None
         self.movers, self.peers = None, None
         if self._memory is not None and config.peers is not None:
             self.peers = Peers(config.peers, self.keeper, self._memory, self._post)
@@ -130,6 +129,7 @@ class KeeperServer:
             "policy": self.config.policy,
             "memory_bytes": keeper.arena.nbytes,
             "prefaulted_bytes": self.prefaulted,
+            "huge_page_bytes": self.huge,
             "used_bytes": int(used.sum()),
             "chunks": len(keeper.chunks),
             "index_bytes": keeper.chunks.nbytes,
@@ -198,10 +198,12 @@ class KeeperServer:
     def _prefault(self) -> None:
         """Allocate the arena's pages ahead of use: touching fresh memory is ten times slower."""
         total, give_way = self.keeper.arena.nbytes, GiveWay()
+        memory = pages.map_shared(self.arena_fd, total) if self._memory is None else self._memory
+        place = pages.address(memory)
         while self.config.prefault and self.prefaulted < total and not self._stopping.is_set():
             step = min(_PREFAULT_STEP, total - self.prefaulted)
             try:
-                os.posix_fallocate(self.arena_fd, self.prefaulted, step)
+                self.huge += pages.allocate(self.arena_fd, place, self.prefaulted, step)
             except OSError as error:
                 log.warning(
                     "only %.1f of %.1f GiB of the arena could be prepared ahead (%s): give --memory less",
@@ -210,9 +212,8 @@ class KeeperServer:
                     error.strerror,
                 )
                 return
-            if self._memory is not None:
-                with contextlib.suppress(OSError):  # an older kernel: movers touch the pages themselves
-                    self._memory.madvise(_MADV_POPULATE_WRITE, self.prefaulted, step)
+            if self._memory is not None:  # movers use it
+                pages.populate(place + self.prefaulted, step)
             self.prefaulted += step
             give_way()
 

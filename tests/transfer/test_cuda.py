@@ -20,8 +20,9 @@ pytest.importorskip("triton")
 import triton
 
 from kvbench.host_device import HostBackend
+from kvkeep import pages
 from kvkeep.errors import DeviceError, LayoutError
-from kvkeep.transfer import base, choose, cuda, pinning
+from kvkeep.transfer import choose, cuda, pinning
 from kvkeep.transfer.base import Move
 from kvkeep.transfer.cuda import CudaTransfer
 from kvkeep.transfer.reference import ReferenceTransfer
@@ -460,7 +461,7 @@ def test_registration_stops_where_it_is_refused(
 
 
 def test_an_arena_that_is_not_allocated_ahead_stays_so(caplog: pytest.LogCaptureFixture, monkeypatch) -> None:
-    monkeypatch.setattr(base, "_PATIENCE", 0.1)
+    monkeypatch.setattr(pages, "_PATIENCE", 0.1)
     fd = os.memfd_create("test")
     os.ftruncate(fd, STEP)
     pins = pinning.Pinning(HostBackend(), 4096, STEP, STEP)

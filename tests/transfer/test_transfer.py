@@ -1,11 +1,6 @@
 """The compiled copy engine equals the torch reference, byte for byte, over random geometries."""
 
 import mmap
-import os
-import re
-import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvkeep.errors import LayoutError
-from kvkeep.transfer import base, make_transfer
-from kvkeep.transfer.base import prepare_mapping
+from kvkeep.transfer import make_transfer
 from kvkeep.transfer.cpu import CpuTransfer
 from kvkeep.transfer.reference import ReferenceTransfer
 
@@ -99,45 +93,3 @@ def test_a_layout_that_is_not_clear_is_refused() -> None:
     for shape in ((5, 4, 16, 16), (2, 2, 16, 16), (7,)):
         with pytest.raises(LayoutError):
             make_transfer([[("layer", random(torch.float32, *shape))]], 2, mmap.mmap(-1, 1 << 20))
-
-
-def mapped_bytes(arena: mmap.mmap) -> int:
-    """How much of a mapping is in this process's page table."""
-    address = torch.frombuffer(arena, dtype=torch.uint8).data_ptr()
-    entry = Path("/proc/self/smaps").read_text().split(f"\n{address:x}-", 1)[1]
-    return int(re.findall(r"\nRss: +(\d+) kB", entry)[0]) << 10
-
-
-@pytest.fixture
-def arena() -> Iterator[tuple[mmap.mmap, int]]:
-    """40 MiB of shared memory that is not allocated yet, and its descriptor."""
-    fd = os.memfd_create("test")
-    os.ftruncate(fd, 40 << 20)
-    yield mmap.mmap(fd, 40 << 20), fd
-    os.close(fd)
-
-
-def test_the_mapping_is_prepared_as_it_is_allocated(arena: tuple[mmap.mmap, int]) -> None:
-    memory, fd = arena
-    memory[5] = 7
-    thread = prepare_mapping(memory, fd)
-    for start in range(0, 40 << 20, 10 << 20):
-        assert mapped_bytes(memory) < 1 << 20
-        time.sleep(2 * base._LOOK_EVERY)
-        os.posix_fallocate(fd, start, 10 << 20)
-    thread.join(30)
-    assert mapped_bytes(memory) == 40 << 20
-    assert memory[5] == 7
-    assert not any(memory[6:4096])
-
-
-def test_what_the_keeper_does_not_allocate_ahead_no_client_allocates(
-    keeper_process, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(base, "_PATIENCE", 0.5)
-    for option, expected in (("no", 0), ("yes", 16 << 20)):
-        connection = keeper_process("--prefault", option).connect(arena=True)
-        memory = connection.map_arena()
-        prepare_mapping(memory, connection.arena_fd).join(30)
-        assert os.fstat(connection.arena_fd).st_blocks * 512 == expected
-        assert mapped_bytes(memory) == expected

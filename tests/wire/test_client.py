@@ -119,8 +119,6 @@ def test_the_mapping_outlives_the_keeper(keeper_process) -> None:
     read[0] = 7
     assert written[0] == 7
     assert len(read) == reader.arena_bytes == 16 << 20
-    written.close()
-    read.close()
 
 
 def test_the_arena_can_be_neither_shrunk_nor_grown(keeper_process) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Sequence
 
 import numpy as np
@@ -23,7 +22,7 @@ def as_blocks(states: torch.Tensor, tokens: int) -> torch.Tensor:
     return blocks.transpose(0, 1)[:, None]
 
 
-def make_copier(layers: Sequence[tuple[str, torch.Tensor]], arena: mmap.mmap, threads: int) -> Transfer:
+def make_copier(layers: Sequence[tuple[str, torch.Tensor]], arena: memoryview, threads: int) -> Transfer:
     """The copy engine for one row of one group; blocks are the tensors' first dimension.
 
     On a CPU it is that of all engines. Elsewhere plain torch copies: the place where a CUDA engine of

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import mmap
 import os
 import threading
 import time
@@ -32,8 +31,8 @@ from kvkeep.engines.transformers.describe import (
 from kvkeep.engines.transformers.past import PrefixCache
 from kvkeep.errors import KeeperUnavailable, KVKeepError, LayoutError
 from kvkeep.identity import KEY_BYTES, ChainHasher, encode_extra, fingerprint, tenant_of
+from kvkeep.pages import prepare
 from kvkeep.transfer import Transfer
-from kvkeep.transfer.base import prepare_mapping
 from kvkeep.wire.client import Found, Reserved
 from kvkeep.wire.launch import embedded_socket
 from kvkeep.wire.messages import Reservation
@@ -85,7 +84,7 @@ class Store:
         self._lock = threading.Lock()
         self._pid, self._engine_id = os.getpid(), f"transformers-{uuid.uuid4().hex}"
         self._keeper: Opened | None = None
-        self._arena: mmap.mmap | None = None
+        self._arena: memoryview | None = None
         description = describe(model, self.shapes, config.chunk_tokens, self._weights)
         self.chunk_tokens = int(description["chunk_tokens"])
         self._fingerprint = fingerprint(description)
@@ -115,7 +114,7 @@ class Store:
     def _adopt(self, opened: Opened) -> None:
         self._arena = opened.connection.map_arena()
         self._keeper = opened
-        prepare_mapping(self._arena, opened.connection.arena_fd)
+        prepare(self._arena, opened.connection.arena_fd)
         if self.shapes[0].device.type == "cpu":
             make_copier([("", torch.empty(1, 1, 1))], self._arena, 1)  # compiles now, not in the first batch
 

@@ -121,6 +121,12 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
         if self._worker is not None:
             self._worker.begin_step()
 
+    def clear_connector_metadata(self) -> None:
+        """A step has ended."""
+        super().clear_connector_metadata()
+        if self._worker is not None:
+            self._worker.end_step()
+
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         """All loads that the step's forward reads, before it; and those that requests wait for begin."""
         meta, worker = self._step(), self._worker

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -41,6 +42,7 @@ __all__ = ["WorkerSide"]
 log = logging.getLogger("kvkeep.vllm")
 
 _PREFILL_TOKENS = 64  # a step of fewer says little about prefill
+_REST = 0.1  # seconds without a step after which the engine is taken to rest
 
 
 class WorkerSide:
@@ -63,6 +65,7 @@ class WorkerSide:
         self._failed_blocks: set[int] = set()
         self._off = False
         self._began = 0.0
+        self._rests_since = 0.0
         self._loading = 0.0
         self._device: Device | None = None
         self.apart = Apart()
@@ -116,7 +119,7 @@ class WorkerSide:
             arena = connection.map_arena()
             threads = self.config.copy_threads
             transfer = make_transfer(self._layers, self._kv_config.num_blocks, arena, threads)
-            transfer.prepare(connection.arena_fd)
+            transfer.prepare(connection.arena_fd, self._at_work)
         except BaseException:
             connection.close()
             raise
@@ -126,6 +129,7 @@ class WorkerSide:
 
     def begin_step(self) -> None:
         """The engine is about to run a step."""
+        self._rests_since = math.inf
         self._began, self._loading = time.perf_counter(), self.stats.data.get("load_seconds", 0.0)
         if self._device is not None:
             self._device.collect(self.stats)
@@ -145,6 +149,14 @@ class WorkerSide:
         self.stats.add("computed_tokens", meta.scheduled_tokens)
         self.stats.add("compute_seconds", max(0.0, time.perf_counter() - self._began - loading))
         return True
+
+    def end_step(self) -> None:
+        """The engine has run a step."""
+        self._rests_since = time.monotonic()
+
+    def _at_work(self) -> bool:
+        """Whether the engine runs steps, also to a thread that is none of its own."""
+        return time.monotonic() - self._rests_since < _REST
 
     @property
     def _on_device(self) -> CudaTransfer | None:
