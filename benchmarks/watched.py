@@ -2,6 +2,7 @@
 
     python benchmarks/watched.py cost [--rounds N] [--held N]     # lookups with and without --http
     python benchmarks/watched.py soak [--lookups N]               # growth of the process
+    python benchmarks/watched.py ttft [--engines N] [--model DIR] # a real engine's first tokens
 
 Real keepers, with `--http` and a scraper of `/metrics` and `/api/state` each second, a process of its own.
 """
@@ -18,11 +19,13 @@ from pathlib import Path
 
 import numpy as np
 
+from kvbench.engine import VllmServer, connector_args, fastest_dtype
 from kvbench.lookup import Probe
 from kvkeep.errors import KeeperUnavailable
 from kvkeep.wire.client import Connection
 from kvkeep.wire.messages import Reservation
 
+ROOT = Path(__file__).parents[1]
 SCRAPER = """
 import sys, time, urllib.request
 while True:
@@ -34,8 +37,8 @@ while True:
 
 
 @contextlib.contextmanager
-def keeper(memory: int, *options: str) -> Iterator[tuple[Connection, int]]:
-    """A keeper of our own, scraped where it can be: a connection to it and its pid."""
+def keeper(memory: int, *options: str) -> Iterator[tuple[Connection, int, str]]:
+    """A keeper of our own, scraped where it can be: a connection to it, its pid and its socket."""
     with tempfile.TemporaryDirectory(prefix="kvkeep-bench-") as folder, contextlib.ExitStack() as stack:
         place, log = f"{folder}/keeper.sock", Path(folder) / "log"
         command = [sys.executable, "-m", "kvkeep.cli", "serve", "--socket", place, "--prefault", "no"]
@@ -51,7 +54,7 @@ def keeper(memory: int, *options: str) -> Iterator[tuple[Connection, int]]:
             scraper = subprocess.Popen([sys.executable, "-c", SCRAPER, url[0]])
             stack.callback(scraper.wait, 10)
             stack.callback(scraper.terminate)
-        yield connection, child.pid
+        yield connection, child.pid, place
 
 
 def connect(place: str, child: subprocess.Popen[bytes], log: Path) -> Connection:
@@ -93,7 +96,7 @@ def cost(rounds: int, held: int, tokens: int) -> None:
 def soak(lookups: int) -> None:
     """Lookups, a third of them hits, saves and evictions; prints private memory at ten times."""
     documents = [np.random.default_rng(number).bytes(16 * (4 + number % 5)) for number in range(500)]
-    with keeper(64 << 20, "--http", "127.0.0.1:0") as (link, pid):
+    with keeper(64 << 20, "--http", "127.0.0.1:0") as (link, pid, _):
         space = link.open_namespace(bytes(32), "soak", [(16384, None)], 1, 1, 16)
         random = np.random.default_rng(1)
         for number in range(lookups):
@@ -113,6 +116,43 @@ def soak(lookups: int) -> None:
         show(lookups, pid)
 
 
+def ttft(engines: int, model: Path) -> None:
+    """Engines one at a time, with a keeper that is watched and one that is not in turn: 40 prompts of 512
+    tokens that nobody has asked before, and each once more, from the keeper."""
+    kinds = {"unwatched": [], "watched": ["--http", "127.0.0.1:0"]}
+    every: dict[tuple[str, str], list[float]] = {}
+    for number in range(engines):
+        for kind in list(kinds)[:: -1 if number % 2 else 1]:
+            with keeper(2 << 30, "--prefault", "yes", *kinds[kind]) as (link, _, place):
+                while link.status()["prefaulted_bytes"] < 2 << 30:
+                    time.sleep(0.5)
+                taken = first_tokens(model, place, number)
+            for what, seconds in taken.items():
+                every.setdefault((what, kind), []).append(float(np.median(seconds)))
+                print(f"engine {number}, {kind}: {what} {1e3 * every[what, kind][-1]:.1f} ms", flush=True)
+    for what in ("miss", "hit"):
+        ratios = np.array(every[what, "watched"]) / np.array(every[what, "unwatched"])
+        rounds = ", ".join(f"{ratio:.3f}" for ratio in ratios)
+        print(f"{what}: watched to unwatched {np.median(ratios):.3f} in the median, by rounds {rounds}")
+
+
+def first_tokens(model: Path, place: str, seed: int) -> dict[str, list[float]]:
+    """TTFT in seconds of prompts that miss and of the same ones when they hit, in one new engine."""
+    prompts = np.random.default_rng(seed).integers(100, 4100, (40, 512)).tolist()
+    arguments = ["--no-enable-prefix-caching", "--dtype", fastest_dtype(), *connector_args(socket=place)]
+    log = Path(place).with_name("engine.log")
+    seconds: dict[str, list[float]] = {"miss": [], "hit": []}
+    with VllmServer(model, arguments, log=log) as engine:
+        engine.complete(prompts[0][::-1], 1)
+        for what, taken in seconds.items():
+            time.sleep(5)
+            for prompt in prompts:
+                taken.append(engine.complete(prompt, 1).ttft_s)
+                time.sleep(0.3)
+            assert (engine.metric("vllm:kvkeep_loaded_tokens_total") > 0) is (what == "hit")
+    return seconds
+
+
 def show(number: int, pid: int) -> None:
     """Memory of the process beside the arena."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
@@ -122,12 +162,17 @@ def show(number: int, pid: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("what", choices=("cost", "soak"))
+    parser.add_argument("what", choices=("cost", "soak", "ttft"))
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--held", type=int, default=100_000)
     parser.add_argument("--tokens", type=int, default=20_000)
     parser.add_argument("--lookups", type=int, default=1_000_000)
+    parser.add_argument("--engines", type=int, default=3, help="of each kind")
+    parser.add_argument("--model", type=Path, default=ROOT / "demo" / "models" / "smollm2")
     args = parser.parse_args()
+    if args.what == "ttft":
+        ttft(args.engines, args.model)
+        return
     if args.what == "cost":
         cost(args.rounds, args.held, args.tokens)
         return

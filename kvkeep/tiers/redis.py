@@ -48,6 +48,7 @@ _FULL = {"OOM", "MISCONF"}
 _FOREIGN = "WRONGTYPE"
 """Error of a GET or STRLEN where something that is no string lies under the key."""
 _AT_ONCE = 16  # connections that one batch uses, over all servers
+_WORTH_A_CONNECTION = 4 << 20  # bytes: less is there sooner than another thread is awake
 _ASKING = command(b"ASKING")
 
 
@@ -65,8 +66,8 @@ class _Job(Generic[_R]):
     read: Callable[[Reader, int], _R | Refusal]
     out: list[_R | _Refused | None]
     """By place: the result, or why there is none yet."""
-    bulk: bool = False
-    """Worth several connections."""
+    nbytes: int = 0
+    """Of all values: many are worth several connections."""
     unseen: bool = False
     """Not to count as a use of the values, where the server can do that (Redis 7.2, Valkey)."""
 
@@ -83,7 +84,7 @@ class RedisTier(Tier, Listing):
     """Redis or Valkey behind `nodes`."""
 
     def __init__(self, nodes: Nodes, prefix: str, ttl: float | None, connections: int, limit: int) -> None:
-        """`ttl`: seconds after which the server forgets a value; `connections`: of one batch, per server;
+        """`ttl`: seconds after which the server forgets a value; `connections`: of one batch, per server, at most;
         `limit`: bytes of the longest value."""
         self._nodes, self._pool = nodes, nodes.pool
         self._prefix = prefix.encode() + b":"
@@ -128,7 +129,7 @@ class RedisTier(Tier, Listing):
             return got if whole else Got.DAMAGED
 
         names = self._names(keys)
-        return self._run(_Job(names, request, read, [None] * len(names), bulk=True, unseen=unseen))
+        return self._run(_Job(names, request, read, [None] * len(names), sum(map(len, buffers)), unseen))
 
     def put(self, keys: Sequence[Key], buffers: Sequence[Buffer]) -> list[Put]:
         def request(i: int) -> Request:
@@ -146,7 +147,7 @@ class RedisTier(Tier, Listing):
         names = self._names(keys)
         too_long = [len(buffer) > self._limit for buffer in buffers]
         out: list[Put | _Refused | None] = [Put.REFUSED if long else None for long in too_long]
-        return self._run(_Job(names, request, read, out, bulk=True))
+        return self._run(_Job(names, request, read, out, sum(map(len, buffers))))
 
     def delete(self, keys: Sequence[Key]) -> None:
         self._short(b"DEL", keys)
@@ -264,7 +265,7 @@ class RedisTier(Tier, Listing):
         parts: dict[Address, list[int]] = {}
         for i in job.todo():
             parts.setdefault(self._nodes.of(job.names[i]), []).append(i)
-        ways = self._connections if job.bulk else 1
+        ways = max(1, min(self._connections, job.nbytes // _WORTH_A_CONNECTION))
         self._spread(job, [(to, places[way::ways]) for to, places in parts.items() for way in range(ways)])
         asks: dict[Address, list[int]] = {}
         for i in job.todo():  # keys that are on their way from one server to another
@@ -322,7 +323,7 @@ def _words(*words: bytes) -> bytes:
 def open_redis(url: TierURL) -> RedisTier:
     """The tier of a redis://, rediss:// or redis+unix:// URL. Raises ConfigError with what to do."""
     ttl = url.take_seconds("ttl", 0.0)
-    connections = url.take_count("connections", 1)
+    connections = url.take_count("connections", 8)
     prefix = url.take("prefix", str, "kvkeep")
     if not prefix or not prefix.isprintable() or set(prefix) & set("{} "):
         raise ConfigError(f"{url}: prefix must be of printable characters, without spaces and braces")
