@@ -1,8 +1,8 @@
 """`kvkeep bench tier`: a tier, sealed as the keeper uses it, as a share of the speed of its raw medium.
 
 Random data in touched memory; each round puts one batch under new keys, gets it into other memory and
-compares every byte, and does as much with the raw medium, now one first and now the other: whatever else
-the machine does falls on both. What was put is deleted at the end. Each verb begins after a rest: virtual
+compares every byte, deletes it, and does as much with the raw medium, now one first and now the other:
+whatever else the machine does falls on both. Each verb begins after a rest: virtual
 disks allow bursts and then much less, and a raw program's start would be a rest that the tier does not get.
 """
 
@@ -124,26 +124,30 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _measure(tier: Tier, raw: Raw | None, bed: Bed, rounds: int) -> dict[str, object]:
-    ours, theirs, cpu, keys = Samples([], []), Samples([], []), Samples([], []), list[Key]()
-    turns: list[Callable[[], None]] = [lambda: keys.extend(_turn(tier, bed, ours, cpu))]
+    ours, theirs, cpu = Samples([], []), Samples([], []), Samples([], [])
+    turns: list[Callable[[], None]] = [lambda: _turn(tier, bed, ours, cpu)]
     if raw is not None:
         turns.append(lambda: _raw_turn(raw, theirs))
     silent = not sys.stderr.isatty()
-    try:
-        for number in track(range(rounds + 1), "measuring", console=Console(stderr=True), disable=silent):
-            for turn in turns[:: 1 if number % 2 else -1]:
-                turn()
-    finally:
-        tier.delete(keys)
+    for number in track(range(rounds + 1), "measuring", console=Console(stderr=True), disable=silent):
+        for turn in turns[:: 1 if number % 2 else -1]:
+            turn()
     for samples in (ours, theirs, cpu):  # the first one pays for lazy set-up
         for seconds in samples:
             del seconds[:1]
     return _figures(bed.nbytes, ours, theirs if raw else None, cpu)
 
 
-def _turn(tier: Tier, bed: Bed, seconds: Samples, cpu: Samples) -> list[Key]:
+def _turn(tier: Tier, bed: Bed, seconds: Samples, cpu: Samples) -> None:
     keys = bed.keys()
     bed.spoil()
+    try:
+        _move(tier, bed, keys, seconds, cpu)
+    finally:
+        tier.delete(keys)  # as the raw medium does: what is new to a server's memory is slow
+
+
+def _move(tier: Tier, bed: Bed, keys: list[Key], seconds: Samples, cpu: Samples) -> None:
     time.sleep(_REST)
     began, worked = time.perf_counter(), time.process_time()
     stored = tier.put(keys, bed.sent)
@@ -158,7 +162,6 @@ def _turn(tier: Tier, bed: Bed, seconds: Samples, cpu: Samples) -> list[Key]:
     cpu.get.append(time.process_time() - worked)
     if got.count(Got.HIT) != len(keys) or bed.back != bed.sent:
         raise KVKeepError(f"only {got.count(Got.HIT)} of {len(keys)} came back, or other bytes")
-    return keys
 
 
 def _raw_turn(raw: Raw, seconds: Samples) -> None:
