@@ -39,6 +39,21 @@ class _Attributes(ctypes.Structure):
     )
 
 
+class _Stream:
+    """A stream of torch's whose events tell the time, which torch's own do not, and let who waits sleep."""
+
+    def __init__(self, torchs: torch.cuda.Stream) -> None:
+        self.torchs = torchs
+
+    def record_event(self, event: torch.cuda.Event | None = None) -> torch.cuda.Event:
+        event = event or torch.cuda.Event(enable_timing=True, blocking=True)
+        event.record(self.torchs)
+        return event
+
+    def wait_event(self, event: torch.cuda.Event) -> None:
+        self.torchs.wait_event(event)
+
+
 class CudaBackend(Backend):
     """One GPU of this process, by the context that torch uses. Raises OSError without a driver."""
 
@@ -74,14 +89,14 @@ class CudaBackend(Backend):
             self._driver.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
 
     def current(self) -> Stream:
-        return torch.cuda.current_stream(self._device)
+        return _Stream(torch.cuda.current_stream(self._device))
 
     def stream(self) -> Stream:
-        return torch.cuda.Stream(self._device)
+        return _Stream(torch.cuda.Stream(self._device))
 
     def copy(self, stream: Stream, copies: Copies, *, saving: bool, pinned: bool) -> None:
         target, source = (copies.slots, copies.paged) if saving else (copies.paged, copies.slots)
-        handle = stream.cuda_stream  # type: ignore[attr-defined]
+        handle = _torchs(stream).cuda_stream
         with self._bound():
             if pinned and self._batched:
                 # What a save reads, the engine's stream has just written; what a load reads, nobody writes.
@@ -110,7 +125,7 @@ class CudaBackend(Backend):
             self.copy(stream, copies, saving=False, pinned=True)
             return
         table = torch.from_numpy(np.stack(copies)).pin_memory()  # [targets, sources, sizes]
-        with torch.cuda.stream(stream):  # type: ignore[arg-type]
+        with torch.cuda.stream(_torchs(stream)):
             copy_words(table.to(self._device, non_blocking=True))
 
     def register(self, address: int, nbytes: int) -> bool:
@@ -123,3 +138,8 @@ class CudaBackend(Backend):
     def unregister(self, address: int) -> None:
         with self._bound():
             self._call("cuMemHostUnregister", ctypes.c_void_p(address))
+
+
+def _torchs(stream: Stream) -> torch.cuda.Stream:
+    assert isinstance(stream, _Stream)
+    return stream.torchs

@@ -25,7 +25,7 @@ Not measured yet on a GPU."""
 _WORDS = 1024  # per step of a program: 8 KiB; not measured yet on a GPU
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])  # else it is compiled again for multiples of 16
 def _copy_words(table, count, WORDS: tl.constexpr):  # type: ignore[no-untyped-def]
     # table: int64 [3, count]: addresses to write, addresses to read, bytes
     lane = tl.arange(0, WORDS)

@@ -71,6 +71,8 @@ class Joined:
     def _end(self, last: futures.Future[float] | None) -> None:
         if last is not None:
             futures.wait([last])
-        self.transfer.close()
-        with self._talking:
-            self.connection.close()
+        try:
+            self.transfer.close()
+        finally:  # a device that is broken holds no claim
+            with self._talking:
+                self.connection.close()

@@ -1,0 +1,181 @@
+"""The NVIDIA backend's calls, held against a library that writes them down: no GPU is needed."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from kvkeep.errors import DeviceError
+from kvkeep.transfer import driver
+from kvkeep.transfer.streams import Copies
+
+COPIES = Copies(*(np.array(column, np.int64) for column in ([100, 200], [7000, 9000], [16, 32])))
+"""Two runs: device addresses, arena addresses, bytes."""
+
+
+class Library:
+    """libcuda with these functions. Each call is kept; `failing` ones return an error."""
+
+    def __init__(self, batched: bool, failing: str = "") -> None:
+        self.calls: list[tuple[str, tuple[Any, ...]]] = []
+        self._failing = failing
+        if batched:
+            self.cuMemcpyBatchAsync = self._function("cuMemcpyBatchAsync")
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "cuMemcpyBatchAsync":  # hasattr() asks: an old driver
+            raise AttributeError(name)
+        return self._function(name)
+
+    def _function(self, name: str) -> Any:
+        def call(*arguments: Any) -> int:
+            self.calls.append((name, tuple(map(self._plain, arguments))))
+            if name == "cuDeviceGetAttribute":
+                arguments[0]._obj.value = 1
+            return 1 if name == self._failing else 0
+
+        return call
+
+    @staticmethod
+    def _plain(argument: Any) -> Any:
+        if isinstance(argument, (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_uint)):
+            return argument.value
+        return argument._obj
+
+    def named(self, name: str) -> list[tuple[Any, ...]]:
+        return [arguments for called, arguments in self.calls if called == name]
+
+
+class TorchStream:
+    cuda_stream = 77
+
+    def __init__(self, _device: Any = None) -> None:
+        self.waited: list[Any] = []
+
+    def synchronize(self) -> None: ...
+
+    def wait_event(self, event: Any) -> None:
+        self.waited.append(event)
+
+
+class TorchEvent:
+    """As torch's: without `enable_timing` it tells no time."""
+
+    def __init__(self, enable_timing: bool = False, blocking: bool = False) -> None:
+        self.timed, self.blocking, self.on = enable_timing, blocking, None
+
+    def record(self, stream: Any) -> None:
+        self.on = stream
+
+    def elapsed_time(self, end: TorchEvent) -> float:
+        if not (self.timed and end.timed):
+            raise RuntimeError("both events should be created with argument 'enable_timing=True'")
+        return 2.0
+
+
+@pytest.fixture
+def backend(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(torch.cuda, "current_stream", TorchStream)
+    monkeypatch.setattr(torch.cuda, "Stream", TorchStream)
+    monkeypatch.setattr(torch.cuda, "Event", TorchEvent)
+
+    def make(library: Library) -> driver.CudaBackend:
+        monkeypatch.setattr(driver.ctypes, "CDLL", lambda name: library)
+        return driver.CudaBackend(torch.device("cuda", 3))
+
+    return make
+
+
+def at(address: int, count: int) -> list[int]:
+    return list((ctypes.c_int64 * count).from_address(address))
+
+
+def test_events_tell_the_time(backend: Any) -> None:
+    made = backend(Library(batched=True))
+    for stream in (made.stream(), made.current()):
+        first, last = stream.record_event(), stream.record_event()
+        assert first.elapsed_time(last) == 2.0
+        assert first.blocking, "who waits must not spin on a core"
+        assert isinstance(first.on, TorchStream)
+        stream.wait_event(last)
+        assert first.on.waited == [last]
+
+
+def test_the_attributes_are_as_the_driver_has_them() -> None:
+    assert ctypes.sizeof(driver._Attributes) == 24
+
+
+@pytest.mark.parametrize("saving", [True, False])
+def test_one_call_for_a_batch(backend: Any, saving: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = Library(batched=True)
+    made = backend(library)
+    seen: list[list[int]] = []
+    whole = library.cuMemcpyBatchAsync
+
+    def read(*arguments: Any) -> int:  # the columns live as long as the call
+        seen.extend(at(argument.value, 2) for argument in arguments[:3])
+        return int(whole(*arguments))
+
+    monkeypatch.setattr(library, "cuMemcpyBatchAsync", read)
+    made.copy(made.stream(), COPIES, saving=saving, pinned=True)
+    target, source = ([7000, 9000], [100, 200]) if saving else ([100, 200], [7000, 9000])
+    assert seen == [target, source, [16, 32]]
+    ((*_, count, attributes, first, attribute_count, failed, stream),) = library.named("cuMemcpyBatchAsync")
+    assert (count, first.value, attribute_count, failed.value, stream) == (2, 0, 1, 0, 77)
+    assert attributes.order == (1 if saving else 3)
+    names = [name for name, _ in library.calls]
+    assert names[-3:] == ["cuCtxPushCurrent_v2", "cuMemcpyBatchAsync", "cuCtxPopCurrent_v2"]
+
+
+def test_an_older_driver_gets_them_one_by_one_and_says_so(
+    backend: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    library = Library(batched=False)
+    with caplog.at_level(logging.WARNING):
+        made = backend(library)
+    made.copy(made.stream(), COPIES, saving=False, pinned=True)
+    made.copy(made.stream(), COPIES, saving=True, pinned=True)
+    assert library.named("cuMemcpyAsync") == [
+        *((100, 7000, 16, 77), (200, 9000, 32, 77)),
+        *((7000, 100, 16, 77), (9000, 200, 32, 77)),
+    ]
+    assert caplog.text.count("older than CUDA 12.8") == 1
+
+
+def test_pageable_memory_is_never_batched(backend: Any) -> None:
+    library = Library(batched=True)
+    made = backend(library)
+    made.copy(made.stream(), COPIES, saving=False, pinned=False)
+    assert len(library.named("cuMemcpyAsync")) == 2
+
+
+def test_an_error_of_the_driver_is_told(backend: Any) -> None:
+    library = Library(batched=True, failing="cuMemcpyBatchAsync")
+    made = backend(library)
+    with pytest.raises(DeviceError, match="cuMemcpyBatchAsync failed: CUDA error 1"):
+        made.copy(made.stream(), COPIES, saving=True, pinned=True)
+    assert library.calls[-1][0] == "cuCtxPopCurrent_v2"
+
+
+def test_memory_that_cannot_be_pinned_is_told_and_what_is_pinned_is_let_go(backend: Any) -> None:
+    library = Library(batched=True)
+    made = backend(library)
+    assert made.register(4096, 8192)
+    assert library.named("cuMemHostRegister_v2") == [(4096, 8192, 0)]
+    made.unregister(4096)
+    assert library.named("cuMemHostUnregister") == [(4096,)]
+    assert not backend(Library(batched=True, failing="cuMemHostRegister_v2")).register(4096, 8192)
+
+
+def test_without_a_driver_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(driver.ctypes, "CDLL", missing)
+    with pytest.raises(OSError, match="libcuda"):
+        driver.CudaBackend(torch.device("cuda", 0))
