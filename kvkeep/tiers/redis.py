@@ -84,7 +84,7 @@ class RedisTier(Tier, Listing):
     """Redis or Valkey behind `nodes`."""
 
     def __init__(self, nodes: Nodes, prefix: str, ttl: float | None, connections: int, limit: int) -> None:
-        """`ttl`: seconds after which the server forgets a value; `connections`: of one batch, per server;
+        """`ttl`: seconds after which the server forgets a value; `connections`: of one batch, per server,
         at most; `limit`: bytes of the longest value."""
         self._nodes, self._pool = nodes, nodes.pool
         self._prefix = prefix.encode() + b":"

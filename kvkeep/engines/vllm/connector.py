@@ -123,9 +123,10 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
 
     def clear_connector_metadata(self) -> None:
         """A step has ended."""
+        meta = self._step()
         super().clear_connector_metadata()
         if self._worker is not None:
-            self._worker.end_step()
+            self._worker.end_step(meta)
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         """All loads that the step's forward reads, before it; and those that requests wait for begin."""

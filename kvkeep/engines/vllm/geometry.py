@@ -119,7 +119,7 @@ def arrange(
 
     Of `replicas` consecutive tensor ranks, which hold the same KV, the first writes the part.
     """
-    session = Session(0)
+    session = Session()
     slot = [0] * len(geometry.block_tokens)
     for rank in sorted(workers):
         pipeline, tensor = rank

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent import futures
 from typing import TYPE_CHECKING, cast
 
-from kvkeep.engines.vllm.metadata import Rank
+from kvkeep.engines.vllm.metadata import Place, Rank
 from kvkeep.errors import KeeperUnavailable
 from kvkeep.transfer import Transfer
 from kvkeep.wire.client import Connection
@@ -26,6 +26,7 @@ class Joined:
 
     def __init__(self, epoch: int, connection: Connection, transfer: Transfer) -> None:
         self.epoch = epoch
+        self.place: Place = (connection.keeper, epoch)
         self.connection = connection
         self.transfer = transfer
         self.device = cast("CudaTransfer", transfer) if transfer.name == "cuda" else None

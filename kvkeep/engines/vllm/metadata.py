@@ -12,18 +12,22 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
-__all__ = ["Copies", "Handshake", "Rank", "Session", "StepMeta", "WorkerMeta"]
+__all__ = ["NOWHERE", "Copies", "Handshake", "Place", "Rank", "Session", "StepMeta", "WorkerMeta"]
 
 Rank = tuple[int, int]
 """(pipeline rank, tensor rank), vLLM's key for a worker."""
+Place = tuple[str, int]
+"""A keeper's identity, and the epoch of a session with it. By the epoch alone a keeper and the one that took
+its socket would be the same, and offsets of one would be read in the other's arena."""
+NOWHERE: Place = ("", -1)
 
 
 @dataclass
 class Handshake(KVConnectorHandshakeMetadata):
     """Worker → scheduler, once, after the KV cache was registered."""
 
-    attached: bool
-    """Whether this worker maps the arena of session 0."""
+    place: Place
+    """The keeper whose arena this worker maps in session 0."""
     layout: list[str]
     """Canonical description of each group's bytes; part of the namespace."""
     block_bytes: list[int]
@@ -38,11 +42,16 @@ class Handshake(KVConnectorHandshakeMetadata):
 class Session:
     """One spell of working with one keeper; a new one begins after the keeper was lost."""
 
-    epoch: int
+    place: Place = NOWHERE
     part_offset: dict[Rank, list[int]] = field(default_factory=dict)
     """Per rank and group: where in a slot the rank's part begins, in bytes."""
     part: dict[Rank, int] = field(default_factory=dict)
     """Per rank: the part that it writes. Ranks that hold the same KV read one part; the first writes."""
+
+    @property
+    def epoch(self) -> int:
+        """How many keepers were lost before."""
+        return self.place[1]
 
 
 @dataclass
@@ -83,6 +92,8 @@ class StepMeta(KVConnectorMetadata):
     saves: Copies | None = None
     session: Session | None = None
     """Present until every worker has joined it."""
+    leave: bool = False
+    """The scheduler side is off: what this step asks for is the last, and claims are to end."""
     unplanned: list[int] = field(default_factory=list)
     """Blocks of promised loads that could not be planned: to be recomputed."""
     reused: npt.NDArray[np.int64] | None = None
@@ -93,9 +104,9 @@ class StepMeta(KVConnectorMetadata):
 
 @dataclass
 class WorkerMeta(KVConnectorWorkerMetadata):
-    """Workers → scheduler: which session each rank has joined (-1: it lost its connection)."""
+    """Workers → scheduler: which session each rank has joined (NOWHERE: it lost its connection)."""
 
-    joined: dict[Rank, int]
+    joined: dict[Rank, Place]
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerMeta:
         """Several ranks' answers of one step."""

@@ -21,6 +21,9 @@ __all__ = ["Tracked"]
 
 log = logging.getLogger("kvkeep.vllm")
 
+_first_seen: dict[tuple[int, str], str] = {}
+"""Digest of each adapter's files, by the engine's number for it and path."""
+
 
 class Tracked:
     """One request that the engine works on. Owned by the scheduler side."""
@@ -33,12 +36,6 @@ class Tracked:
         self._chunk_tokens = chunk_tokens
         self._mm_index = 0
         self.cacheable = True
-        self.plain = not (
-            request.lora_request
-            or request.cache_salt
-            or request.mm_features
-            or request.prompt_embeds is not None
-        )
         self.tenant = tenant_of(request.cache_salt)
         # vLLM passes its trace on where it traces itself (--otlp-traces-endpoint).
         self.trace = (request.trace_headers or {}).get("traceparent", "")[:64]
@@ -53,6 +50,13 @@ class Tracked:
         self.next_save = 0
         """First chunk that has not been offered to the keeper yet."""
         self.forget_claim()
+
+    @property
+    def plain(self) -> bool:
+        """Whether its tokens alone say what its KV is. An update of a streamed prompt may bring media."""
+        request = self.request
+        more = request.lora_request or request.cache_salt or request.mm_features
+        return not more and request.prompt_embeds is None
 
     def forget_claim(self) -> None:
         """No lease is held: nothing was found, it was handed to the workers, or its keeper is gone."""
@@ -100,9 +104,19 @@ class Tracked:
             )
             if chunk == 0 and self.request.lora_request is not None:
                 # An adapter can be replaced under its name and path: its content counts too.
-                extra = (*(extra or ()), _adapter(self.request.lora_request.lora_path))
+                lora = self.request.lora_request
+                extra = (*(extra or ()), _loaded(lora.lora_int_id, lora.lora_path))
             out.append(None if extra is None else encode_extra(extra))
         return out
+
+
+def _loaded(number: int, path: str) -> str:
+    """What the engine computes with under an adapter's number: what was there when it was first used, since
+    the engine does not read a known number's files again. Raises OSError where they have changed since."""
+    now = _adapter(path)
+    if _first_seen.setdefault((number, path), now) != now:
+        raise OSError(f"the files of the adapter in {path} were replaced; load it under another name")
+    return now
 
 
 def _adapter(path: str) -> str:

@@ -11,6 +11,7 @@ import logging
 import time
 import uuid
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from kvkeep.config import EngineConfig
@@ -19,7 +20,7 @@ from kvkeep.engines.vllm.describe import attends_to_all, describe_model, group_w
 from kvkeep.engines.vllm.events import Events, events_wanted
 from kvkeep.engines.vllm.geometry import Geometry, arrange, blocks_written
 from kvkeep.engines.vllm.handover import Arrivals, answer
-from kvkeep.engines.vllm.metadata import Copies, Handshake, Rank, Session, StepMeta, WorkerMeta
+from kvkeep.engines.vllm.metadata import Copies, Handshake, Place, Rank, Session, StepMeta, WorkerMeta
 from kvkeep.engines.vllm.promises import Guard, Promises
 from kvkeep.engines.vllm.reader import Reader, give_back
 from kvkeep.engines.vllm.report import Reporter
@@ -63,7 +64,7 @@ class SchedulerSide:
         self._link: Link | None = None
         self._keeper: Opened | None = None
         self._session: Session | None = None
-        self._joined: dict[Rank, int] = {}
+        self._joined: dict[Rank, Place] = {}
         self._ranks: list[Rank] = []
         self._ready = False
         self._requests: dict[str, Tracked] = {}
@@ -102,7 +103,7 @@ class SchedulerSide:
         self._link = Link(self.config, self._engine_id, identity)
         whole = any(worker.whole_graphs for worker in workers.values())
         self._promises.apart = whole if self.config.load_by == "auto" else self.config.load_by == "request"
-        self._joined = {rank: 0 if workers[rank].attached else -1 for rank in self._ranks}
+        self._joined = {rank: workers[rank].place for rank in self._ranks}
         log.info(
             "kvkeep namespace %s: chunks of %d tokens, %.2f MiB; %d groups, %d ranks; loads by %s",
             self._fingerprint.hex()[:12],
@@ -118,6 +119,8 @@ class SchedulerSide:
         assert self._link is not None
         try:
             self._adopt(self._link.open(0))
+            if not self._all_joined():
+                log.warning("kvkeep: not all workers have found this keeper yet, or theirs is another host's")
         except KeeperUnavailable as error:
             log.warning("kvkeep: %s; the engine runs without it and goes on looking", error)
             self._link.reopen(1)
@@ -192,7 +195,7 @@ class SchedulerSide:
         guard(self._renew, None)
         epoch = self._session.epoch if self._session is not None else -1
         meta = StepMeta(epoch, planned.loads, planned.apart, saves, unplanned=planned.unplanned)
-        meta.scheduled_tokens = output.total_num_scheduled_tokens
+        meta.scheduled_tokens, meta.leave = output.total_num_scheduled_tokens, self._disabled
         if self._fences:
             meta.reused = blocks_written(output, planned.all())
         if not meta.scheduled_tokens:
@@ -205,7 +208,7 @@ class SchedulerSide:
         """Promise nothing more; what has been promised is still planned."""
         self._ready, self._disabled = False, True
         self.stats.data["attached"] = 0
-        if self._keeper is not None:  # the workers close theirs as they leave: then the session's claims end
+        if self._keeper is not None:  # the workers leave with the next step: then the session's claims end
             self._keeper.connection.close()
             self._keeper = None
 
@@ -363,13 +366,13 @@ class SchedulerSide:
     def _adopt(self, opened: Opened) -> None:
         assert self._session is not None
         self._keeper = opened
-        self._session = Session(opened.epoch, self._session.part_offset, self._session.part)
+        self._session = replace(self._session, place=(opened.connection.keeper, opened.epoch))
         self._told = False
         self._set_ready()
 
     def _all_joined(self) -> bool:
         return self._session is not None and all(
-            self._joined.get(rank) == self._session.epoch for rank in self._ranks
+            self._joined.get(rank) == self._session.place for rank in self._ranks
         )
 
     def _set_ready(self) -> None:

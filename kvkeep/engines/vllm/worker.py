@@ -21,7 +21,16 @@ from kvkeep.engines.vllm.apart import Apart
 from kvkeep.engines.vllm.describe import describe_backends, describe_scales, describe_tensors
 from kvkeep.engines.vllm.device import Device, by_blocks, replays_whole_graphs
 from kvkeep.engines.vllm.joined import Joined
-from kvkeep.engines.vllm.metadata import Copies, Handshake, Rank, Session, StepMeta, WorkerMeta
+from kvkeep.engines.vllm.metadata import (
+    NOWHERE,
+    Copies,
+    Handshake,
+    Place,
+    Rank,
+    Session,
+    StepMeta,
+    WorkerMeta,
+)
 from kvkeep.engines.vllm.stats import KVKeepStats
 from kvkeep.errors import DeviceError, KeeperUnavailable, KVKeepError, LayoutError
 from kvkeep.layout import group_layout
@@ -42,6 +51,7 @@ __all__ = ["WorkerSide"]
 log = logging.getLogger("kvkeep.vllm")
 
 _PREFILL_TOKENS = 64  # a step of fewer says little about prefill
+_RETRY_FIRST, _RETRY_MOST = 0.5, 10.0  # seconds between tries to join a session
 _REST = 0.1  # seconds without a step after which the engine is taken to rest
 
 
@@ -60,7 +70,7 @@ class WorkerSide:
         self._handshake: Handshake | None = None
         self._joined: Joined | None = None
         self._next: Joined | None = None
-        self._joining = -1
+        self._joining = NOWHERE
         self._session: Session | None = None
         self._failed_blocks: set[int] = set()
         self._off = False
@@ -81,7 +91,7 @@ class WorkerSide:
         try:
             self._handshake = self._begin(kv_caches)
         except LayoutError as error:
-            self._handshake = Handshake(False, [], [], str(error))
+            self._handshake = Handshake(NOWHERE, [], [], str(error))
             self.leave()
 
     def _begin(self, kv_caches: dict[str, torch.Tensor]) -> Handshake:
@@ -107,7 +117,7 @@ class WorkerSide:
             log.warning("kvkeep: %s; the engine runs without it and goes on looking", error)
         whole = self._device is not None and replays_whole_graphs(self._compilation)
         sizes = [layout.block_bytes for layout in layouts]
-        return Handshake(self._joined is not None, text, sizes, whole_graphs=whole)
+        return Handshake(self._joined.place if self._joined else NOWHERE, text, sizes, whole_graphs=whole)
 
     def handshake(self) -> Handshake | None:
         """What `register` found."""
@@ -150,9 +160,11 @@ class WorkerSide:
         self.stats.add("compute_seconds", max(0.0, time.perf_counter() - self._began - loading))
         return True
 
-    def end_step(self) -> None:
+    def end_step(self, meta: StepMeta | None) -> None:
         """The engine has run a step."""
         self._rests_since = time.monotonic()
+        if meta is not None and meta.leave and not self._off:
+            self.leave()
 
     def _at_work(self) -> bool:
         """Whether the engine runs steps, also to a thread that is none of its own."""
@@ -315,7 +327,7 @@ class WorkerSide:
         lost = self._off or (self._joined is not None and self._joined.closed)
         if not lost and (meta is None or meta.session is None):
             return None
-        return WorkerMeta({self._rank: -1 if lost or self._joined is None else self._joined.epoch})
+        return WorkerMeta({self._rank: NOWHERE if lost or self._joined is None else self._joined.place})
 
     def leave(self) -> None:
         """Take part in no session any more; the scheduler side hears of it with the next report."""
@@ -361,18 +373,29 @@ class WorkerSide:
         if meta.session is None:
             return
         self._session = meta.session
-        if self._next is not None and self._next.epoch == meta.session.epoch:
+        if self._next is not None and self._next.place == meta.session.place:
             if self._joined is not None:
                 self._joined.close()
             self._joined, self._next = self._next, None
-        have = self._joined is not None and self._joined.epoch == meta.session.epoch
-        if not (have or self._off) and self._joining != meta.session.epoch:
-            self._joining = meta.session.epoch
-            threading.Thread(target=self._join_later, args=(meta.session.epoch,), daemon=True).start()
+        have = self._joined is not None and self._joined.place == meta.session.place
+        if not (have or self._off) and self._joining != meta.session.place:
+            self._joining = meta.session.place
+            threading.Thread(target=self._join_later, args=(meta.session.place,), daemon=True).start()
 
-    def _join_later(self, epoch: int) -> None:
-        try:
-            self._next = self._join(epoch)
-        except KVKeepError as error:
-            log.warning("kvkeep: rank %s cannot join session %d: %s", self._rank, epoch, error)
-            self._joining = -1
+    def _join_later(self, place: Place) -> None:
+        """Join a session; try again, less and less often, while it is the scheduler's."""
+        keeper, epoch = place
+        wait = _RETRY_FIRST
+        while self._joining == place and not self._off:
+            try:
+                found = self._join(epoch)
+                if found.place == place:
+                    self._next = found
+                    return
+                found.close()
+                why = f"keeper {found.place[0][:8]} is here, not {keeper[:8]}: one keeper serves one host"
+            except (KVKeepError, OSError) as error:
+                why = str(error)
+            log.warning("kvkeep: rank %s cannot join session %d: %s", self._rank, epoch, why)
+            time.sleep(wait)
+            wait = min(2 * wait, _RETRY_MOST)

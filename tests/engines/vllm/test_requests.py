@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 pytest.importorskip("vllm")
 
+from vllm.lora.request import LoRARequest
 from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request
@@ -84,3 +87,34 @@ def test_the_command_line_makes_the_same_keys(salt: str | None) -> None:
     tracked = Tracked(request, print_, CHUNK)
     assert chain(space, prompt, salt) == tracked.keys(0, 3)
     assert tracked.tenant == tenant_of(salt)
+
+
+def test_media_that_come_with_an_update_count(tmp_path: Path) -> None:
+    """A prompt that is streamed begins as text; vLLM adds what comes later to the same request."""
+    ends = []
+    for name in ("a", "b"):
+        growing = tracked()
+        text = growing.keys(0, 2)
+        growing.request.mm_features = tracked((name, 3 * CHUNK, 20)).request.mm_features
+        ends.append((text, growing.keys(2, COUNT)))
+    assert ends[0][0] == ends[1][0] == b"".join(keys()[:2])
+    assert ends[0][1] != ends[1][1]
+
+
+def test_an_adapter_that_was_replaced_under_a_running_engine(tmp_path: Path) -> None:
+    """vLLM does not read a known number's files again: it computes on with the first ones."""
+    (tmp_path / "adapter_model.bin").write_bytes(b"first")
+
+    def adapted(number: int) -> bytes:
+        lora = LoRARequest("adapter", number, str(tmp_path))
+        request = Request("r", list(TOKENS), SamplingParams(max_tokens=1), None, lora_request=lora)
+        return Tracked(request, fingerprint({"model": "m"}), CHUNK).keys(0, COUNT)
+
+    first = adapted(7)
+    assert first
+    assert adapted(7) == first
+    (tmp_path / "adapter_model.bin").write_bytes(b"second!")
+    assert adapted(7) == b"", "neither kept nor served"
+    second = adapted(8)
+    assert second
+    assert second != first
