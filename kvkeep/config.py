@@ -6,6 +6,7 @@ An option has one name everywhere: `--memory 8GiB` for the CLI, `"memory": "8GiB
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -231,9 +232,16 @@ def default_socket() -> str:
 
 
 def runtime_dir() -> Path:
-    """A directory of this user for sockets."""
+    """A directory of this user for sockets. Raises ConfigError where another user has made it first."""
     base = os.environ.get("XDG_RUNTIME_DIR")
-    return Path(base) / "kvkeep" if base else Path(tempfile.gettempdir()) / f"kvkeep-{os.getuid()}"
+    if base:
+        return Path(base) / "kvkeep"
+    folder = Path(tempfile.gettempdir()) / f"kvkeep-{os.getuid()}"
+    with contextlib.suppress(FileNotFoundError):
+        owner = folder.lstat().st_uid
+        if owner != os.getuid():
+            raise ConfigError(f"{folder} belongs to user {owner}: set XDG_RUNTIME_DIR, or KVKEEP_SOCKET")
+    return folder
 
 
 def _machine_bytes() -> int:

@@ -42,6 +42,8 @@ class Opened:
     connection: Connection
     namespace: int
     epoch: int
+    fingerprint: bytes
+    """Of the namespace."""
 
 
 @dataclass(frozen=True)
@@ -78,22 +80,27 @@ class Link:
         """Connect now. Raises KVKeepError."""
         connection = connect(self._config, self._engine_id, epoch, arena=self._arena)
         try:
-            number = self._open_on(connection)
+            return self._open_on(connection, epoch)
         except KVKeepError:
             connection.close()
             raise
-        return Opened(connection, number, epoch)
 
-    def renew(self, opened: Opened, fingerprint: bytes) -> Opened:
-        """Work in another namespace of the same geometry, now and after a loss. Raises KVKeepError."""
+    def rename(self, fingerprint: bytes) -> None:
+        """Work in another namespace of the same geometry with whatever is opened from here on."""
         self._identity = replace(self._identity, fingerprint=fingerprint)
-        return Opened(opened.connection, self._open_on(opened.connection), opened.epoch)
 
-    def _open_on(self, connection: Connection) -> int:
+    def renew(self, opened: Opened) -> Opened:
+        """The same connection in the namespace that is ours now. Raises KVKeepError."""
+        if opened.fingerprint == self._identity.fingerprint:
+            return opened
+        return self._open_on(opened.connection, opened.epoch)
+
+    def _open_on(self, connection: Connection, epoch: int) -> Opened:
         who = self._identity
-        return connection.open_namespace(
+        number = connection.open_namespace(
             who.fingerprint, who.label, who.groups, who.parts, who.readers, who.chunk_tokens
         )
+        return Opened(connection, number, epoch, who.fingerprint)
 
     def reopen(self, epoch: int) -> None:
         """Begin to look for a keeper in the background; `fresh` will tell."""
@@ -124,7 +131,7 @@ class Link:
         """Whether the search is over: a keeper was found, or it does not want us."""
         try:
             found = self.open(epoch)
-        except KeeperUnavailable:
+        except (KeeperUnavailable, OSError):  # also without descriptors, or memory to map
             return False
         except KVKeepError as error:
             log.warning("the keeper refuses this engine, which goes on without it: %s", error)

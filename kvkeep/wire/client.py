@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import struct
 import time
 from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
@@ -225,6 +226,9 @@ def _greet(sock: socket.socket, path: str, hello: msg.Hello) -> tuple[msg.Reply,
     """Connect and exchange hello and welcome; the arena's descriptor comes with the first bytes."""
     sock.settimeout(_HELLO_TIMEOUT)
     sock.connect(path)
+    _, owner, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    if owner != 0 and os.getuid() not in (owner, 0):  # it would be given prompts' KV, and give us its own
+        raise ProtocolError(f"the keeper at {path} belongs to user {owner}, you are {os.getuid()}")
     with contextlib.suppress(BrokenPipeError):  # refused already: what there is to read says why
         sock.sendall(msg.encode(hello))
     first, fds, _, _ = socket.recv_fds(sock, 4096, 1)

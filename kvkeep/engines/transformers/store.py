@@ -139,7 +139,8 @@ class Store:
             self._state, self._fingerprint = past.state, fingerprint(again)
             keeper = self._attached()
             if keeper is not None:
-                self._keeper = self._link.renew(keeper, self._fingerprint)
+                self._link.rename(self._fingerprint)
+                self._keeper = self._link.renew(keeper)
             else:
                 self._link.stop()
                 self._link = self._make_link()

@@ -123,10 +123,12 @@ def arrange(
     slot = [0] * len(geometry.block_tokens)
     for rank in sorted(workers):
         pipeline, tensor = rank
+        session.part[rank] = len(session.part)
         if tensor % replicas:
+            session.replicas.add(rank)
             session.part_offset[rank] = session.part_offset[(pipeline, tensor - tensor % replicas)]
             continue
-        session.part[rank], session.part_offset[rank] = len(session.part), list(slot)
+        session.part_offset[rank] = list(slot)
         for group, size in enumerate(workers[rank].block_bytes):
             slot[group] += size * geometry.chunk_tokens // geometry.block_tokens[group]
     return session, slot

@@ -46,7 +46,10 @@ class Session:
     part_offset: dict[Rank, list[int]] = field(default_factory=dict)
     """Per rank and group: where in a slot the rank's part begins, in bytes."""
     part: dict[Rank, int] = field(default_factory=dict)
-    """Per rank: the part that it writes. Ranks that hold the same KV read one part; the first writes."""
+    """Per rank: the part that it commits."""
+    replicas: set[Rank] = field(default_factory=set)
+    """Ranks that hold the same KV as one before them, which writes it. They commit too: what one of them
+    computed from a load that failed has reached the others."""
 
     @property
     def epoch(self) -> int:

@@ -295,11 +295,14 @@ class SchedulerSide:
                 self._give_back(tracked)
         if self.events is not None:
             self.events.forget()
-        if self._link is None or self._keeper is None:
+        if self._link is None:
+            return True
+        self._link.rename(self._fingerprint)
+        if self._keeper is None:
             return True
         try:
             self._keeper.connection.clear(self._keeper.namespace)
-            self._keeper = self._link.renew(self._keeper, self._fingerprint)
+            self._keeper = self._link.renew(self._keeper)
         except KVKeepError as error:
             self._lose(error)
             return False
@@ -359,9 +362,13 @@ class SchedulerSide:
                 tracked.forget_claim()
 
     def _renew(self) -> None:
-        opened = self._link.fresh() if self._link is not None else None
-        if opened is not None:
-            self._adopt(opened)
+        if self._link is None or (opened := self._link.fresh()) is None:
+            return
+        try:
+            self._adopt(self._link.renew(opened))  # a reset may have come while it was being looked for
+        except KVKeepError as error:
+            self._keeper = opened
+            self._lose(error)
 
     def _adopt(self, opened: Opened) -> None:
         assert self._session is not None

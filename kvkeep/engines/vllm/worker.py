@@ -274,15 +274,15 @@ class WorkerSide:
         if meta.saves is None or joined is None or joined.epoch != meta.epoch or joined.closed:
             return
         assert self._session is not None
-        part = self._session.part.get(self._rank)
-        if part is None:
-            return  # another rank holds the same KV, and writes it
-        reservations = meta.saves.claims
+        part, reservations = self._session.part[self._rank], meta.saves.claims
 
         def commit() -> None:
             for reservation in reservations:
                 joined.tell(self._rank, lambda link, number=reservation: link.commit(number, part))  # type: ignore[misc]
 
+        if self._rank in self._session.replicas:
+            commit()
+            return
         if joined.device is not None and self._device is not None:
             # Where the engine zeroes blocks, Model Runner V2 does so before it tells us of the step.
             hold = self._kv_config.needs_kv_cache_zeroing
