@@ -249,6 +249,8 @@ class ServerConnection(asyncio.Protocol):
                 f"client speaks protocol {request.version}, this keeper ({__version__}) {msg.VERSION}: "
                 "install the same kvkeep on both sides"
             )
+        if request.session.startswith("~"):
+            raise ProtocolError("sessions whose names begin with ~ are the keeper's own")
         self._cancel_deadline()
         self._session, self._device = request.session, request.device
         self._keeper.attach(request.session)

@@ -58,6 +58,7 @@ DROPPED: dict[str, bytes] = {
     "trailing field": msg.HEADER.pack(len(TRAILING)) + TRAILING,
     "session without a name": frame("Hello", msg.VERSION, "", False),
     "session with a long name": frame("Hello", msg.VERSION, "x" * 257, False),
+    "a session of the keeper's own": frame("Hello", msg.VERSION, "~movers", False),
     "no hello": frame("Status"),
     "no hello but a reservation": OPEN + reserve(),
     "hello twice": HELLO + HELLO,
