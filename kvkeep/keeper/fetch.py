@@ -68,6 +68,7 @@ class Fetch:
         session: str,
         space: Namespace,
         chains: list[Keys],
+        first: int,
         epoch: int,
         tenant: bytes,
     ) -> None:
@@ -76,6 +77,7 @@ class Fetch:
         self.space = space
         self.chains = chains
         """Per group, the keys of chunks first, first+1, …"""
+        self.first = first
         self.epoch = epoch
         self.tenant = tenant
         self.stage = Stage.PROBING
@@ -168,7 +170,7 @@ class Fetches:
     ) -> Fetch:
         """Note what is missing of chunks first, first+1, … of a chain."""
         chains = [group_keys(keys, space.fingerprint, group)[first:] for group in range(len(space.groups))]
-        fetch = Fetch(self._next, session, space, chains, epoch, tenant)
+        fetch = Fetch(self._next, session, space, chains, first, epoch, tenant)
         self._next += 1
         self._open[fetch.ticket] = fetch
         for group, chain in enumerate(chains):
@@ -200,7 +202,8 @@ class Fetches:
             new = self._keeper.chunks.table.find(keys) < 0
             places, keys = places[new], keys[new]
             if len(places):
-                records = self._keeper.place(fetch.space, group, keys, places, fetch.epoch, owner)
+                positions = fetch.first + places
+                records = self._keeper.place(fetch.space, group, keys, positions, fetch.epoch, owner)
                 fits = records >= 0
                 rows.append((places[fits], fetch.source(group)[places[fits]], records[fits]))
         self._wait_for_arriving(fetch, usable)

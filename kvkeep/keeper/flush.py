@@ -18,6 +18,7 @@ from kvkeep.keeper.leases import ClaimKind
 __all__ = ["MOVERS", "Flush", "FlushQueue", "Move", "moves_of"]
 
 _MOST_WAITING = 1 << 20  # 16 MiB of keys: what waits while a tier is away for long
+_PIECE, _MOST_SOUGHT = 512, 1 << 15  # keys looked up at a time, and by one call: some milliseconds
 MOVERS = "~movers"
 """The session that holds the movers' own claims."""
 
@@ -42,7 +43,9 @@ class Flush(NamedTuple):
 class FlushQueue:
     """The queue of one tier: keys of chunks, not their bytes, so that it holds nothing in the arena.
 
-    What is evicted before its turn is lost to the tier, and counted. No I/O: movers take batches.
+    What is evicted before its turn is lost to the tier, and counted. A key may be in it several times, of
+    chunks that were forgotten and saved again: of records, those whose bit in `queued` is set wait. No I/O:
+    movers take batches.
     """
 
     def __init__(self, keeper: Keeper, tier: int, *, through: bool, second_touch: bool) -> None:
@@ -69,15 +72,17 @@ class FlushQueue:
             self.add(records[self._keeper.chunks.state[records] == ChunkState.COMMITTED])
 
     def next(self, most_bytes: int) -> Flush | None:
-        """The next batch, of at least one chunk and at most about `most_bytes`; None if there is none."""
-        chunks, taken, nbytes = self._keeper.chunks, [], 0
-        while self._waiting and nbytes < most_bytes:
-            keys = self._waiting.popleft()
-            self._count -= len(keys)
-            records = chunks.table.find(keys)
-            self.lost += int((records < 0).sum())
-            records = records[records >= 0]
-            records = records[(chunks.state[records] == ChunkState.COMMITTED)]
+        """The next batch, of at least one chunk and at most about `most_bytes`; None if there is none, or
+        none among the _MOST_SOUGHT oldest keys, which are gone from the queue then."""
+        chunks, taken, nbytes, sought = self._keeper.chunks, [], 0, 0
+        while self._waiting and nbytes < most_bytes and sought < _MOST_SOUGHT:
+            keys = self._pop(_PIECE)
+            sought += len(keys)
+            found = chunks.table.find(keys)
+            self.lost += int((found < 0).sum())
+            found = found[found >= 0]
+            found = found[(chunks.queued[found] & self._bit) != 0]
+            records = found[np.sort(np.unique(found, return_index=True)[1])]
             ends = nbytes + np.cumsum(self._keeper.slot_bytes(records))
             count = min(len(records), int(np.searchsorted(ends, most_bytes)) + 1)
             if count < len(records):
@@ -96,11 +101,13 @@ class FlushQueue:
 
     def done(self, flush: Flush, stored: npt.NDArray[np.bool_], again: bool) -> None:
         """A batch has been tried. What was not stored is queued anew if `again`."""
-        chunks = self._keeper.chunks
-        chunks.stored[flush.records[stored]] |= self._bit
+        chunks, written = self._keeper.chunks, flush.records[stored]
+        chunks.stored[written] |= self._bit
+        chunks.queued[written] &= ~self._bit  # where one was used in the meantime
         if self._keeper.journal is not None:
-            self._keeper.journal.note(flush.records[stored])
+            self._keeper.journal.note(written)
         missing = flush.records[~stored & (chunks.state[flush.records] == ChunkState.COMMITTED)]
+        missing = missing[(chunks.queued[missing] & self._bit) == 0]
         if again and len(missing):
             chunks.queued[missing] |= self._bit
             self._waiting.appendleft(chunks.table.keys_of(missing))
@@ -128,13 +135,23 @@ class FlushQueue:
         new = records[((chunks.stored[records] | chunks.queued[records]) & self._bit) == 0]
         if len(new):
             chunks.queued[new] |= self._bit
-            self._waiting.append(chunks.table.keys_of(new))
+            keys = chunks.table.keys_of(new)
             self._count += len(new)
-        while len(self._waiting) > 1 and self._count > _MOST_WAITING:
-            given_up = chunks.table.find(self._waiting.popleft())
-            self._count -= len(given_up)
+            if self._waiting and len(self._waiting[-1]) + len(new) <= _PIECE:  # decode commits one by one
+                keys = np.concatenate((self._waiting.pop(), keys))
+            self._waiting.append(keys)
+        while self._count > _MOST_WAITING:
+            given_up = chunks.table.find(self._pop(self._count - _MOST_WAITING))
             self.lost += len(given_up)
             chunks.queued[given_up[given_up >= 0]] &= ~self._bit
+
+    def _pop(self, most: int) -> Keys:
+        """Take up to so many of the oldest keys out of the queue; they come in pieces, so perhaps fewer."""
+        keys = self._waiting.popleft()
+        if len(keys) > most:
+            self._waiting.appendleft(keys[most:])
+        self._count -= min(len(keys), most)
+        return keys[:most]
 
 
 def moves_of(keeper: Keeper, records: Records) -> list[Move]:

@@ -34,6 +34,8 @@ _HELLO_DEADLINE = 5.0
 _DEVICE_REST = 5.0  # seconds; copies that a killed engine had submitted end within milliseconds
 _MAX_NAMESPACES = 65536
 _MAX_BACKLOG = 256 << 20  # bytes of unread answers at which a client is taken for dead
+# What others may have to wait for: in chunks of all groups together, and in items of a Reserve times groups.
+_MAX_CHUNKS, _MAX_ROWS = 1 << 20, 1 << 14
 
 
 class ServerConnection(asyncio.Protocol):
@@ -155,6 +157,7 @@ class ServerConnection(asyncio.Protocol):
         began = time.perf_counter()
         space, keys, movers = self._space(request.namespace), _keys(request.keys), self._server.movers
         tenant = _tenant(request.tenant)
+        _check_size(len(keys) // 16 * len(space.groups))
         found = self._keeper.lookup(session, space, keys, request.first)
         ticket, landed = 0, Counter[int]()
         if movers is not None:
@@ -189,6 +192,8 @@ class ServerConnection(asyncio.Protocol):
     def _reserve(self, session: str, request: msg.Reserve) -> msg.Reserved:
         space = self._space(request.namespace)
         out: list[tuple[int, list[bytes]]] = []
+        chunks = sum(len(item.keys) for item in request.items) // 16
+        _check_size(chunks * len(space.groups), len(request.items) * len(space.groups))
         for item in request.items:
             count = len(_keys(item.keys)) // 16
             if len(item.wanted) != len(space.groups) or any(len(row) != count for row in item.wanted):
@@ -249,6 +254,8 @@ class ServerConnection(asyncio.Protocol):
                 f"client speaks protocol {request.version}, this keeper ({__version__}) {msg.VERSION}: "
                 "install the same kvkeep on both sides"
             )
+        if request.session.startswith("~"):
+            raise ProtocolError("sessions whose names begin with ~ are the keeper's own")
         self._cancel_deadline()
         self._session, self._device = request.session, request.device
         self._keeper.attach(request.session)
@@ -305,6 +312,13 @@ def _keys(blob: bytes) -> bytes:
     if len(blob) % 16:
         raise ProtocolError("keys are 16 bytes each")
     return blob
+
+
+def _check_size(chunks: int, rows: int = 0) -> None:
+    if chunks > _MAX_CHUNKS or rows > _MAX_ROWS:
+        raise RequestRefused(
+            f"{chunks} chunks of all groups in {rows} rows: a request may name {_MAX_CHUNKS} in {_MAX_ROWS}"
+        )
 
 
 def _tenant(name: bytes) -> bytes:

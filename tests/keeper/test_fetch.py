@@ -214,6 +214,17 @@ def test_a_session_that_ends_in_the_middle_leaves_nothing_behind() -> None:
     assert not bench.keeper.chunks.leases.any()
 
 
+def test_what_is_fetched_behind_what_the_engine_has_goes_before_it() -> None:
+    """A chain's tail goes first: its place counts from the prompt's beginning, not from what was missing."""
+    bench = Bench(FULL)
+    fetch, held = bench.begin(0, 10, first=4)
+    Below(bench.space, 0, 10, everything(FULL, 10)).determine(fetch)
+    bench.land(*bench.plan(fetch, held))
+    records = bench.keeper.chunks.table.find(group_keys(chain_keys(0, 10), bench.space.fingerprint, 0))
+    assert (records[:4] < 0).all()
+    assert bench.keeper.chunks.position[records[4:]].tolist() == list(range(4, 10))
+
+
 def test_a_prompt_larger_than_memory_gets_its_head() -> None:
     bench = Bench(FULL)
     slots = SLABS * SLOTS

@@ -58,6 +58,7 @@ DROPPED: dict[str, bytes] = {
     "trailing field": msg.HEADER.pack(len(TRAILING)) + TRAILING,
     "session without a name": frame("Hello", msg.VERSION, "", False),
     "session with a long name": frame("Hello", msg.VERSION, "x" * 257, False),
+    "a session of the keeper's own": frame("Hello", msg.VERSION, "~movers", False),
     "no hello": frame("Status"),
     "no hello but a reservation": OPEN + reserve(),
     "hello twice": HELLO + HELLO,
@@ -102,6 +103,9 @@ REFUSED: dict[str, bytes] = {
     "a chunk that fits no slab": frame("OpenNamespace", b"y" * 32, "l", [[2**40, None]], 1, 1),
     "another geometry": frame("OpenNamespace", FINGERPRINT, "l", [[4096, None]], 1, 1),
     "a chunk named twice": reserve(KEYS[:16] * 2),
+    "a lookup of too much": frame("Lookup", 0, bytes(16 * (1 << 19) + 16), 0),
+    "a reservation of too much": reserve(random.Random(5).randbytes(16 * (1 << 19) + 16)),
+    "too many items": frame("Reserve", 0, [[b"", [b"", b""], 0, 1]] * ((1 << 13) + 1)),
     "an item after a good one": frame(
         "Reserve", 0, [[KEYS, [b"\1\1"] * 2, 0, 1], [KEYS[:16] * 2, [b"\1\1"] * 2, 0, 1]]
     ),
