@@ -161,14 +161,14 @@ def test_a_single_failure_is_tried_again(broken: Broken) -> None:
 
 def test_the_breaker_opens_stays_open_and_closes_by_a_probe(broken: Broken, caplog) -> None:
     guard, clock = guarded(broken)
-    broken.failures = 6
+    broken.failures = 7
     with pytest.raises(TierUnavailable), caplog.at_level(logging.WARNING):
         guard.put(keys_of(1), buffers_of([PAGE]))
     assert not guard.available
-    assert broken.calls == 3
+    assert broken.calls == 4  # a read has told that it was not the puts alone
     with pytest.raises(TierUnavailable, match="switched off: down"):
         guard.contains(keys_of(1))
-    assert broken.calls == 3
+    assert broken.calls == 4
     assert len(caplog.records) == 1
     waits = []
     while not guard.available:
@@ -180,6 +180,46 @@ def test_the_breaker_opens_stays_open_and_closes_by_a_probe(broken: Broken, capl
     assert waits == pytest.approx([1, 2, 4, 8])
     assert guard.contains(keys_of(1)) == [False]
     assert len(caplog.records) == 1  # one warning, however long it took
+
+
+class ReadOnly(Wrapper):
+    """Answers, and refuses puts while it is told to."""
+
+    refuses = True
+    tries = 0
+
+    def put(self, keys, buffers):
+        self.tries += 1
+        if self.refuses:
+            raise TierUnavailable("read-only")
+        return super().put(keys, buffers)
+
+
+def test_where_only_puts_fail_reads_go_on(caplog) -> None:
+    store = ReadOnly(MemoryTier({}))
+    guard, clock = guarded(store)
+    (key,), sent = keys_of(1), buffers_of([PAGE])
+    waits = []
+    with caplog.at_level(logging.WARNING):
+        while len(waits) < 7:
+            began = clock.now
+            while not (guard.writable or guard.put_due):
+                clock.sleep(0.25)
+                assert guard.contains([key]) == [False]
+                with pytest.raises(TierUnavailable, match="switched off: read-only"):
+                    guard.put([key], sent)
+            waits.append(clock.now - began)
+            with pytest.raises(TierUnavailable, match=r"^read-only"):
+                guard.put([key], sent)
+            assert guard.available
+            assert not guard.writable
+    assert waits == [0, 1, 2, 4, 8, 16, 30]
+    assert store.tries == 3 + 6
+    assert len(caplog.records) == 1
+    store.refuses = False
+    clock.sleep(30)
+    assert guard.put([key], sent) == [Put.STORED]
+    assert guard.writable
 
 
 def test_a_slow_failure_of_a_read_is_not_tried_again(broken: Broken) -> None:
