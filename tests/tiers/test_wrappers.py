@@ -270,6 +270,18 @@ def test_what_is_damaged_is_counted_and_deleted_also_where_deleting_fails() -> N
     assert (meter.counters.hits, meter.counters.damaged, meter.counters.got_bytes) == (1, 1, PAGE)
 
 
+def test_faults_may_fall_on_some_verbs_only() -> None:
+    tier = Faulty(MemoryTier({}), Faults.of(TierURL("faulty+a://b?fault_errors=1&fault_verbs=get,delete")))
+    keys, sent = keys_of(1), buffers_of([PAGE], 1)
+    assert tier.put(keys, sent) == [Put.STORED]
+    assert tier.contains(keys) == [True]
+    for verb in (lambda: tier.get(keys, sent), lambda: tier.delete(keys)):
+        with pytest.raises(TierUnavailable):
+            verb()
+    with pytest.raises(ConfigError, match="fault_verbs='fetch': write some of contains, delete, get, put"):
+        Faults.of(TierURL("faulty+a://b?fault_verbs=fetch"))
+
+
 def test_faults_are_as_ordered() -> None:
     tier = Faulty(Sealed(MemoryTier({})), Faults(flip_rate=1.0))
     outer = Sealed(tier)
