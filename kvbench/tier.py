@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--count", type=int, default=128, help="values in a batch (default: 128)")
     parser.add_argument("--rounds", type=int, default=7, help="rounds (default: 7)")
     parser.add_argument("--depth", type=int, default=8, help="values under way at a time (default: 8)")
+    parser.add_argument("--no-raw", action="store_true", help="the tier alone: the medium takes no turns")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 
 
@@ -108,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         if opened.tier.capabilities.readonly:
             raise ConfigError(f"{opened.url} cannot be written to: python -m benchmarks.peers measures peers")
-        make = RAW.get(url.scheme.removeprefix("faulty+"))
+        make = None if args.no_raw else RAW.get(url.scheme.removeprefix("faulty+"))
         bed = Bed(shape)
         opened.tier.attach(bed.memory)
         shape = replace(shape, sources=bed.sources, targets=bed.targets)
@@ -197,7 +198,7 @@ def _figures(nbytes: int, ours: Samples, theirs: Samples | None, cpu: Samples) -
 def _as_table(result: dict[str, Any]) -> Table:
     title = f"{result['url']}, {result['count']} values of {result['chunk_bytes'] / 2**20:g} MiB, "
     title += f"{result['depth']} at a time, {result['rounds']} rounds"
-    caption = f"GB/s by the median (best); raw is {result['raw'] or 'not measured for this kind'}"
+    caption = f"GB/s by the median (best); raw is {result['raw'] or 'not measured'}"
     table = Table(title=title, caption=caption)
     for heading in ("", "tier", "raw", "of raw", "CPU s per GB"):
         table.add_column(heading, justify="right" if heading else "left")
