@@ -49,7 +49,7 @@ class _Breaker:
         """Note a failure; whether this one has opened it."""
         with self._lock:
             self._failures += 1
-            if self._failures < enough:
+            if self._failures < enough and self._retry_at is None:
                 return False
             first = self._retry_at is None
             self._open_for = _OPEN_FIRST if first else min(2 * self._open_for, _OPEN_MOST)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -322,6 +323,36 @@ def test_urls_that_cannot_be_are_clear_errors(url: str, message: str) -> None:
 
     with pytest.raises(ConfigError, match=message):
         open_tier(url)
+
+
+def test_a_kind_of_a_third_party_is_found_by_its_entry_point(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvkeep.tiers.open import open_tier
+
+    info = tmp_path / "theirs-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
+    points = "theirs = kvkeep_theirs:open_theirs\nbroken = kvkeep_theirs:no_such_name\n"
+    (info / "entry_points.txt").write_text(f"[kvkeep.tiers]\n{points}")
+    (tmp_path / "kvkeep_theirs.py").write_text(
+        "from tests.tiers.test_wrappers import MemoryTier\n"
+        "def open_theirs(url):\n"
+        "    return MemoryTier({}, url.take_bytes('capacity', None))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    tier = open_tier("theirs://x?capacity=1MiB&write=second-touch").tier
+    (key,), sent, back = keys_of(1), buffers_of([PAGE], 1), buffers_of([PAGE])
+    assert tier.put([key], sent) == [Put.STORED]
+    assert tier.get([key], back) == [Got.HIT]
+    assert back == sent
+    assert tier.usage() == Usage(PAGE, 1 << 20, 1)
+    with pytest.raises(ConfigError, match="unknown option 'size'"):
+        open_tier("theirs://x?size=1MiB")
+    with pytest.raises(ConfigError, match="broken://, which is kvkeep_theirs:no_such_name, cannot be loaded"):
+        open_tier("broken://x")
+    with pytest.raises(ConfigError, match=r"no tier of kind 'nothing': known are broken, .*s3, theirs"):
+        open_tier("nothing://x")
 
 
 def test_url_options_are_taken_or_named() -> None:
