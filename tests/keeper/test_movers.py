@@ -44,7 +44,7 @@ class Host:
     def __init__(self, *tiers: Opened, memory: int = SMALL) -> None:
         self.keeper = Keeper(memory, "lru", SEAL_BYTES)
         self.keeper.attach("s")
-        self.memory = mmap.mmap(-1, self.keeper.arena.nbytes)
+        self.memory = memoryview(mmap.mmap(-1, self.keeper.arena.nbytes))
         self.calls: queue.Queue[Callable[[], None]] = queue.Queue()
         self.movers = Movers(self.keeper, tiers, self.memory, self.calls.put)
         self.space = opened(self.keeper, "one", [GroupSpec(PAYLOAD, None)])

@@ -205,10 +205,10 @@ def test_where_only_puts_fail_reads_go_on(caplog) -> None:
         while len(waits) < 7:
             began = clock.now
             while not (guard.writable or guard.put_due):
-                clock.sleep(0.25)
                 assert guard.contains([key]) == [False]
                 with pytest.raises(TierUnavailable, match="switched off: read-only"):
                     guard.put([key], sent)
+                clock.sleep(0.25)
             waits.append(clock.now - began)
             with pytest.raises(TierUnavailable, match=r"^read-only"):
                 guard.put([key], sent)
