@@ -126,7 +126,7 @@ def summary(rows: list[tuple[float, float]], compute: float, deadline: float | N
     """Of one keeper and kind; `deadline` None: it loads, or has nothing to wait for."""
     took, waited = ([row[at] for row in rows] for at in (0, 1))
     out = {"median_s": statistics.median(took), "over_compute": statistics.median(took) / compute}
-    out |= {"quartiles_s": statistics.quantiles(took), "most_s": max(took), "waited_most_s": max(waited)}
+    out |= {"all_s": took, "most_s": max(took), "waited_most_s": max(waited)}
     if deadline is not None:
         beyond = compute + deadline
         out |= {"deadline_s": deadline, "waited_excess_most_s": max(waited) - deadline}
