@@ -28,6 +28,7 @@ from kvbench.memory import arena
 from kvbench.raw import RAW, Raw, Shape
 from kvkeep.config import parse_bytes
 from kvkeep.errors import ConfigError, KVKeepError
+from kvkeep.pages import huge_size
 from kvkeep.tiers.base import KEY_BYTES, Buffer, Got, Key, Put, Tier
 from kvkeep.tiers.open import open_tier
 from kvkeep.tiers.seal import SEAL_BYTES
@@ -46,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--count", type=int, default=128, help="values in a batch (default: 128)")
     parser.add_argument("--rounds", type=int, default=7, help="rounds (default: 7)")
     parser.add_argument("--depth", type=int, default=8, help="values under way at a time (default: 8)")
+    parser.add_argument("--no-raw", action="store_true", help="the tier alone: the medium takes no turns")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 
 
@@ -57,25 +59,28 @@ class Samples(NamedTuple):
 
 
 class Bed:
-    """Memory and keys of the rounds."""
+    """Memory and keys of the rounds. Like a keeper's, it is one mapping, which a tier can `attach`."""
 
     def __init__(self, shape: Shape) -> None:
         self.shape, self.nbytes = shape, shape.chunk_bytes * shape.count
         self.sources, self.targets = self._pieces(), self._pieces()
-        self.sent, self.back = self._chunks(self.sources), self._chunks(self.targets)
+        huge = huge_size() or mmap.PAGESIZE
+        each = -(-shape.count // shape.depth) * shape.chunk_bytes + 4 * mmap.PAGESIZE
+        each = -(-each // huge) * huge
+        self.memory = arena(each, self.sources + self.targets)
+        half = each * shape.depth
+        self.sent, self.back = (self._chunks(self.memory[at : at + half], each) for at in (0, half))
         for chunk in self.sent:
             chunk[:] = os.urandom(len(chunk))
 
     def _pieces(self) -> tuple[int, ...]:
         return tuple(os.memfd_create("kvkeep-bench") for _ in range(self.shape.depth))
 
-    def _chunks(self, fds: tuple[int, ...]) -> list[Buffer]:
-        """Chunks that lie in the pieces in turn."""
+    def _chunks(self, memory: Buffer, each: int) -> list[Buffer]:
+        """Chunks that lie in the pieces, of `each` bytes, in turn."""
         size = self.shape.chunk_bytes
-        each = -(-self.shape.count // self.shape.depth) * size + 4 * mmap.PAGESIZE
-        views = [arena(each, fd) for fd in fds]
-        places = [divmod(number, len(views)) for number in range(self.shape.count)]
-        return [views[piece][at * size : (at + 1) * size] for at, piece in places]
+        places = [divmod(number, self.shape.depth) for number in range(self.shape.count)]
+        return [memory[(at := piece * each + turn * size) : at + size] for turn, piece in places]
 
     def keys(self) -> list[Key]:
         """New ones."""
@@ -104,8 +109,9 @@ def run(args: argparse.Namespace) -> int:
     try:
         if opened.tier.capabilities.readonly:
             raise ConfigError(f"{opened.url} cannot be written to: python -m benchmarks.peers measures peers")
-        make = RAW.get(url.scheme.removeprefix("faulty+"))
+        make = None if args.no_raw else RAW.get(url.scheme.removeprefix("faulty+"))
         bed = Bed(shape)
+        opened.tier.attach(bed.memory)
         shape = replace(shape, sources=bed.sources, targets=bed.targets)
         raw = make(url, innermost(opened.tier), shape) if make else None
         figures = _measure(opened.tier, raw, bed, args.rounds)
@@ -192,7 +198,7 @@ def _figures(nbytes: int, ours: Samples, theirs: Samples | None, cpu: Samples) -
 def _as_table(result: dict[str, Any]) -> Table:
     title = f"{result['url']}, {result['count']} values of {result['chunk_bytes'] / 2**20:g} MiB, "
     title += f"{result['depth']} at a time, {result['rounds']} rounds"
-    caption = f"GB/s by the median (best); raw is {result['raw'] or 'not measured for this kind'}"
+    caption = f"GB/s by the median (best); raw is {result['raw'] or 'not measured'}"
     table = Table(title=title, caption=caption)
     for heading in ("", "tier", "raw", "of raw", "CPU s per GB"):
         table.add_column(heading, justify="right" if heading else "left")

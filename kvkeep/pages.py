@@ -29,6 +29,7 @@ __all__ = [
     "await_allocation",
     "create",
     "huge_size",
+    "map_over",
     "map_shared",
     "populate",
     "prepare",
@@ -88,7 +89,7 @@ def map_shared(fd: int, nbytes: int) -> memoryview:
     end = begin + nbytes + align
     start = -(-begin // align) * align
     try:
-        _map(start, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | _MAP_FIXED, fd)
+        map_over(start, fd, nbytes)
     except OSError:
         _libc.munmap(begin, end - begin)
         raise
@@ -99,6 +100,11 @@ def map_shared(fd: int, nbytes: int) -> memoryview:
     owner = (ctypes.c_ubyte * nbytes).from_address(start)
     weakref.finalize(owner, _libc.munmap, start, nbytes).atexit = False  # threads may still use it then
     return memoryview(owner).cast("B")
+
+
+def map_over(place: int, fd: int, nbytes: int) -> None:
+    """Map a memfd over what the caller has mapped from address `place` on. Raises OSError."""
+    _map(place, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | _MAP_FIXED, fd)
 
 
 def _map(address: int | None, nbytes: int, protection: int, flags: int, fd: int) -> int:

@@ -69,7 +69,7 @@ class Bench:
         self.rows: list[Row] = []
         self.wrong = 0
         self.fd = os.memfd_create("gpu-check", os.MFD_CLOEXEC)
-        self.memory = arena(2 * nbytes, self.fd)
+        self.memory = arena(2 * nbytes, [self.fd])
         self.backend = self._backend()
         self.generator = torch.Generator(self.device).manual_seed(1)
 

@@ -4,21 +4,26 @@
 
 Each turn runs `kvkeep bench tier` and, in LMCache's environment (setup.sh makes it), `lmcache bench l2`, for
 each store, now one first and now the other. Both verify every byte. Each gives the median of its rounds; the
-table has the median over the turns. LMCache's keys are the same in each of its runs, and it does not write
-what is there, so what it left is removed before each of its turns. What differs: ours seals and checks each
-value (xxh3), LMCache's does not; LMCache's clock covers its submit and the wait for it, ours the batch verb.
+table has the median over the turns. Both begin in an empty directory, and in an emptied Valkey that has given
+its memory back; ours runs without the raw medium's turns. What differs: ours seals and checks each value
+(xxh3), LMCache's does not; LMCache's clock covers its submit and the wait for it, ours the batch verb.
+
+CPU is that of either whole program, to put and get: what more rounds take than one round took. Making and
+comparing the values is in it, and the server's work is not.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -31,8 +36,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import stores
 
 HERE = Path(__file__).parent
-Figures = tuple[float, float]
-"""GB/s of put and of get."""
+
+
+class Figures(NamedTuple):
+    """GB/s of put and of get, and seconds of CPU."""
+
+    put: float
+    get: float
+    cpu: float
 
 
 class Entry(NamedTuple):
@@ -40,7 +51,8 @@ class Entry(NamedTuple):
 
     store: str
     name: str
-    measure: Callable[[], Figures]
+    run: Callable[[int], Figures]
+    """With so many rounds."""
 
 
 def main() -> int:
@@ -52,6 +64,8 @@ def main() -> int:
     parser.add_argument("--chunk-kib", type=int, default=2048)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    if args.rounds < 2:
+        parser.error("--rounds must be 2 or more")
     program = HERE / ".venv" / "bin" / "lmcache"
     if not program.exists():
         parser.error(f"run {HERE.name}/setup.sh first")
@@ -68,68 +82,83 @@ def _measure(folder: Path, program: Path, args: argparse.Namespace) -> dict[str,
     with stores.fs(folder) as fs, stores.redis(folder) as redis:
         port = int(redis.rpartition(":")[2].partition("/")[0])
 
-        def on_disk(kind: str) -> Figures:
+        def on_disk(kind: str, rounds: int) -> Figures:
             shutil.rmtree(folder / "theirs", ignore_errors=True)
             (folder / "theirs").mkdir()
             adapter = {"type": kind, "base_path": str(folder / "theirs"), "use_odirect": True}
-            return _theirs(program, adapter, args)
+            return _theirs(program, adapter, args, rounds)
 
-        def on_valkey() -> Figures:
-            with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
-                connection.sendall(b"FLUSHALL\r\n")
-                assert connection.recv(16) == b"+OK\r\n"
-            return _theirs(program, {"type": "resp", "host": "127.0.0.1", "port": port}, args)
+        def emptied(run: Callable[[int], Figures], rounds: int) -> Figures:
+            with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+                for command in (b"FLUSHALL SYNC\r\n", b"MEMORY PURGE\r\n"):
+                    connection.sendall(command)
+                    assert connection.recv(16) == b"+OK\r\n"
+            return run(rounds)
 
+        resp = {"type": "resp", "host": "127.0.0.1", "port": port}
         entries = [
-            Entry("disk", "kvkeep fs", lambda: _ours(fs, args)),
-            Entry("disk", "LMCache fs", lambda: on_disk("fs")),
-            Entry("disk", "LMCache fs_native", lambda: on_disk("fs_native")),
-            Entry("Valkey", "kvkeep redis", lambda: _ours(redis, args)),
-            Entry("Valkey", "LMCache resp", on_valkey),
+            Entry("disk", "kvkeep fs", lambda rounds: _ours(fs, args, rounds)),
+            Entry("disk", "LMCache fs", partial(on_disk, "fs")),
+            Entry("disk", "LMCache fs_native", partial(on_disk, "fs_native")),
+            Entry("Valkey", "kvkeep redis", partial(emptied, lambda rounds: _ours(redis, args, rounds))),
+            Entry(
+                "Valkey",
+                "LMCache resp",
+                partial(emptied, lambda rounds: _theirs(program, resp, args, rounds)),
+            ),
         ]
+        one = {entry.name: entry.run(1).cpu for entry in entries}
+        more = (args.rounds - 1) * args.count * args.chunk_kib * 1024 / 1e9  # GB
         for turn in range(args.turns):
             for entry in entries[:: -1 if turn % 2 else 1]:
-                figures = entry.measure()
+                took = entry.run(args.rounds)
+                figures = took._replace(cpu=(took.cpu - one[entry.name]) / more)
                 samples.setdefault(f"{entry.store}: {entry.name}", []).append(figures)
-                print(f"turn {turn + 1}: {entry.name} put {figures[0]:.2f} get {figures[1]:.2f}", flush=True)
+                shown = "put {:.2f} get {:.2f} GB/s, CPU {:.2f} s a GB".format(*figures)
+                print(f"turn {turn + 1}: {entry.name} {shown}", flush=True)
     return samples
 
 
-def _ours(url: str, args: argparse.Namespace) -> Figures:
-    shape = [f"--chunk-bytes={args.chunk_kib}KiB", f"--count={args.count}", f"--rounds={args.rounds}"]
-    result = _run([sys.executable, "-m", "kvkeep.cli", "bench", "tier", url, *shape, "--json"])
-    return result["put_GBps"], result["get_GBps"]
+def _ours(url: str, args: argparse.Namespace, rounds: int) -> Figures:
+    shape = [f"--chunk-bytes={args.chunk_kib}KiB", f"--count={args.count}", f"--rounds={rounds}", "--no-raw"]
+    result, cpu = _run([sys.executable, "-m", "kvkeep.cli", "bench", "tier", url, *shape, "--json"])
+    return Figures(result["put_GBps"], result["get_GBps"], cpu)
 
 
-def _theirs(program: Path, adapter: dict[str, object], args: argparse.Namespace) -> Figures:
-    shape = [f"--num-keys={args.count}", f"--data-size-kb={args.chunk_kib}", f"--rounds={args.rounds}"]
+def _theirs(program: Path, adapter: dict[str, object], args: argparse.Namespace, rounds: int) -> Figures:
+    shape = [f"--num-keys={args.count}", f"--data-size-kb={args.chunk_kib}", f"--rounds={rounds}"]
     options = ["--no-skip-verify", "--l1-align-bytes=4096", "--format=json", "--l2-adapter"]
-    result = _run([str(program), "bench", "l2", *shape, *options, json.dumps(adapter)])
+    result, cpu = _run([str(program), "bench", "l2", *shape, *options, json.dumps(adapter)])
     by_name = {part["operation"]: part for part in result["metrics"].values() if "operation" in part}
     nbytes = args.count * args.chunk_kib * 1024
     put, get = (nbytes / by_name[verb]["duration_p50_ms"] / 1e6 for verb in ("Store", "Load"))
     for verb in ("Store", "Load"):
         if by_name[verb]["total_success"] != by_name[verb]["total_keys"]:
             raise SystemExit(f"LMCache's {verb} lost keys: {by_name[verb]}")
-    return put, get
+    return Figures(put, get, cpu)
 
 
-def _run(command: list[str]) -> dict:
+def _run(command: list[str]) -> tuple[dict, float]:
+    """What it prints, and its seconds of CPU."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     if done.returncode:
         raise SystemExit(f"{' '.join(command[:4])} failed:\n{done.stderr[-2000:]}\n{done.stdout[-2000:]}")
     begin = done.stdout.index("{\n" if "l2" in command else "{")
-    return json.JSONDecoder().raw_decode(done.stdout, begin)[0]
+    return json.JSONDecoder().raw_decode(done.stdout, begin)[0], cpu
 
 
 def _show(samples: dict[str, list[Figures]], args: argparse.Namespace) -> None:
-    title = f"{args.count} values of {args.chunk_kib} KiB, GB/s, median (best) of {args.turns} turns"
+    title = f"{args.count} values of {args.chunk_kib} KiB, median (best) of {args.turns} turns"
     table = Table(title=title)
-    for heading in ("", "put", "get"):
+    for heading in ("", "put GB/s", "get GB/s", "CPU s a GB"):
         table.add_column(heading, justify="right" if heading else "left")
     for name, figures in samples.items():
-        columns = list(zip(*figures, strict=True))
-        table.add_row(name, *(f"{median(column):.2f} ({max(column):.2f})" for column in columns))
+        *speeds, cpu = zip(*figures, strict=True)
+        columns = [f"{median(column):.2f} ({max(column):.2f})" for column in speeds]
+        table.add_row(name, *columns, f"{median(cpu):.2f} ({min(cpu):.2f})")
     Console().print(table)
 
 

@@ -110,7 +110,7 @@ def _tiers(tiers: list[dict[str, Any]]) -> Table:
         rate = tier["read_GBps"]
         table.add_row(
             tier["url"],
-            "on" if tier["available"] else f"off: {tier['last_error']}",
+            _state(tier),
             f"{tier['hits']} of {tier['hits'] + tier['misses'] + tier['damaged']}",
             _size(tier["got_bytes"]) + (f" at {rate:.2f} GB/s" if rate else ""),
             _size(tier["put_bytes"]),
@@ -120,6 +120,12 @@ def _tiers(tiers: list[dict[str, Any]]) -> Table:
             str(tier["errors"]),
         )
     return table
+
+
+def _state(tier: dict[str, Any]) -> str:
+    if tier["writable"]:
+        return "on"
+    return f"{'read only' if tier['available'] else 'off'}: {tier['last_error']}"
 
 
 def _ratio(counters: dict[str, int]) -> str:

@@ -230,7 +230,7 @@ class Movers:
     def kick(self) -> None:
         """Begin to write what waits, where a tier is idle."""
         for tier, opened in enumerate(self.tiers):
-            if not self._writing[tier] and opened.guard.available:
+            if not self._writing[tier] and (opened.guard.writable or opened.guard.put_due):
                 flush = self._queues[tier].next(_FLUSH_BYTES)
                 if flush is not None:
                     self._writing[tier] = len(flush.moves)
@@ -238,10 +238,9 @@ class Movers:
 
     def write(self, tier: int, records: Records) -> None:
         """Write readable chunks to a tier, behind what waits for it. Raises RequestRefused."""
-        if not self.tiers[tier].guard.available:
-            raise RequestRefused(
-                f"{self.tiers[tier].url} is switched off: {self.tiers[tier].guard.last_error}"
-            )
+        guard = self.tiers[tier].guard
+        if not guard.writable:
+            raise RequestRefused(f"{self.tiers[tier].url} takes no values: {guard.last_error}")
         self._queues[tier].add(records)
         self.kick()
 
@@ -266,7 +265,7 @@ class Movers:
         return sum(
             len(waiting) + writing
             for waiting, writing, opened in zip(self._queues, self._writing, self.tiers, strict=True)
-            if opened.guard.available
+            if opened.guard.writable
         )
 
     def _write(self, tier: int, flush: Flush) -> None:
@@ -316,6 +315,7 @@ class Movers:
             {
                 "url": opened.url,
                 "available": opened.guard.available,
+                "writable": opened.guard.writable,
                 "last_error": opened.guard.last_error,
                 "write": opened.write.value,
                 "live": opened.tier.capabilities.live,

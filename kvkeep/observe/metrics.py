@@ -71,6 +71,7 @@ _TIER_FIGURES = {
 }
 _TIER_GAUGES = {
     "up": "1 while a tier is in use, 0 while it is switched off after failures.",
+    "writable": "1 while values are written to a tier, 0 while that is switched off after failures.",
     "queue_chunks": "Chunks that wait to be written to a tier.",
     "reading_bytes": "Bytes that are being read from a tier.",
     "used_bytes": "Bytes that a tier holds, as far as it can tell.",
@@ -215,6 +216,7 @@ class Exporter:
         usage = [self._usage.get(number, Usage()) for number in range(len(rows))]
         gauges: dict[str, list[Any]] = {
             "up": [int(row["available"]) for row in rows],
+            "writable": [int(row["writable"]) for row in rows],
             "queue_chunks": [row["waiting_chunks"] for row in rows],
             "reading_bytes": [row["reading_bytes"] for row in rows],
             "used_bytes": [one.used_bytes for one in usage],

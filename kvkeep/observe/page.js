@@ -79,8 +79,8 @@ function drawMemory({ arena, keeper }) {
 
 function drawTiers({ tiers }) {
   const columns = [
-    ["tier", "name", (t) => element("span", {}, t.name, " ", t.available ? "" :
-      element("span", { class: "bad" }, `off: ${t.last_error}`))],
+    ["tier", "name", (t) => element("span", {}, t.name, " ", t.writable ? "" :
+      element("span", { class: "bad" }, `${t.available ? "read only" : "off"}: ${t.last_error}`))],
     ["full", "bars", (t) => t.capacity_bytes
       ? bar([[t.used_bytes, `tier${tiers.indexOf(t) % 4}`, size(t.used_bytes)]], t.capacity_bytes) : "–"],
     ["used", "num", (t) => size(t.used_bytes)], ["of", "num wide", (t) => size(t.capacity_bytes)],

@@ -18,6 +18,8 @@ from kvkeep.tiers.wrap import Wrapper
 
 __all__ = ["Faults", "Faulty"]
 
+_VERBS = frozenset({"contains", "get", "put", "delete"})
+
 
 @dataclass
 class Faults:
@@ -33,16 +35,20 @@ class Faults:
     """Share of values in which one bit is wrong when they come back."""
     hang: bool = False
     """Verbs do not come back before `Faulty.release`, and then fail."""
+    verbs: frozenset[str] = _VERBS
+    """Those that it happens to; the others are as well as ever."""
 
     @classmethod
     def of(cls, url: TierURL) -> Faults:
-        """From a URL's options fault_latency, fault_bandwidth, fault_errors, fault_flips, fault_hang."""
+        """From a URL's options fault_latency, fault_bandwidth, fault_errors, fault_flips, fault_hang, and
+        fault_verbs, a list with commas."""
         return cls(
             latency=url.take_seconds("fault_latency", 0.0),
             bandwidth=float(url.take_bytes("fault_bandwidth", 0) or 0),
             error_rate=url.take("fault_errors", float, 0.0),
             flip_rate=url.take("fault_flips", float, 0.0),
             hang=url.take_flag("fault_hang", False),
+            verbs=url.take("fault_verbs", _verbs, _VERBS),
         )
 
 
@@ -63,11 +69,11 @@ class Faulty(Wrapper):
         return False  # bits are flipped here, so the check must come later
 
     def contains(self, keys: Sequence[Key]) -> list[bool]:
-        self._suffer(0)
+        self._suffer("contains", 0)
         return self.inner.contains(keys)
 
     def get(self, keys: Sequence[Key], buffers: Sequence[Buffer]) -> list[Got]:
-        self._suffer(sum(map(len, buffers)))
+        self._suffer("get", sum(map(len, buffers)))
         results = self.inner.get(keys, buffers)
         for buffer, result in zip(buffers, results, strict=True):
             if result is Got.HIT and self._random.random() < self.faults.flip_rate:
@@ -75,19 +81,21 @@ class Faulty(Wrapper):
         return results
 
     def put(self, keys: Sequence[Key], buffers: Sequence[Buffer]) -> list[Put]:
-        self._suffer(sum(map(len, buffers)))
+        self._suffer("put", sum(map(len, buffers)))
         return self.inner.put(keys, buffers)
 
     def delete(self, keys: Sequence[Key]) -> None:
-        self._suffer(0)
+        self._suffer("delete", 0)
         self.inner.delete(keys)
 
     def close(self) -> None:
         self.release()
         self.inner.close()
 
-    def _suffer(self, nbytes: int) -> None:
+    def _suffer(self, verb: str, nbytes: int) -> None:
         faults = self.faults
+        if verb not in faults.verbs:
+            return
         if faults.hang:
             self._released.wait()
             raise TierUnavailable("fault injection: it hung")
@@ -96,3 +104,10 @@ class Faulty(Wrapper):
             time.sleep(wait)
         if self._random.random() < faults.error_rate:
             raise TierUnavailable("fault injection: it failed")
+
+
+def _verbs(text: str) -> frozenset[str]:
+    verbs = frozenset(text.split(","))
+    if not verbs <= _VERBS:
+        raise ValueError(f"write some of {', '.join(sorted(_VERBS))}")
+    return verbs

@@ -26,12 +26,52 @@ _WRITE_TRIES = 3
 _BACK_OFF = 0.05
 
 
+class _Breaker:
+    """Opens at the third failure in a row; a trial is due 1 s later, then after twice as long, up to 30 s.
+
+    Source: M. Nygard, "Release It!", the circuit breaker.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock, self._lock = clock, threading.Lock()
+        self._failures, self._open_for = 0, 0.0
+        self._retry_at: float | None = None
+
+    @property
+    def open(self) -> bool:
+        return self._retry_at is not None
+
+    @property
+    def due(self) -> bool:
+        return self._retry_at is not None and self._clock() >= self._retry_at
+
+    def failed(self, enough: int = _FAILURES_TO_OPEN) -> bool:
+        """Note a failure; whether this one has opened it."""
+        with self._lock:
+            self._failures += 1
+            if self._failures < enough and self._retry_at is None:
+                return False
+            first = self._retry_at is None
+            self._open_for = _OPEN_FIRST if first else min(2 * self._open_for, _OPEN_MOST)
+            self._retry_at = self._clock() + self._open_for
+            return first
+
+    def succeeded(self) -> bool:
+        """Note a success; whether this one has closed it."""
+        if not self._failures:
+            return False
+        with self._lock:
+            was_open, self._retry_at, self._failures = self._retry_at is not None, None, 0
+        return was_open
+
+
 class Guarded(Wrapper):
     """Tries again what may work the second time, and switches the tier off while it does not.
 
     Three failures in a row switch it off with one warning: every verb raises at once, so no request
-    waits for a dead store. After 1 s, doubling up to 30, one `probe` is let through; its success switches
-    the tier on again. Source: M. Nygard, "Release It!", the circuit breaker.
+    waits for a dead store. Then and when, one `probe` is let through; its success switches the tier on
+    again. Where puts fail and reads do not (a disk mounted read-only, no right to write), only puts are
+    switched off, until one that is let through succeeds.
     """
 
     def __init__(
@@ -44,27 +84,35 @@ class Guarded(Wrapper):
         super().__init__(inner)
         self._name = name
         self._clock, self._sleep = clock, sleep
-        self._lock = threading.Lock()
-        self._failures = 0
-        self._closed_for = 0.0
-        self._retry_at: float | None = None
+        self._place, self._writes = _Breaker(clock), _Breaker(clock)
         self.last_error: str | None = None
-        """Why it was switched off the last time."""
+        """Why a verb failed the last time."""
 
     @property
     def available(self) -> bool:
-        """Whether verbs are let through now."""
-        return self._retry_at is None
+        """Whether reads are let through now."""
+        return not self._place.open
+
+    @property
+    def writable(self) -> bool:
+        """Whether puts are let through now, and not only one to see if they work again."""
+        return self.available and not self._writes.open
 
     @property
     def probe_due(self) -> bool:
         """Whether it is switched off, and it is time to see if the place is well again."""
-        return self._retry_at is not None and self._clock() >= self._retry_at
+        return self._place.due
 
-    def probe(self) -> None:
-        """Ask the place for a key that nobody has; switches the tier on again if it answers."""
+    @property
+    def put_due(self) -> bool:
+        """Whether puts alone are switched off, and it is time to try one."""
+        return self.available and self._writes.due
+
+    def probe(self, enough: int = _FAILURES_TO_OPEN) -> None:
+        """Ask the place for a key that nobody has; switches the tier on again if it answers, and off if that
+        is the failure that is `enough`."""
         with contextlib.suppress(TierUnavailable):
-            self._judged(lambda: self.inner.contains([random.randbytes(KEY_BYTES)]))
+            self._asked(lambda: self.inner.contains([random.randbytes(KEY_BYTES)]), enough)
 
     def contains(self, keys: Sequence[Key]) -> list[bool]:
         return self._read(lambda: self.inner.contains(keys))
@@ -73,66 +121,75 @@ class Guarded(Wrapper):
         return self._read(lambda: self.inner.get(keys, buffers))
 
     def put(self, keys: Sequence[Key], buffers: Sequence[Buffer]) -> list[Put]:
-        return self._write(lambda: self.inner.put(keys, buffers))
+        for attempt in range(_WRITE_TRIES - 1):
+            try:
+                return self._put(keys, buffers)
+            except TierUnavailable:
+                if not self.writable:
+                    raise
+                self._sleep(_BACK_OFF * 4**attempt * random.uniform(0.5, 1.5))
+        return self._put(keys, buffers)
 
     def delete(self, keys: Sequence[Key]) -> None:
-        self._write(lambda: self.inner.delete(keys))
+        """Tried once, and no failure counts: where nothing may be deleted, values can still be put."""
+        self._refuse_unless(self.available)
+        self._called(lambda: self.inner.delete(keys))
 
     def _read(self, verb: Callable[[], _T]) -> _T:
+        self._refuse_unless(self.available)
         began = self._clock()
         try:
-            return self._once(verb)
+            return self._asked(verb)
         except TierUnavailable:
             if self._clock() - began > _READ_RETRY_WITHIN or not self.available:
                 raise
-            return self._once(verb)
+            return self._asked(verb)
 
-    def _write(self, verb: Callable[[], _T]) -> _T:
-        for attempt in range(_WRITE_TRIES - 1):
-            try:
-                return self._once(verb)
-            except TierUnavailable:
-                if not self.available:
-                    raise
-                self._sleep(_BACK_OFF * 4**attempt * random.uniform(0.5, 1.5))
-        return self._once(verb)
-
-    def _once(self, verb: Callable[[], _T]) -> _T:
-        if not self.available:
-            raise TierUnavailable(f"{self._name} is switched off: {self.last_error}")
-        return self._judged(verb)
-
-    def _judged(self, verb: Callable[[], _T]) -> _T:
+    def _put(self, keys: Sequence[Key], buffers: Sequence[Buffer]) -> list[Put]:
+        self._refuse_unless(self.writable or self.put_due)
         try:
-            result = verb()
+            results = self._called(lambda: self.inner.put(keys, buffers))
+        except TierUnavailable:
+            self._put_failed()
+            raise
+        if self._writes.succeeded():
+            log.info("tier %s takes values again", self._name)
+        return results
+
+    def _put_failed(self) -> None:
+        if not self._writes.failed():
+            return
+        why = self.last_error
+        self.probe(enough=1)  # is it the place that is away?
+        if self.available:
+            log.warning("tier %s is only read until it takes values again: %s", self._name, why)
+        else:
+            self._writes.succeeded()
+
+    def _asked(self, verb: Callable[[], _T], enough: int = _FAILURES_TO_OPEN) -> _T:
+        try:
+            result = self._called(verb)
         except TierUnavailable as error:
-            self._failed(error)
+            if self._place.failed(enough):
+                log.warning("tier %s is switched off until it answers again: %s", self._name, error)
+            raise
+        if self._place.succeeded():
+            log.info("tier %s is back", self._name)
+        return result
+
+    def _called(self, verb: Callable[[], _T]) -> _T:
+        try:
+            return verb()
+        except TierUnavailable as error:
+            self.last_error = str(error)
             raise
         except Exception as error:
             # The edge to clients of stores, other people's tiers among them: a bug of theirs is as good as a
             # store that is away, and must not end a mover's thread, which would pin slots for good.
             log.exception("tier %s: an unexpected error", self._name)
-            broken = TierUnavailable(f"{type(error).__name__}: {error}")
-            self._failed(broken)
-            raise broken from error
-        if self._failures:
-            self._succeeded()
-        return result
+            self.last_error = f"{type(error).__name__}: {error}"
+            raise TierUnavailable(self.last_error) from error
 
-    def _failed(self, error: TierUnavailable) -> None:
-        with self._lock:
-            self._failures += 1
-            self.last_error = str(error)
-            if self._failures < _FAILURES_TO_OPEN:
-                return
-            first = self._retry_at is None
-            self._closed_for = _OPEN_FIRST if first else min(2 * self._closed_for, _OPEN_MOST)
-            self._retry_at = self._clock() + self._closed_for
-        if first:
-            log.warning("tier %s is switched off until it answers again: %s", self._name, error)
-
-    def _succeeded(self) -> None:
-        with self._lock:
-            was_off, self._retry_at, self._failures = self._retry_at is not None, None, 0
-        if was_off:
-            log.info("tier %s is back", self._name)
+    def _refuse_unless(self, well: bool) -> None:
+        if not well:
+            raise TierUnavailable(f"{self._name} is switched off: {self.last_error}")

@@ -117,7 +117,10 @@ def _kind(scheme: str) -> Callable[[TierURL], Tier]:
             ) from error
         return found
     for point in entry_points(group="kvkeep.tiers", name=scheme):
-        loaded: Callable[[TierURL], Tier] = point.load()
+        try:
+            loaded: Callable[[TierURL], Tier] = point.load()
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(f"{scheme}://, which is {point.value}, cannot be loaded: {error}") from error
         return loaded
     known = sorted({*_OURS, *(point.name for point in entry_points(group="kvkeep.tiers"))})
     raise ConfigError(f"no tier of kind {scheme!r}: known are {', '.join(known)}")

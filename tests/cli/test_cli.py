@@ -57,6 +57,30 @@ def test_status_for_people(
     assert "12 KiB" in row
 
 
+def test_status_for_people_with_tiers(
+    keeper_process, tmp_path, wait_until, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    urls = [f"fs://{tmp_path}/a?capacity=1GiB", f"faulty+fs://{tmp_path}/b?fault_errors=1&fault_verbs=put"]
+    keeper = keeper_process("--tier", urls[0], "--tier", urls[1])
+    client = keeper.connect("engine")
+    namespace = client.open_namespace(b"\xab" * 32, "llama", [(4000, None)], 1, 1)
+    [done] = client.reserve(namespace, [msg.Reservation(bytes(range(48)), [b"\1" * 3], 0, 0)])
+    client.commit(done.reservation, 0)
+
+    def moved() -> bool:
+        one, two = keeper.figures()["tiers"]
+        return one["stored"] == 3 and not two["writable"]
+
+    wait_until(moved, 20)
+    monkeypatch.setenv("COLUMNS", "250")
+    assert main(["status", "--socket", keeper.socket]) == 0
+    one, two = (line for line in capsys.readouterr().out.splitlines() if "fs://" in line)
+    assert [cell.strip() for cell in one.strip("│").split("│")] == [
+        *(urls[0], "on", "0 of 0", "0 B", "12 KiB", *"0000")
+    ]
+    assert "read only: fault injection: it failed" in two
+
+
 def test_clear(keeper_process, capsys: pytest.CaptureFixture[str]) -> None:
     keeper = keeper_process()
     client = keeper.connect("engine")

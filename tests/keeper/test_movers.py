@@ -8,8 +8,10 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from kvkeep.errors import RequestRefused
 from kvkeep.identity import group_keys
 from kvkeep.keeper import flush
 from kvkeep.keeper.fetch import Stage
@@ -25,7 +27,7 @@ from kvkeep.tiers.open import Opened, WriteWhen, open_raw
 from kvkeep.tiers.seal import SEAL_BYTES, Sealed
 from kvkeep.tiers.url import TierURL
 from tests.keeper.test_keeper import PAGE, SLABS, chain_key, chain_keys, opened
-from tests.tiers.test_wrappers import MemoryTier
+from tests.tiers.test_wrappers import MemoryTier, ReadOnly
 
 SMALL = SLABS * 8 * PAGE
 PAYLOAD = PAGE - SEAL_BYTES
@@ -262,6 +264,31 @@ def test_a_tier_that_fails_is_switched_off_and_comes_back(held: dict[Key, bytes]
     host.run_until(lambda: opened_.guard.available)
     host.flushed()
     assert len(held) == 10  # what waited was written
+
+
+def test_a_tier_that_takes_nothing_more_is_read_and_written_again_later(held: dict[Key, bytes]) -> None:
+    store = ReadOnly(MemoryTier(held))
+    opened_ = wrapped(store)
+    host = Host(opened_)
+    store.refuses = False
+    host.save(0, 5)
+    host.flushed()
+    host.forget_memory()
+    store.refuses = True
+    host.save(2, 5)
+    host.run_until(lambda: not opened_.guard.writable)
+    tries = store.tries
+    assert host.movers.unwritten == 0  # nobody waits for it at the end
+    with pytest.raises(RequestRefused, match="takes no values: read-only"):
+        host.movers.write(0, np.arange(1))
+    assert host.ask(0, 5) == 5
+    host.save(4, 5)
+    host.run_until(lambda: store.tries > tries)
+    assert [host.movers.figures()[0][what] for what in ("available", "writable")] == [True, False]
+    store.refuses = False
+    host.run_until(lambda: opened_.guard.writable)
+    host.flushed()
+    assert len(held) == 15
 
 
 def test_no_request_waits_for_a_store_that_is_slow_to_answer(held: dict[Key, bytes], faulty: Faulty) -> None:

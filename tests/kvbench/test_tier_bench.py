@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,12 @@ import pytest
 from kvbench import raw
 from kvbench import tier as bench
 from kvkeep.cli import main
+from kvkeep.pages import address
 from kvkeep.tiers import fs as fs_module
+from kvkeep.tiers import open as tiers
+from kvkeep.tiers.base import Got, Put
+from kvkeep.tiers.fs import open_fs
+from kvkeep.tiers.wrap import Wrapper
 
 FEW = ["--chunk-bytes", "64KiB", "--count", "9", "--rounds", "2", "--depth", "4"]
 
@@ -43,12 +49,42 @@ def test_json(
 def test_a_kind_without_a_raw_medium_and_the_table(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def alone(*options: str) -> None:
+        assert main(["bench", "tier", f"fs://{tmp_path}/kv", "--json", *FEW, *options]) == 0
+        printed = json.loads(capsys.readouterr().out)
+        assert printed["raw_put_GBps"] is printed["get_ratio"] is printed["raw"] is None
+
+    alone("--no-raw")
     monkeypatch.delitem(raw.RAW, "fs")
-    assert main(["bench", "tier", f"fs://{tmp_path}/kv", "--json", *FEW]) == 0
-    printed = json.loads(capsys.readouterr().out)
-    assert printed["raw_put_GBps"] is printed["get_ratio"] is printed["raw"] is None
+    alone()
     assert main(["bench", "tier", f"fs://{tmp_path}/kv", *FEW]) == 0
     assert "put" in capsys.readouterr().out
+
+
+def test_the_tier_is_told_of_the_memory_that_all_values_lie_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[memoryview] = []
+    seen: list[memoryview] = []
+
+    class Told(Wrapper):
+        def attach(self, memory: memoryview) -> None:
+            told.append(memory)
+
+        def put(self, keys: Sequence[bytes], buffers: Sequence[memoryview]) -> list[Put]:
+            seen.extend(buffers)
+            return super().put(keys, buffers)
+
+        def get(self, keys: Sequence[bytes], buffers: Sequence[memoryview]) -> list[Got]:
+            seen.extend(buffers)
+            return super().get(keys, buffers)
+
+    monkeypatch.setattr(tiers, "_kind", lambda _scheme: lambda url: Told(open_fs(url)))
+    assert main(["bench", "tier", f"fs://{tmp_path}/kv", "--no-raw", *FEW]) == 0
+    (memory,) = told
+    span = range(address(memory), address(memory) + len(memory))
+    assert len(seen) == 2 * 3 * 9
+    assert all(address(view) in span and address(view) + len(view) - 1 in span for view in seen)
 
 
 def test_wrong_bytes_and_refusals_are_errors(

@@ -65,7 +65,7 @@ def test_sums(busy) -> None:
         assert value(text, f"kvkeep_{name}_chunks_total") == counters[f"{name}_chunks"], name
     assert value(text, "kvkeep_lookup_seconds_count") == value(text, "kvkeep_lookups_total")
     assert value(text, "kvkeep_tier_got_bytes_total") == value(text, "kvkeep_move_bytes_sum", verb="get")
-    assert value(text, "kvkeep_tier_up") == 1
+    assert value(text, "kvkeep_tier_up") == value(text, "kvkeep_tier_writable") == 1
 
 
 def test_names_and_types_are_those_of_the_page(busy) -> None:

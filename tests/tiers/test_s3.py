@@ -191,6 +191,22 @@ def test_close_ends_a_put_under_way_and_it_lets_go_of_the_buffer(place: S3Place)
     memory.close()
 
 
+def test_a_server_that_was_killed_and_is_back_serves_what_it_had(place: S3Place, server: weed.Weed) -> None:
+    keys, sent, back = keys_of(4), buffers_of([PAGE] * 3 + [BIG], 6), buffers_of([PAGE] * 3 + [BIG])
+    with closing(place.open()) as tier:
+        assert tier.put(keys[:3], sent[:3]) == [Put.STORED] * 3
+        server.kill()
+        try:
+            for verb in (tier.get, tier.put):
+                with pytest.raises(TierUnavailable):
+                    verb(keys[:3], back[:3])
+        finally:
+            server.start()
+        assert tier.put(keys[3:], sent[3:]) == [Put.STORED]
+        assert tier.get(keys, back) == [Got.HIT] * 4
+        assert back == sent
+
+
 def test_what_is_not_ours_is_not_listed(place: S3Place) -> None:
     with closing(place.open()) as tier:
         (key,), (value,) = keys_of(1), buffers_of([PAGE], 7)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -161,14 +162,14 @@ def test_a_single_failure_is_tried_again(broken: Broken) -> None:
 
 def test_the_breaker_opens_stays_open_and_closes_by_a_probe(broken: Broken, caplog) -> None:
     guard, clock = guarded(broken)
-    broken.failures = 6
+    broken.failures = 7
     with pytest.raises(TierUnavailable), caplog.at_level(logging.WARNING):
         guard.put(keys_of(1), buffers_of([PAGE]))
     assert not guard.available
-    assert broken.calls == 3
+    assert broken.calls == 4  # a read has told that it was not the puts alone
     with pytest.raises(TierUnavailable, match="switched off: down"):
         guard.contains(keys_of(1))
-    assert broken.calls == 3
+    assert broken.calls == 4
     assert len(caplog.records) == 1
     waits = []
     while not guard.available:
@@ -180,6 +181,46 @@ def test_the_breaker_opens_stays_open_and_closes_by_a_probe(broken: Broken, capl
     assert waits == pytest.approx([1, 2, 4, 8])
     assert guard.contains(keys_of(1)) == [False]
     assert len(caplog.records) == 1  # one warning, however long it took
+
+
+class ReadOnly(Wrapper):
+    """Answers, and refuses puts while it is told to."""
+
+    refuses = True
+    tries = 0
+
+    def put(self, keys, buffers):
+        self.tries += 1
+        if self.refuses:
+            raise TierUnavailable("read-only")
+        return super().put(keys, buffers)
+
+
+def test_where_only_puts_fail_reads_go_on(caplog) -> None:
+    store = ReadOnly(MemoryTier({}))
+    guard, clock = guarded(store)
+    (key,), sent = keys_of(1), buffers_of([PAGE])
+    waits = []
+    with caplog.at_level(logging.WARNING):
+        while len(waits) < 7:
+            began = clock.now
+            while not (guard.writable or guard.put_due):
+                assert guard.contains([key]) == [False]
+                with pytest.raises(TierUnavailable, match="switched off: read-only"):
+                    guard.put([key], sent)
+                clock.sleep(0.25)
+            waits.append(clock.now - began)
+            with pytest.raises(TierUnavailable, match=r"^read-only"):
+                guard.put([key], sent)
+            assert guard.available
+            assert not guard.writable
+    assert waits == [0, 1, 2, 4, 8, 16, 30]
+    assert store.tries == 3 + 6
+    assert len(caplog.records) == 1
+    store.refuses = False
+    clock.sleep(30)
+    assert guard.put([key], sent) == [Put.STORED]
+    assert guard.writable
 
 
 def test_a_slow_failure_of_a_read_is_not_tried_again(broken: Broken) -> None:
@@ -230,6 +271,18 @@ def test_what_is_damaged_is_counted_and_deleted_also_where_deleting_fails() -> N
     assert (meter.counters.hits, meter.counters.damaged, meter.counters.got_bytes) == (1, 1, PAGE)
 
 
+def test_faults_may_fall_on_some_verbs_only() -> None:
+    tier = Faulty(MemoryTier({}), Faults.of(TierURL("faulty+a://b?fault_errors=1&fault_verbs=get,delete")))
+    keys, sent = keys_of(1), buffers_of([PAGE], 1)
+    assert tier.put(keys, sent) == [Put.STORED]
+    assert tier.contains(keys) == [True]
+    for verb in (lambda: tier.get(keys, sent), lambda: tier.delete(keys)):
+        with pytest.raises(TierUnavailable):
+            verb()
+    with pytest.raises(ConfigError, match="fault_verbs='fetch': write some of contains, delete, get, put"):
+        Faults.of(TierURL("faulty+a://b?fault_verbs=fetch"))
+
+
 def test_faults_are_as_ordered() -> None:
     tier = Faulty(Sealed(MemoryTier({})), Faults(flip_rate=1.0))
     outer = Sealed(tier)
@@ -270,6 +323,36 @@ def test_urls_that_cannot_be_are_clear_errors(url: str, message: str) -> None:
 
     with pytest.raises(ConfigError, match=message):
         open_tier(url)
+
+
+def test_a_kind_of_a_third_party_is_found_by_its_entry_point(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvkeep.tiers.open import open_tier
+
+    info = tmp_path / "theirs-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
+    points = "theirs = kvkeep_theirs:open_theirs\nbroken = kvkeep_theirs:no_such_name\n"
+    (info / "entry_points.txt").write_text(f"[kvkeep.tiers]\n{points}")
+    (tmp_path / "kvkeep_theirs.py").write_text(
+        "from tests.tiers.test_wrappers import MemoryTier\n"
+        "def open_theirs(url):\n"
+        "    return MemoryTier({}, url.take_bytes('capacity', None))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    tier = open_tier("theirs://x?capacity=1MiB&write=second-touch").tier
+    (key,), sent, back = keys_of(1), buffers_of([PAGE], 1), buffers_of([PAGE])
+    assert tier.put([key], sent) == [Put.STORED]
+    assert tier.get([key], back) == [Got.HIT]
+    assert back == sent
+    assert tier.usage() == Usage(PAGE, 1 << 20, 1)
+    with pytest.raises(ConfigError, match="unknown option 'size'"):
+        open_tier("theirs://x?size=1MiB")
+    with pytest.raises(ConfigError, match="broken://, which is kvkeep_theirs:no_such_name, cannot be loaded"):
+        open_tier("broken://x")
+    with pytest.raises(ConfigError, match=r"no tier of kind 'nothing': known are broken, .*s3, theirs"):
+        open_tier("nothing://x")
 
 
 def test_url_options_are_taken_or_named() -> None:

@@ -37,20 +37,43 @@ _IDENTITIES = {
 
 
 class Weed:
-    """A running server: `port` speaks S3; the filer shows the same objects as plain files over HTTP."""
+    """A server: `port` speaks S3; the filer shows the same objects as plain files over HTTP."""
 
-    def __init__(self, port: int, filer: int) -> None:
-        self.port, self._filer = port, filer
+    def __init__(self, words: list[str], ports: dict[str, int], log: Path) -> None:
+        self.port, self._filer = ports["s3.port"], ports["filer.port"]
+        self._words, self._log = words, log
+        self.start()
+
+    def start(self) -> None:
+        """Start it, anew after `kill`, and wait until it serves."""
+        with self._log.open("a") as log:
+            self._process = subprocess.Popen(self._words, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+        deadline = time.monotonic() + 60
+        while self._process.poll() is None and time.monotonic() < deadline:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{self.port}/healthz", timeout=5).close()
+                self.request("POST", "")
+                self.request("PUT", "ready", b"ready")
+                return
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.2)
+        self.kill()
+        raise RuntimeError(f"weed does not start: {self._words}")
+
+    def kill(self) -> None:
+        """End it; asked to, it would take twenty seconds."""
+        self._process.kill()
+        self._process.wait()
 
     def request(self, method: str, name: str, body: bytes | None = None) -> bytes | None:
-        """Ask the filer; None where there is no such object."""
+        """Ask the filer; None where there is no such object, or is one already."""
         url = f"http://127.0.0.1:{self._filer}/buckets/{BUCKET}/{name}"
         try:
             with urllib.request.urlopen(urllib.request.Request(url, body, method=method), timeout=20) as got:
                 return got.read()
         except urllib.error.HTTPError as error:
             error.close()
-            if error.code == 404:
+            if error.code in (404, 409):  # absent; a bucket that is there
                 return None
             raise
 
@@ -70,28 +93,13 @@ def running(directory: Path) -> Iterator[Weed]:
     words += [f"-s3.config={identities}", "-s3.iam=false", "-s3.autoCreateBucket=false"]
     words += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false", "-filer.localSocket="]
     words += ["-master.volumeSizeLimitMB=1024", "-volume.max=50"]
-    with (directory / "log").open("w") as log:
-        process = subprocess.Popen(words, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
     try:
-        weed = Weed(ports["s3.port"], ports["filer.port"])
-        _wait(process, weed)
-        yield weed
+        weed = Weed(words, ports, directory / "log")
+        try:
+            yield weed
+        finally:
+            weed.kill()
     finally:
-        process.kill()  # asked to end, it takes twenty seconds
-        process.wait()
         for port in ports.values():
             for socket in Path("/tmp").glob(f"seaweedfs-*{port}.sock"):
                 socket.unlink(missing_ok=True)
-
-
-def _wait(process: subprocess.Popen[bytes], weed: Weed) -> None:
-    deadline = time.monotonic() + 60
-    while process.poll() is None and time.monotonic() < deadline:
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{weed.port}/healthz", timeout=5).close()
-            weed.request("POST", "")
-            weed.request("PUT", "ready", b"ready")
-            return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.2)
-    raise RuntimeError(f"weed does not start: {process.args}")

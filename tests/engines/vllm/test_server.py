@@ -182,6 +182,44 @@ def test_the_engine_dies(
         assert engine.metric("vllm:kvkeep_loaded_tokens_total") == HIT
 
 
+def test_a_store_that_hangs_in_a_get_ends_in_computing(
+    tiny_model: Path, keeper_process: Callable[..., Any], tmp_path: Path, wait_until: Callable[..., None]
+) -> None:
+    """It says what it holds, and never gives it: the request computes, and the answer is the same."""
+    store = f"fs://{tmp_path}/kv?capacity=1GiB"
+    keeper = keeper_process("--tier", store, memory="256MiB")
+    patience = {"load": "always", "probe_wait": 30.0, "load_wait": 1.0}
+    args = [*ARGS, *connector_args(socket=keeper.socket, **patience)]
+    names = ("loaded_tokens", "tier_waits", "tier_timeouts", "errors", "tier_wait_seconds")
+    with VllmServer(tiny_model, args, log=tmp_path / "engine.log", environ=SMALL) as engine:
+
+        def counts() -> list[float]:
+            return [engine.metric(f"vllm:kvkeep_{name}_total") for name in names]
+
+        cold = engine.complete(prompt(1), 12).text
+        keeper.close()  # which writes what the store lacks
+        hung = f"faulty+{store}&write=never&fault_hang=yes&fault_verbs=get"
+        keeper = keeper_process("--tier", hung, memory="256MiB", socket=keeper.socket)
+
+        def attached() -> bool:
+            engine.complete(prompt(99, 40), 1)
+            metrics = ("vllm:kvkeep_keeper_losses_total", "vllm:kvkeep_attached")
+            return [engine.metric(name) for name in metrics] == [1, 1]
+
+        wait_until(attached, 60)
+        engine.reset_local_cache()
+        before = counts()
+        answer = engine.complete(prompt(1), 12)
+        assert answer.text == cold
+        assert answer.ttft_s < 60
+        *counted, waited = [now - then for now, then in zip(counts(), before, strict=True)]
+        assert counted == [0, 1, 1, 0]
+        assert waited >= patience["load_wait"]
+        shown = keeper.figures()
+        assert (shown["tiers"][0]["found"], shown["tiers"][0]["hits"]) == (3, 0)
+        assert shown["namespaces"][0]["hit_chunks"] == 0 < shown["namespaces"][0]["asked_chunks"]
+
+
 def is_measured(engine: VllmServer, capsys: pytest.CaptureFixture[str]) -> None:
     """`kvkeep bench serve` on a real server: what the server counts is what was asked for."""
     options = ["--scale", "0.02", "--requests", "9", "--rate", "20", "--ignore-eos", "--json"]
