@@ -240,6 +240,7 @@ def test_the_end_is_not_put_off_for_ever(processes: Processes, options: list[str
         (["--backend", "http://127.0.0.1:1", "--listen", "127.0.0.1:TAKEN"], "cannot listen on"),
         (["--backend", "k8s://vllm:http"], "--kubernetes-api"),
         (["--backend", "http://127.0.0.1:1", "--events-listen", "nowhere"], "cannot listen for events"),
+        (["--backend", "http://127.0.0.1:1", "--events-listen", "tcp://*:0"], "--events-open"),
     ],
 )
 def test_what_cannot_start_says_why(options: list[str], said: str) -> None:
