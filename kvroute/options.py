@@ -59,6 +59,7 @@ class Options:
     tokenizer: str | None = None
     session_header: str = "x-session-id"
     prefill_from: int = 64
+    at_once: bool = False
     events_listen: str | None = None
     events_open: bool = False
     api_keys: str | None = None
@@ -199,6 +200,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         help="a prompt of which the decode engine lacks fewer goes there at once (default: 64)",
     )
+    add("--at-once", action="store_true", help="ask both engines at once, where both have kvkeep")
     _add_access(add)
     add("--max-body", metavar="SIZE", type=parse_bytes, help="of a request (default: 32MiB)")
     add("--max-requests", type=int, help=f"at a time (default: {default['max_requests']})")
