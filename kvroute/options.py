@@ -178,10 +178,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             metavar="PLACE",
             help=f"{text}: {_PLACE}; repeatable; ,events=,replay= behind it: its own",
         )
-    add("--events", metavar="ADDRESS", help="KV events of each engine, e.g. tcp://{host}:5557")
-    add("--replay", metavar="ADDRESS", help="where lost events are asked for, e.g. tcp://{host}:5558")
-    add("--events-listen", metavar="ADDRESS", help="engines connect here with topic kv@HOST[:PORT]@MODEL")
-    add("--events-open", action="store_true", help="… from other hosts too, which is asked for no key")
+    _add_events(add)
     add("--listen", metavar="HOST:PORT", help=f"(default: {default['listen']})")
     add("--policy", help=f"one of {', '.join(POLICIES)} (default: {default['policy']})")
     add(
@@ -213,6 +210,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--log-interval", type=float, help="seconds between summary lines; 0: none (default: 10)")
     add("--traces", metavar="URL", help="send OpenTelemetry spans to this OTLP/HTTP endpoint")
     add("--kubernetes-api", metavar="URL", help="of the cluster (default: as a pod finds it)")
+
+
+def _add_events(add: Callable[..., object]) -> None:
+    add("--events", metavar="ADDRESS", help="KV events of each engine, e.g. tcp://{host}:5557")
+    add("--replay", metavar="ADDRESS", help="where lost events are asked for, e.g. tcp://{host}:5558")
+    add("--events-listen", metavar="ADDRESS", help="engines connect here with topic kv@HOST[:PORT]@MODEL")
+    add("--events-open", action="store_true", help="… from other hosts too, which is asked for no key")
 
 
 def _add_access(add: Callable[..., object]) -> None:

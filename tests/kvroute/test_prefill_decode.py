@@ -212,7 +212,7 @@ def test_where_the_prompt_would_wait_its_turn_the_decoder_is_asked_later() -> No
             s.engines[1].arrived.clear()
             asked = [asyncio.create_task(s.ask(DOCUMENT))]
             await s.until(lambda: s.engines[1].stats.requests)
-            asked.append(asyncio.create_task(s.ask(f"{DOCUMENT} more")))
+            asked.append(asyncio.create_task(s.ask(f"other {DOCUMENT}")))
             await s.until(lambda: prefill.waiting == 2)
             assert (decode.waiting, s.engines[1].stats.requests) == (1, 1)
             for one in asked:

@@ -149,7 +149,7 @@ def test_what_peers_were_given(watched, wait_until) -> None:
         assert tier.get(names[:2], buffers_of([4 * PAGE] * 2)) == [Got.HIT] * 2
         assert value(started[0].text(), "kvkeep_peer_connections") >= 1
     with socket.create_connection(("127.0.0.1", lending.port)) as stranger:
-        stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        stranger.sendall(b"GET / HTTP/1.1\r\nHost: " + b"x" * 100)
         wait_until(lambda: value(started[0].text(), "kvkeep_peer_dropped_total") == 1)
     wait_until(lambda: value(started[0].text(), "kvkeep_peer_connections") == 0)
     text = started[0].text()
