@@ -64,8 +64,12 @@ class Host:
 
     def stop(self) -> None:
         """Remove it, with its link."""
-        with suppress(subprocess.CalledProcessError):
-            _ip("netns", "del", self.name)
+        for what, name in (
+            ("link", self.link),
+            ("netns", self.name),
+        ):  # a link alone would outlast it a while
+            with suppress(subprocess.CalledProcessError):
+                _ip(what, "del", name)
 
 
 @contextmanager
