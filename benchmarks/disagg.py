@@ -1,6 +1,7 @@
 """Prefill on one engine, decode on another: whether answers are one engine's, and what the hand-over takes.
 
-    python benchmarks/disagg.py [--prefills 1,2] [--hosts one,two] [--rate 10gbit] [--rounds 3] [--json FILE]
+    python benchmarks/disagg.py [--prefills 1,2] [--hosts one,two] [--rate 10gbit] [--rounds 3] [--at-once]
+        [--json FILE]
 
 Real engines with SmolLM2 in float32: those that prefill on the first half of the cores, the one that decodes
 on the other. `two` hosts: a keeper for each side, the decoder's in a network namespace, whence it asks the
@@ -10,7 +11,9 @@ engine's own cache, and under another salt is computed there: what the answer is
 
 From the end of the prefill to the first token: `waits` for chunks that are on their way, `lookup` (hashing
 and the keeper's answers), `load` (arena to KV cache), `engine` (what a hit in its own cache takes, API
-included), and the `rest` of what was measured.
+included), and the `rest` of what was measured. With `--at-once` both engines are asked together, as
+`kvkeep route --at-once` does; `waits` is then what is left of the wait, lookups included, behind the end of
+the prefill. Prefill is in steps of 512 tokens, so that chunks come while it goes on.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,8 +48,10 @@ console = Console(stderr=True, highlight=False)
 MODEL = ROOT / "demo" / "models" / "smollm2"
 LENGTHS, ANSWER = (500, 2000, 6000), 16
 TO_PREFILL = {"do_remote_decode": True, "do_remote_prefill": False}
+TO_DECODE = {"do_remote_decode": False, "do_remote_prefill": True}
+REMOTE_WAIT = "remote_wait_seconds_total"
 PARTS = {
-    "waits": ("tier_wait_seconds_total", "remote_wait_seconds_total"),
+    "waits": ("tier_wait_seconds_total", REMOTE_WAIT),
     "lookup": ("lookup_seconds_total",),
     "load": ("load_seconds_total",),
 }
@@ -70,33 +76,44 @@ def prompt(seed: int, length: int) -> list[int]:
 class Fleet:
     """Engines that are up, and the proxy before them."""
 
-    def __init__(self, prefills: list[VllmServer], decode: VllmServer) -> None:
+    def __init__(self, prefills: list[VllmServer], decode: VllmServer, at_once: bool) -> None:
         self._prefills, self._decode, self._turn = prefills, decode, 0
+        self._at_once, self._pool = at_once, ThreadPoolExecutor(1)
 
     def hand_over(self, tokens: list[int]) -> HandedOver:
         """Prefill on the next engine, decode, and compare."""
         engine = self._prefills[self._turn % len(self._prefills)]
         self._turn += 1
-        body = {"model": "model", "prompt": tokens, "temperature": 0, "max_tokens": 1, "stream": False}
-        body["kv_transfer_params"] = TO_PREFILL
-        began = time.perf_counter()
-        response = httpx.post(f"{engine.url}/v1/completions", json=body, timeout=600.0)
-        response.raise_for_status()
-        took, before = time.perf_counter() - began, self._counters()
-        answer = self._decode.complete(
-            tokens, ANSWER, kv_transfer_params=response.json()["kv_transfer_params"]
-        )
-        after = self._counters()
+        before, began = self._counters(), time.perf_counter()
+        prefilled = self._pool.submit(prefill, engine, tokens)
+        params = TO_DECODE if self._at_once else prefilled.result()[0]
+        asked = time.perf_counter()
+        answer = self._decode.complete(tokens, ANSWER, kv_transfer_params=params)
+        ended = prefilled.result()[1]
+        after, first_token = self._counters(), asked + answer.ttft_s - ended
         parts = {part: sum(after[name] - before[name] for name in names) for part, names in PARTS.items()}
+        if self._at_once:  # looks, and waits for tiers, are within the wait for the other engine
+            waited = after[REMOTE_WAIT] - before[REMOTE_WAIT]
+            parts |= {"waits": max(0.0, waited - (ended - asked)), "lookup": 0.0}
         parts["engine"] = self._decode.complete(tokens, 1).ttft_s
-        parts["rest"] = answer.ttft_s - sum(parts.values())
+        parts["rest"] = first_token - sum(parts.values())
         alone = self._decode.complete(tokens, ANSWER, cache_salt=f"alone {self._turn}")
         loaded = int(after["loaded_tokens_total"] - before["loaded_tokens_total"])
-        return HandedOver(len(tokens), took, answer.ttft_s, loaded, parts, answer.text == alone.text)
+        return HandedOver(len(tokens), ended - began, first_token, loaded, parts, answer.text == alone.text)
 
     def _counters(self) -> dict[str, float]:
         names = [*(name for names in PARTS.values() for name in names), "loaded_tokens_total"]
         return {name: self._decode.metric(f"vllm:kvkeep_{name}") for name in names}
+
+
+def prefill(engine: VllmServer, tokens: list[int]) -> tuple[dict[str, Any], float]:
+    """What it tells the engine that decodes, and when it had answered."""
+    body = {"model": "model", "prompt": tokens, "temperature": 0, "max_tokens": 1, "stream": False}
+    body["kv_transfer_params"] = TO_PREFILL
+    response = httpx.post(f"{engine.url}/v1/completions", json=body, timeout=600.0)
+    ended = time.perf_counter()
+    response.raise_for_status()
+    return response.json()["kv_transfer_params"], ended
 
 
 @contextlib.contextmanager
@@ -122,7 +139,7 @@ def keepers(apart: bool, rate: str, folder: Path) -> Iterator[tuple[str, str]]:
 
 
 @contextlib.contextmanager
-def fleet(prefills: int, sockets: tuple[str, str], folder: Path) -> Iterator[Fleet]:
+def fleet(prefills: int, sockets: tuple[str, str], at_once: bool, folder: Path) -> Iterator[Fleet]:
     """Engines on the cores of their kind."""
     of_prefill, of_decode = cores_by_role(sorted(os.sched_getaffinity(0)))
     with contextlib.ExitStack() as stack:
@@ -132,22 +149,23 @@ def fleet(prefills: int, sockets: tuple[str, str], folder: Path) -> Iterator[Fle
             its = of_decode if decodes else of_prefill
             role, socket = ("kv_consumer", sockets[1]) if decodes else ("kv_producer", sockets[0])
             args = ["--dtype", "float32", "--max-model-len", "8192", "--block-size", "32"]
+            args += ["--max-num-batched-tokens", "512"]
             engine = VllmServer(
                 MODEL,
-                [*args, *connector_args(role, socket=socket)],
+                [*args, *connector_args(role, socket=socket, remote_wait=30.0)],
                 log=folder / f"engine{number}.log",
                 environ={"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, its)), "VLLM_CPU_KVCACHE_SPACE": "2"},
             )
             engines.append(stack.enter_context(engine))
-        yield Fleet(engines[:-1], engines[-1])
+        yield Fleet(engines[:-1], engines[-1], at_once)
 
 
-def measure(prefills: int, apart: bool, rate: str, rounds: int) -> list[HandedOver]:
+def measure(prefills: int, apart: bool, at_once: bool, rate: str, rounds: int) -> list[HandedOver]:
     """Each length `rounds` times, in turn, behind a first one that is left out."""
     with (
         tempfile.TemporaryDirectory(dir=ROOT, prefix=".bench-") as out,
         keepers(apart, rate, Path(out)) as sockets,
-        fleet(prefills, sockets, Path(out)) as engines,
+        fleet(prefills, sockets, at_once, Path(out)) as engines,
     ):
         engines.hand_over(prompt(0, 700))
         seeds = iter(range(1, 10_000))
@@ -182,6 +200,7 @@ def main() -> int:
     parser.add_argument("--hosts", default="one,two")
     parser.add_argument("--rate", default="10gbit", help="of the link between two hosts, as tc has it")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--at-once", action="store_true", help="ask the engine that decodes meanwhile")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     results: dict[str, Any] = {}
@@ -189,8 +208,9 @@ def main() -> int:
         for prefills in map(int, args.prefills.split(",")):
             title = f"{prefills}p1d, {where} host{'s' if where == 'two' else ''}"
             title += f", {args.rate}" if where == "two" else ""
+            title += ", at once" if args.at_once else ""
             try:
-                found = measure(prefills, where == "two", args.rate, args.rounds)
+                found = measure(prefills, where == "two", args.at_once, args.rate, args.rounds)
             except Unavailable as error:
                 console.print(f"{title}: {error}")
                 continue

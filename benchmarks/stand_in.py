@@ -42,6 +42,8 @@ class Shape:
     adapters: tuple[str, ...] = ()
     key: str | None = None
     transfers: bool = True
+    keeps: bool = True
+    """Whether what it prefills for another engine is all kept for that."""
 
 
 @dataclass
@@ -105,6 +107,9 @@ class StandIn:
         self._faults: list[str] = []
         self.tokenized: dict | None = TOKENS
         """What /tokenize answers instead of tokens; None: there is no such path."""
+        self.arrived = asyncio.Event()
+        """Not set: what another engine has not handed over yet is waited for."""
+        self.arrived.set()
 
     async def start(self, port: int = 0, tls: ssl.SSLContext | None = None) -> int:
         """Serve; returns the port."""
@@ -192,7 +197,9 @@ class StandIn:
             raise
 
     async def _compute(self, request: web.Request, body: dict, fault: str) -> web.StreamResponse:
-        tokens = self._prompt(body)
+        tokens, handed = self._prompt(body), body.get("kv_transfer_params") or {}
+        if handed.get("do_remote_prefill") and not handed.get("remote_block_ids"):
+            await self.arrived.wait()
         cached, params = await self._prefill(body, tokens)
         count = body.get("max_tokens") or body.get("max_completion_tokens") or 16
         usage = {"prompt_tokens": len(tokens), "completion_tokens": count}
@@ -247,6 +254,7 @@ class StandIn:
             "do_remote_prefill": True,
             "remote_engine_id": str(os.getpid()),
             "remote_block_ids": ids,
+            "remote_all": self.shape.keeps,
         }
 
 

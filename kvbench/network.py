@@ -18,11 +18,11 @@ class Unavailable(Exception):
 
 
 class Host:
-    """One namespace; `address` is its own, `store` is where it reaches the stores."""
+    """One namespace; `address` is its own, `store` where it reaches the stores, on the device `link` here."""
 
     def __init__(self, number: int) -> None:
         self.name = f"kv{os.getpid() % 100000}-{number}"
-        self._link = f"kv{os.getpid() % 100000}v{number}"
+        self.link = f"kv{os.getpid() % 100000}v{number}"
         self.address, self.store = f"10.77.{number}.2", f"10.77.{number}.1"
 
     def command(self, *words: str) -> list[str]:
@@ -31,17 +31,17 @@ class Host:
 
     def cut(self) -> None:
         """Pull the cable."""
-        _ip("link", "set", self._link, "down")
+        _ip("link", "set", self.link, "down")
 
     def restore(self) -> None:
         """Plug it in again."""
-        _ip("link", "set", self._link, "up")
+        _ip("link", "set", self.link, "up")
 
     def limit(self, rate: str) -> None:
         """Bound both directions of its link, as tc writes rates: 10gbit. Raises Unavailable."""
         words = ("root", "tbf", "rate", rate, "burst", _BURST, "latency", _LATENCY)
         for where in (
-            ["tc", "qdisc", "add", "dev", self._link],
+            ["tc", "qdisc", "add", "dev", self.link],
             self.command("tc", "qdisc", "add", "dev", "eth0"),
         ):
             done = subprocess.run([*where, *words], capture_output=True, timeout=20, check=False)
@@ -51,9 +51,9 @@ class Host:
     def start(self) -> None:
         """Make it. Raises CalledProcessError."""
         _ip("netns", "add", self.name)
-        _ip("link", "add", self._link, "type", "veth", "peer", "name", "eth0", "netns", self.name)
-        _ip("addr", "add", f"{self.store}/24", "dev", self._link)
-        _ip("link", "set", self._link, "up")
+        _ip("link", "add", self.link, "type", "veth", "peer", "name", "eth0", "netns", self.name)
+        _ip("addr", "add", f"{self.store}/24", "dev", self.link)
+        _ip("link", "set", self.link, "up")
         for words in (
             ("link", "set", "lo", "up"),
             ("addr", "add", f"{self.address}/24", "dev", "eth0"),
@@ -64,8 +64,12 @@ class Host:
 
     def stop(self) -> None:
         """Remove it, with its link."""
-        with suppress(subprocess.CalledProcessError):
-            _ip("netns", "del", self.name)
+        for what, name in (
+            ("link", self.link),
+            ("netns", self.name),
+        ):  # a link alone would outlast it a while
+            with suppress(subprocess.CalledProcessError):
+                _ip(what, "del", name)
 
 
 @contextmanager

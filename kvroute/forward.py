@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import sys
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
 from urllib.parse import urlsplit
@@ -30,6 +31,7 @@ _HOP = frozenset(
 _OURS = _HOP | {"host", "content-length", "expect", "content-encoding"}  # a body is unpacked as it is read
 _BUSY = (502, 503)  # an engine that is starting, draining or overloaded: another may do it
 _REMOTE = ("remote_engine_id", "remote_block_ids", "remote_host", "remote_port")
+_COMING = {"do_remote_prefill": True, "do_remote_decode": False}
 
 
 class _Failed(Exception):
@@ -78,14 +80,64 @@ class Forwarder:
                     continue
                 first_byte()
                 return await self._relay(request, upstream, chunk, choice.backend, visit)
-        status = failed.status or 502
-        raise BadRequest(f"no engine answered: {failed}", status, "engine_unavailable")
+        raise _nobody(failed)
+
+    async def answer_at_once(
+        self,
+        request: web.Request,
+        data: bytes,
+        headers: CIMultiDict[str],
+        prefills: Sequence[Choice],
+        choices: Sequence[Choice],
+        chosen: Callable[[Choice], None],
+        first_byte: Callable[[], None],
+    ) -> web.StreamResponse:
+        """As `prefill` and then `answer`, but the engine that decodes is asked beside the one that prefills,
+        and takes chunks as they are computed. Where that one does not keep all of them, which the other would
+        wait for, it is asked anew once the prefill has ended. Raises BadRequest."""
+        choice, *others = choices
+        prefill = asyncio.create_task(self._prefilled(request, data, headers, prefills))
+        chosen(choice)
+        try:
+            with self._pool.visit(choice.backend, choice.missing) as visit:
+                asked = self._begin(choice.backend, visit, request.path, _with(data, _COMING), headers)
+                begin = asyncio.create_task(asked)
+                try:
+                    await asyncio.wait({begin, prefill}, return_when=asyncio.FIRST_COMPLETED)
+                    if begin.done() or _kept_all(prefill.result()):
+                        upstream, chunk = await begin
+                        first_byte()
+                        return await self._relay(request, upstream, chunk, choice.backend, visit)
+                except _Failed as error:
+                    self._note(choice.backend, error)
+                    if error.status == 504:
+                        raise _nobody(error) from error
+                    self._figures.retries += 1
+                    choices = [*others, choice]
+                finally:
+                    await _ended(begin)
+            params = await prefill
+        finally:
+            await _ended(prefill)
+        if isinstance(params, web.Response):
+            return params
+        headers = headers.copy()
+        headers["X-Request-Id"] = uuid.uuid4().hex  # an engine may still know it by the other
+        return await self.answer(request, _with(data, params), headers, choices, chosen, first_byte)
 
     async def prefill(
         self, request: web.Request, data: bytes, headers: CIMultiDict[str], choices: Sequence[Choice]
     ) -> bytes | web.Response:
         """Have the prompt computed; returns the body for the engine that decodes, or the client's answer
         where the request was refused. Where no engine does it, the body is as it was."""
+        params = await self._prefilled(request, data, headers, choices)
+        return params if isinstance(params, web.Response) else _with(data, params)
+
+    async def _prefilled(
+        self, request: web.Request, data: bytes, headers: CIMultiDict[str], choices: Sequence[Choice]
+    ) -> dict[str, Any] | web.Response:
+        """The parameters for the engine that decodes: none where there is nothing to fetch by name, since
+        engines share a store or none did it; or the client's answer."""
         asked = msgspec.json.encode(_to_prefill(msgspec.json.decode(data, type=dict[str, msgspec.Raw])))
         for choice in self._attempts(choices):
             backend = choice.backend
@@ -100,9 +152,9 @@ class Forwarder:
             if 400 <= upstream.status < 500:
                 return web.Response(status=upstream.status, body=answer, content_type="application/json")
             if upstream.status == 200:
-                return _to_decode(data, answer, urlsplit(backend.engine.url).hostname or "")
+                return _told(answer, urlsplit(backend.engine.url).hostname or "")
         self._figures.prefill_failed += 1
-        return data
+        return {}
 
     def _attempts(self, choices: Sequence[Choice]) -> list[Choice]:
         """A lone engine is asked twice: what failed may have been an idle connection that it closed."""
@@ -243,15 +295,37 @@ class _Prefilled(msgspec.Struct):
     kv_transfer_params: dict[str, Any] | None = None
 
 
-def _to_decode(data: bytes, answer: bytes, host: str) -> bytes:
-    """The request as the engine that decodes gets it: it fetches what the other one computed."""
+def _told(answer: bytes, host: str) -> dict[str, Any]:
+    """What the engine that prefilled says to the one that decodes."""
     try:
         params = msgspec.json.decode(answer, type=_Prefilled).kv_transfer_params
     except msgspec.DecodeError:
         params = None
-    if params is None:  # nothing to fetch by name: the engines share a store
+    if params is None:
+        return {}
+    return params if params.get("remote_host") is not None else {**params, "remote_host": host}
+
+
+def _kept_all(told: dict[str, Any] | web.Response) -> bool:
+    """Whether all whole chunks of the prompt will come, as a prefill with kvkeep says."""
+    return isinstance(told, dict) and told.get("remote_all") is True
+
+
+def _with(data: bytes, params: dict[str, Any]) -> bytes:
+    """The request as the engine that decodes gets it: it fetches what another one computes."""
+    if not params:
         return data
-    if params.get("remote_host") is None:
-        params["remote_host"] = host
     fields = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
     return msgspec.json.encode({**fields, "kv_transfer_params": params})
+
+
+def _nobody(failed: _Failed) -> BadRequest:
+    return BadRequest(f"no engine answered: {failed}", failed.status or 502, "engine_unavailable")
+
+
+async def _ended(task: asyncio.Task[Any]) -> None:
+    """End it, if it has not; an answer that it got and nobody took is closed."""
+    task.cancel()
+    for got in await asyncio.gather(task, return_exceptions=True):
+        if isinstance(got, tuple):
+            got[0].close()

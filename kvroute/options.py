@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ipaddress
 import math
 import re
@@ -58,7 +59,9 @@ class Options:
     tokenizer: str | None = None
     session_header: str = "x-session-id"
     prefill_from: int = 64
+    at_once: bool = False
     events_listen: str | None = None
+    events_open: bool = False
     api_keys: str | None = None
     no_keys: bool = False
     backend_key: str | None = None
@@ -98,6 +101,7 @@ class Options:
         if len(self.backend_tls) not in (0, 1, 3):
             raise ConfigError("--backend-tls takes one or three files: CA [CERT KEY]")
         self._check_address()
+        self._check_events()
 
     def _check_address(self) -> None:
         host, _ = self.address
@@ -107,6 +111,20 @@ class Options:
                 "a line (openssl rand -hex 32), and give it as --api-keys FILE; or give a CA of clients, as "
                 "--tls CERT KEY CLIENT_CA; or say --no-keys where "
                 f"something in front of it asks for them; or listen on 127.0.0.1, not {host}"
+            )
+
+    def _check_events(self) -> None:
+        """Who sends events is asked for no key."""
+        scheme, _, rest = (self.events_listen or "").partition("://")
+        host = rest.rpartition(":")[0].strip("[]")
+        local = not rest or scheme in ("ipc", "inproc") or host in ("lo", "localhost")
+        with contextlib.suppress(ValueError):  # all addresses (*), or the name of an interface
+            local = local or ipaddress.ip_address(host).is_loopback
+        if not (local or self.events_open):
+            raise ConfigError(
+                f"--events-listen {self.events_listen} is open to other hosts and asks for no key: who "
+                "reaches it can say what engines hold, and so where requests go; say --events-open where "
+                "only engines reach it, or listen on tcp://127.0.0.1:PORT"
             )
 
     @property
@@ -160,9 +178,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             metavar="PLACE",
             help=f"{text}: {_PLACE}; repeatable; ,events=,replay= behind it: its own",
         )
-    add("--events", metavar="ADDRESS", help="KV events of each engine, e.g. tcp://{host}:5557")
-    add("--replay", metavar="ADDRESS", help="where lost events are asked for, e.g. tcp://{host}:5558")
-    add("--events-listen", metavar="ADDRESS", help="engines connect here with topic kv@HOST[:PORT]@MODEL")
+    _add_events(add)
     add("--listen", metavar="HOST:PORT", help=f"(default: {default['listen']})")
     add("--policy", help=f"one of {', '.join(POLICIES)} (default: {default['policy']})")
     add(
@@ -181,6 +197,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         help="a prompt of which the decode engine lacks fewer goes there at once (default: 64)",
     )
+    add("--at-once", action="store_true", help="ask both engines at once, where both have kvkeep")
     _add_access(add)
     add("--max-body", metavar="SIZE", type=parse_bytes, help="of a request (default: 32MiB)")
     add("--max-requests", type=int, help=f"at a time (default: {default['max_requests']})")
@@ -193,6 +210,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--log-interval", type=float, help="seconds between summary lines; 0: none (default: 10)")
     add("--traces", metavar="URL", help="send OpenTelemetry spans to this OTLP/HTTP endpoint")
     add("--kubernetes-api", metavar="URL", help="of the cluster (default: as a pod finds it)")
+
+
+def _add_events(add: Callable[..., object]) -> None:
+    add("--events", metavar="ADDRESS", help="KV events of each engine, e.g. tcp://{host}:5557")
+    add("--replay", metavar="ADDRESS", help="where lost events are asked for, e.g. tcp://{host}:5558")
+    add("--events-listen", metavar="ADDRESS", help="engines connect here with topic kv@HOST[:PORT]@MODEL")
+    add("--events-open", action="store_true", help="… from other hosts too, which is asked for no key")
 
 
 def _add_access(add: Callable[..., object]) -> None:

@@ -15,7 +15,6 @@ import aiohttp
 import msgspec
 from aiohttp import web
 from blake3 import blake3
-from multidict import CIMultiDict
 
 from kvkeep.errors import ConfigError
 from kvkeep.observe.traces import otlp
@@ -44,6 +43,7 @@ _BACKLOG = 8192  # a full one costs a client seconds
 _PROMISES = 20.0  # seconds until events must have told what an engine computed
 _GUESSES = 600.0  # where there are no events: what we sent it, it may still hold
 _HEADER_BYTES = 16384
+_WAIT_AT_ONCE = 4
 _OPEN = ("/health",)
 _TOPIC = re.compile(r"kv@([^@]+)@.*")
 
@@ -277,43 +277,28 @@ class Router:
             trace.note(model=body.model, prompt_tokens=-1 if tokens is None else len(tokens))
             choices = self._policy.rank(ask, first)
             self.figures.own.add(time.perf_counter() - arrived - waited)
-            if split:
-                prefilled = await self._prefill(request, data, headers, body, ask, choices, trace)
-                if isinstance(prefilled, web.Response):
-                    return prefilled
-                data, choices = prefilled
-            return await self._forwarder.answer(
-                request,
-                data,
-                headers,
-                choices,
+            told = (
                 lambda choice: self._note(ask, choice, trace),
                 lambda: self._first_byte(arrived, trace),
             )
-
-    async def _prefill(
-        self,
-        request: web.Request,
-        data: bytes,
-        headers: CIMultiDict[str],
-        body: Body,
-        ask: Ask,
-        choices: list[Choice],
-        trace: Trace,
-    ) -> tuple[bytes, list[Choice]] | web.Response:
-        """The body for the engine that decodes, and those in order; or the client's answer, where it was
-        refused. Prefilled elsewhere before, unless it has little to compute."""
-        there = self._policy.rank(ask, self._usable(body.model, "decode"))
-        if ask.tokens_to_compute(there[0]) < self._options.prefill_from:
-            self.figures.prefill_skipped += 1
-            return data, there
-        self._expected.promise(ask, choices[0].backend.name)
-        trace.event("prefill")
-        prefilled = await self._forwarder.prefill(request, data, headers, choices)
-        trace.event("prefilled")
-        if isinstance(prefilled, web.Response):
-            return prefilled
-        return prefilled, self._policy.rank(ask, self._usable(body.model, "decode"))
+            if not split:
+                return await self._forwarder.answer(request, data, headers, choices, *told)
+            there = self._policy.rank(ask, self._usable(body.model, "decode"))
+            if ask.tokens_to_compute(there[0]) < self._options.prefill_from:
+                self.figures.prefill_skipped += 1
+                return await self._forwarder.answer(request, data, headers, there, *told)
+            self._expected.promise(ask, choices[0].backend.name)
+            trace.event("prefill")
+            # It begins now, and few wait where it is waited for.
+            begins = choices[0].backend.waiting == 0 and there[0].backend.waiting < _WAIT_AT_ONCE
+            if self._options.at_once and begins:
+                return await self._forwarder.answer_at_once(request, data, headers, choices, there, *told)
+            prefilled = await self._forwarder.prefill(request, data, headers, choices)
+            trace.event("prefilled")
+            if isinstance(prefilled, web.Response):
+                return prefilled
+            there = self._policy.rank(ask, self._usable(body.model, "decode"))
+            return await self._forwarder.answer(request, prefilled, headers, there, *told)
 
     def _usable(self, model: str, role: Role) -> list[Backend]:
         if found := self.pool.usable(model, role):

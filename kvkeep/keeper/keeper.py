@@ -19,7 +19,7 @@ from kvkeep.keeper.books import check_books
 from kvkeep.keeper.chains import check_distinct, runs
 from kvkeep.keeper.chunks import Chunks, ChunkState
 from kvkeep.keeper.index import Keys, Records
-from kvkeep.keeper.leases import Claim, ClaimKind, Claims, Found, Reserved
+from kvkeep.keeper.leases import REFUSED, Claim, ClaimKind, Claims, Found, Reserved
 from kvkeep.keeper.namespaces import Counters, GroupSpec, Namespace
 from kvkeep.keeper.policy import POLICIES, Policy, make_policy
 from kvkeep.keeper.tenants import Tenants, first_to_go
@@ -184,7 +184,7 @@ class Keeper:
             new = np.flatnonzero((found < 0) & np.asarray(flags, np.bool_))
             if len(new):
                 records = self.place(space, group, named[new], first + new, epoch, owner)
-                placed[new] = np.where(records >= 0, self.chunks.offset[records], -1)
+                placed[new] = np.where(records >= 0, self.chunks.offset[records], REFUSED)
                 written.append(records[records >= 0])
             offsets.append(placed)
         together = np.concatenate(written) if written else np.zeros(0, np.int64)

@@ -13,7 +13,11 @@ from typing import NamedTuple
 from kvkeep.errors import RequestRefused
 from kvkeep.keeper.index import Records
 
-__all__ = ["Claim", "ClaimKind", "Claims", "Found", "Reserved", "Session"]
+__all__ = ["REFUSED", "Claim", "ClaimKind", "Claims", "Found", "Reserved", "Session"]
+
+
+REFUSED = -2
+"""Stands for the offset of a chunk for which there is no room."""
 
 
 class Found(NamedTuple):
@@ -35,7 +39,7 @@ class Reserved(NamedTuple):
     reservation: int
     """0 where there is nothing to write."""
     offsets: list[Records]
-    """Per group, where to write each chunk; -1 for one that is held, being written, or refused."""
+    """Per group, where to write each chunk; -1 for one that is held or being written, or was not wanted."""
 
 
 class ClaimKind(enum.Enum):

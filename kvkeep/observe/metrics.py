@@ -77,6 +77,14 @@ _TIER_GAUGES = {
     "used_bytes": "Bytes that a tier holds, as far as it can tell.",
     "capacity_bytes": "Bound of a tier, as far as it can tell.",
 }
+_PEER_FIGURES = {
+    "connections": ("gauge", "Connections of other keepers now, of those that have said who they are."),
+    "lent_bytes": ("gauge", "Bytes that are leased now to keepers that read them."),
+    "asked": ("counter", "Keys that other keepers asked about."),
+    "given_chunks": ("counter", "Chunks that other keepers were given."),
+    "given_bytes": ("counter", "Bytes that other keepers were given."),
+    "dropped": ("counter", "Connections that were ended for what came on them."),
+}
 
 
 class Served(Protocol):
@@ -167,6 +175,9 @@ class Exporter:
         yield _family("errors_total", "counter", "Clients dropped, requests refused.", kinds, counts)
         seconds = _histogram("", self._watch.seconds)
         yield Family("kvkeep_lookup_seconds", "histogram", "What a lookup took inside the keeper.", seconds)
+        for name, (kind, text) in _PEER_FIGURES.items() if (peers := figures["peers"]) else ():
+            suffix = "_total" if kind == "counter" else ""
+            yield _family(f"peer_{name}{suffix}", kind, text, [""], [peers[name]])
 
     def _namespaces(self) -> Iterator[Family]:
         keeper, watch = self._served.keeper, self._watch

@@ -25,6 +25,7 @@ __all__ = ["Connection", "Found", "Reserved"]
 
 _R = TypeVar("_R", bound=msg.Reply)
 _HELLO_TIMEOUT = 2.0
+_REFUSED = -2  # kvkeep.keeper.leases.REFUSED
 
 
 class Found(NamedTuple):
@@ -43,6 +44,12 @@ class Reserved(NamedTuple):
 
     reservation: int
     offsets: list[npt.NDArray[np.int64]]
+
+    def kept(self) -> int:
+        """How many leading chunks of those asked about are there, or will be once they are written: those
+        before the first that some group was refused."""
+        refused = [row == _REFUSED for row in self.offsets]
+        return min(int(row.argmax()) if row.any() else len(row) for row in refused)
 
 
 class Connection:

@@ -120,9 +120,11 @@ def test_a_tenant_by_its_salt(keeper_process, capsys: pytest.CaptureFixture[str]
 
 
 def test_there_is_nothing_that_compresses_yet(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["compress", "--namespace", "0"]) == 2
+    assert main(["compress", "--namespace", "0"]) == 0
     said = capsys.readouterr()
     assert (said.out, "no codecs yet" in said.err) == ("", True)
+    assert main(["compress", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"keepers": []}
 
 
 def test_the_socket_may_come_from_the_environment(

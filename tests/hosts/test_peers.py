@@ -14,19 +14,29 @@ from typing import Any
 
 import pytest
 
+from kvbench.network import Unavailable
 from kvkeep.errors import KeeperUnavailable
 from kvkeep.wire.client import Connection
 from tests.hosts.network import Host, hosts
 from tests.tiers.peer_place import CHUNKS, Engine
 from tests.tiers.place import Proxy
+from tests.tiers.test_peer_nixl import needs_nixl
 
 PORT = 7440
+
+
+class Here:
+    """This machine, at the other end of every link."""
+
+    def command(self, *words: str) -> list[str]:
+        return list(words)
 
 
 class Site:
     """A keeper on one host, and an engine that writes and reads real bytes."""
 
-    def __init__(self, host: Host, folder: Path, token: Path) -> None:
+    def __init__(self, host: Host | Here, folder: Path, token: Path) -> None:
+        folder.mkdir()
         self.host, self.socket, self._log = host, str(folder / "k.sock"), folder / "log"
         self._token = token
         self.way = 0
@@ -34,8 +44,12 @@ class Site:
 
     def keep(self, way: int) -> None:
         """`way`: port of the store's host at which the other one's keeper is reached from here."""
-        options = ["--peers", f"{self.host.address}:{PORT}?token_file={self._token}"]
-        options += ["--tier", f"peer://{self.host.store}:{way}?token_file={self._token}&timeout=1s"]
+        assert isinstance(self.host, Host)
+        tier = f"peer://{self.host.store}:{way}?token_file={self._token}&timeout=1s"
+        self.start("--peers", f"{self.host.address}:{PORT}?token_file={self._token}", "--tier", tier)
+
+    def start(self, *options: str) -> None:
+        """A keeper with these options, and its engine."""
         command = [sys.executable, "-m", "kvkeep.cli", "serve", "--socket", self.socket, "--memory", "128MiB"]
         with self._log.open("ab") as log:
             self._keeper = subprocess.Popen(self.host.command(*command, *options), stderr=log)
@@ -69,9 +83,7 @@ def sites(tmp_path: Path) -> Iterator[list[Site]]:
     with hosts(2) as network:
         out = []
         for number, host in enumerate(network):
-            folder = tmp_path / str(number)
-            folder.mkdir()
-            out.append(Site(host, folder, token))
+            out.append(Site(host, tmp_path / str(number), token))
         ways = [
             Proxy((to.address, PORT), here.store) for here, to in zip(network, network[::-1], strict=True)
         ]
@@ -138,3 +150,48 @@ def test_either_keeper_is_killed_in_mid_stream(
         wait_until(lambda: left.engine.ask(7) == CHUNKS, 60)
     else:
         wait_until(lambda: victim.engine.ask(0) == CHUNKS, 60)
+
+
+@needs_nixl
+def test_a_link_is_cut_while_nixl_reads(
+    tmp_path: Path, wait_until: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is being read cannot be called back; requests, the other tier and the keeper go on meanwhile."""
+    monkeypatch.setenv("UCX_TLS", "tcp")
+    token = tmp_path / "token"
+    token.write_text("0123456789abcdef0123456789abcdef")
+    with hosts(1) as (host,), contextlib.ExitStack() as stack:
+        try:
+            host.limit("200mbit")  # a second for a document
+        except Unavailable as error:
+            pytest.skip(str(error))
+        giver, taker = Site(Here(), tmp_path / "giver", token), Site(host, tmp_path / "taker", token)
+        for site in (giver, taker):
+            stack.callback(site.kill)
+        at = f"{host.store}:{PORT}?token_file={token}&transport=nixl&device="
+        giver.start("--peers", f"{at}{host.link}")
+        taker.start(
+            "--tier",
+            f"peer://{at}eth0&timeout=1s",
+            "--tier",
+            f"fs://{tmp_path}/fs?capacity=1GiB&write=through",
+        )
+        for document in range(1, 5):
+            giver.engine.save(document)
+        wait_until(lambda: taker.engine.tier()["available"], 40)
+        assert taker.engine.ask(1) == CHUNKS
+        for document in range(10, 16):  # more than memory holds
+            taker.engine.save(document)
+        wait_until(lambda: taker.engine.link.status()["tiers"][1]["stored"] >= 6 * CHUNKS, 60)
+        assert taker.engine.begin(2)
+        wait_until(lambda: taker.engine.tier()["reading_bytes"], 20)
+        host.cut()
+        assert taker.engine.ask(3, wait=2.0) == 0
+        assert taker.engine.tier()["reading_bytes"] > 0
+        assert taker.engine.ask(10) == CHUNKS  # from the directory
+        taker.engine.save(20)
+        assert taker.engine.ask(20) == CHUNKS
+        host.restore()
+        wait_until(lambda: taker.engine.ask(4, wait=2.0) == CHUNKS, 90)
+        wait_until(lambda: not taker.engine.tier()["reading_bytes"], 60)
+        wait_until(lambda: not giver.peers()["lent_bytes"], 90)

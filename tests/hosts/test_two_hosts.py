@@ -8,12 +8,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kvbench.engine import VllmServer, connector_args
+from kvbench.network import Unavailable
 from kvkeep.wire.client import Connection
 from tests.cores import engine_cores
 from tests.engines.vllm.conftest import tiny_model  # noqa: F401 (a fixture)
@@ -26,6 +28,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(600)]
 ARGS = ["--dtype", "float32", "--max-model-len", "4096", "--block-size", "32"]
 ENVIRON = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": engine_cores()}
 HIT = 576
+LONG = 3500  # tokens, 14 MB of KV: seven seconds on the narrow link
 TIERS = ["fs", "redis", "s3", "mooncake"]
 
 
@@ -123,11 +126,11 @@ class Site:
             self._keeper.wait(60)
             self._keeper = None
 
-    def ask(self, seed: int) -> tuple[str, float]:
+    def ask(self, seed: int, length: int = 700) -> tuple[str, float]:
         """The answer without the engine's own cache, and how many tokens were loaded."""
         self.engine.reset_local_cache()
         before = self.engine.metric("vllm:kvkeep_loaded_tokens_total")
-        text = self.engine.complete(prompt(seed), 12).text
+        text = self.engine.complete(prompt(seed, length), 12).text
         return text, self.engine.metric("vllm:kvkeep_loaded_tokens_total") - before
 
     def tier(self) -> dict[str, Any]:
@@ -197,10 +200,10 @@ def cut_and_restored(one: Site, other: Site, seed: int, wait_until: Callable[...
     assert one.ask(seed + 2) == (third, HIT)
 
 
-def test_hosts_read_each_other(sites: list[Site], tmp_path: Path, wait_until: Callable[..., None]) -> None:
-    """Keeper to keeper, no store between: a hit, a cut link, and each keeper killed in turn."""
-    one, other = sites
-    token = tmp_path / "token"
+@contextlib.contextmanager
+def peers(sites: list[Site], folder: Path) -> Iterator[Callable[[Site, Site], None]]:
+    """Keepers that read each other, no store between; what it gives starts one anew."""
+    token = folder / "token"
     token.write_text("0123456789abcdef0123456789abcdef")
     with contextlib.ExitStack() as stack:
 
@@ -211,31 +214,70 @@ def test_hosts_read_each_other(sites: list[Site], tmp_path: Path, wait_until: Ca
             site.keep(url, "--peers", f"{site.host.address}:7440?token_file={token}")
 
         try:
-            keep(one, other)
-            keep(other, one)
-            cold, nothing = one.ask(90)
-            assert nothing == 0
-            wait_until(lambda: other.tier()["available"], 60)
-            assert other.ask(90) == (cold, HIT)
-            cold, _ = other.ask(91)
-            wait_until(lambda: one.tier()["available"], 60)
-            assert one.ask(91) == (cold, HIT)
-            cold, _ = one.ask(92)
-            other.host.cut()
-            assert other.ask(92) == (cold, 0)
-            other.host.restore()
-            cold, _ = one.ask(93)
-            wait_until(lambda: other.tier()["available"], 60)
-            assert other.ask(93) == (cold, HIT)
-            cold, _ = one.ask(94)
-            one.kill()
-            assert other.ask(94) == (cold, 0)
-            keep(one, other)
-            wait_until(lambda: one.tier()["available"], 60)
-            assert one.ask(94) == (cold, HIT)  # of what the other one computed
-            other.kill()
-            assert one.ask(94) == (cold, HIT)
+            keep(sites[0], sites[1])
+            keep(sites[1], sites[0])
+            yield keep
         finally:
             for site in sites:
                 site.host.restore()
                 site.leave()
+
+
+def test_hosts_read_each_other(sites: list[Site], tmp_path: Path, wait_until: Callable[..., None]) -> None:
+    """A hit, a cut link, and each keeper killed in turn."""
+    one, other = sites
+    with peers(sites, tmp_path) as keep:
+        cold, nothing = one.ask(90)
+        assert nothing == 0
+        wait_until(lambda: other.tier()["available"], 60)
+        assert other.ask(90) == (cold, HIT)
+        cold, _ = other.ask(91)
+        wait_until(lambda: one.tier()["available"], 60)
+        assert one.ask(91) == (cold, HIT)
+        cold, _ = one.ask(92)
+        other.host.cut()
+        assert other.ask(92) == (cold, 0)
+        other.host.restore()
+        cold, _ = one.ask(93)
+        wait_until(lambda: other.tier()["available"], 60)
+        assert other.ask(93) == (cold, HIT)
+        cold, _ = one.ask(94)
+        one.kill()
+        assert other.ask(94) == (cold, 0)
+        keep(one, other)
+        wait_until(lambda: one.tier()["available"], 60)
+        assert one.ask(94) == (cold, HIT)  # of what the other one computed
+        other.kill()
+        assert one.ask(94) == (cold, HIT)
+
+
+def test_a_narrow_link_is_cut_while_chunks_come(
+    sites: list[Site], tmp_path: Path, wait_until: Callable[..., None]
+) -> None:
+    """What has come by then is no prefix of anything yet: all is computed, and the next prompt is read again.
+
+    The last test: the link stays as narrow."""
+    one, other = sites
+    try:
+        other.host.limit("16mbit")
+    except Unavailable as error:
+        pytest.skip(str(error))
+    command = other.host.command("cat", "/sys/class/net/eth0/statistics/rx_bytes")
+
+    def came() -> int:
+        return int(subprocess.run(command, check=True, capture_output=True, timeout=20).stdout)
+
+    with peers(sites, tmp_path), ThreadPoolExecutor(1) as pool:
+        cold, _ = one.ask(95, LONG)
+        wait_until(lambda: other.tier()["available"], 60)
+        before = came()
+        asked = pool.submit(other.ask, 95, LONG)
+        wait_until(lambda: came() > before + (2 << 20), 60)
+        assert other.tier()["reading_bytes"] > 0
+        other.host.cut()
+        text, loaded = asked.result(120)
+        assert (text, loaded) == (cold, 0)
+        other.host.restore()
+        cold, _ = one.ask(96)
+        wait_until(lambda: other.tier()["available"], 60)
+        assert other.ask(96) == (cold, HIT)

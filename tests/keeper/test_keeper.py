@@ -14,6 +14,7 @@ from kvkeep.errors import ConfigError, RequestRefused
 from kvkeep.identity import group_keys, tenant_of
 from kvkeep.keeper.chunks import ChunkState
 from kvkeep.keeper.keeper import Keeper, Reserved
+from kvkeep.keeper.leases import REFUSED
 from kvkeep.keeper.namespaces import GroupSpec, Namespace
 from kvkeep.keeper.pins import MOST_PINNED, chain_records, pin, pinned_bytes, space_records, unpin
 from kvkeep.keeper.policy import POLICIES
@@ -604,6 +605,10 @@ def test_an_arena_full_of_reserved_slots_refuses() -> None:
     keeper, space, room = small_keeper()
     writing = keeper.reserve("s", space, chain_keys(0, room), [[True] * room], 0, 1)
     assert not any(save(keeper, space, chain_keys(2, 3)))
+    refused = keeper.reserve("s", space, chain_keys(2, 3), [[True] * 3], 0, 1)
+    assert (refused.reservation, refused.offsets[0].tolist()) == (0, [REFUSED] * 3)
+    again = keeper.reserve("s", space, chain_keys(0, 2), [[True] * 2], 0, 1)
+    assert (again.reservation, again.offsets[0].tolist()) == (0, [-1, -1])
     keeper.abort("s", writing.reservation)
     assert all(save(keeper, space, chain_keys(2, 3)))
     keeper.check_integrity()

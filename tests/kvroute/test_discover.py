@@ -297,6 +297,10 @@ def test_what_is_no_place(text: str) -> None:
         ({"backends": ()}, "--backend"),
         ({"tls": ("cert",)}, "CERT KEY"),
         ({"listen": "0.0.0.0:80", "tls": ("cert", "key")}, "CLIENT_CA"),
+        ({"events_listen": "tcp://*:5557"}, "--events-open"),
+        ({"events_listen": "tcp://10.0.0.1:5557"}, "--events-open"),
+        ({"events_listen": "tcp://[::]:5557"}, "--events-open"),
+        ({"events_listen": "tcp://eth0:5557"}, "--events-open"),
         ({"backend_tls": ("ca", "cert")}, r"CA \[CERT KEY\]"),
         ({"backends": (parse_place("http://a:1", "prefill"),)}, "both"),
         ({"backends": (parse_place("http://a:1", "prefill"), parse_place("http://a:2"))}, "both"),
@@ -305,7 +309,14 @@ def test_what_is_no_place(text: str) -> None:
 def test_wrong_options(more: dict, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         Options(**{"backends": (parse_place("http://a:1"),), **more})
-    assert Options((parse_place("http://a:1"),), listen="0.0.0.0:80", no_keys=True).loopback is False
+
+
+def test_what_other_hosts_may_reach_where_it_is_said_so() -> None:
+    place = (parse_place("http://a:1"),)
+    assert Options(place, listen="0.0.0.0:80", no_keys=True).loopback is False
+    for address in ("tcp://127.0.0.1:5557", "tcp://[::1]:5557", "tcp://lo:*", "ipc:///run/events"):
+        assert Options(place, events_listen=address).events_listen == address
+    assert Options(place, events_listen="tcp://*:5557", events_open=True).events_open
 
 
 def test_wrong_keys(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Prefill on one engine, decode on another: what passes between them, and what happens without one."""
 
+import asyncio
+
 import pytest
 
 from benchmarks.stand_in import Shape
@@ -116,5 +118,117 @@ def test_a_kind_of_engine_that_is_missing() -> None:
             async with s.client.get(s.url + "/health") as answer:
                 assert answer.status == 503
             assert first.up
+
+    played(play)
+
+
+# Both at once
+
+SLOW = Shape(prefill_rate=1.0)  # seven minutes for DOCUMENT
+
+
+def test_the_decoder_is_asked_while_the_prompt_is_computed() -> None:
+    async def play() -> None:
+        async with scene(2, roles=["prefill", "decode"], shapes=[SLOW, Shape()], at_once=True) as s:
+            prefill, decode = s.engines
+            assert await s.ask(DOCUMENT)
+            assert decode.stats.bodies[-1]["kv_transfer_params"] == {
+                "do_remote_prefill": True,
+                "do_remote_decode": False,
+            }
+            names = [one.stats.headers[-1]["x-request-id"] for one in s.engines]
+            assert names[0] == names[1]
+            await s.until(lambda: prefill.stats.aborted == 1)  # nobody needs it any more
+            await s.until(lambda: not any(one.in_flight for one in s.router.pool.backends.values()))
+
+    played(play)
+
+
+def test_it_waits_for_what_is_kept_and_is_asked_anew_for_the_rest() -> None:
+    async def play(keeps: bool) -> None:
+        shapes = [Shape(keeps=keeps), Shape()]
+        async with scene(2, roles=["prefill", "decode"], shapes=shapes, at_once=True) as s:
+            prefill, decode = s.engines
+            decode.arrived.clear()
+            asked = asyncio.create_task(s.ask(DOCUMENT))
+            backend = next(iter(s.router.pool.backends.values()))
+            await s.until(lambda: backend.answers.get("2xx"))
+            if keeps:
+                decode.arrived.set()
+            await asked
+            assert prefill.stats.requests == 1
+            assert (decode.stats.requests, decode.stats.aborted) == ((1, 0) if keeps else (2, 1))
+            if not keeps:
+                assert decode.stats.bodies[-1]["kv_transfer_params"]["remote_host"] == "127.0.0.1"
+                first, again = (headers["x-request-id"] for headers in decode.stats.headers)
+                assert first != again
+            assert (await s.metrics())["kvroute_retries_total"] == 0
+
+    for keeps in (True, False):
+        played(lambda keeps=keeps: play(keeps))
+
+
+@pytest.mark.parametrize(("faults", "status"), [(["cut"] * 2, 200), (["400"], 400)])
+def test_a_prefill_that_fails_or_refuses_while_it_is_waited_for(faults: list[str], status: int) -> None:
+    async def play() -> None:
+        async with scene(2, roles=["prefill", "decode"], prefill_from=0, at_once=True, retries=1) as s:
+            decode = s.engines[1]
+            decode.arrived.clear()
+            await s.fault(0, *faults)
+            async with s.post({"model": "stand-in", "prompt": "a", "max_tokens": 2}) as answer:
+                assert answer.status == status
+                text = await answer.text()
+            await s.until(lambda: decode.stats.aborted == 1)
+            if status == 400:
+                assert "as you wished" in text
+                assert decode.stats.requests == 1
+            else:
+                assert decode.stats.requests == 2
+                assert "kv_transfer_params" not in decode.stats.bodies[-1]
+                assert (await s.metrics())["kvroute_prefill_failed_total"] == 1
+
+    played(play)
+
+
+def test_a_decoder_that_fails_is_followed_by_another_once_the_prompt_is_computed() -> None:
+    async def play() -> None:
+        async with scene(3, roles=ROLES, at_once=True) as s:
+            _, *decode = s.engines
+            for number in (1, 2):
+                await s.fault(number, "cut")
+            await s.ask(DOCUMENT)
+            assert sorted(one.stats.requests for one in decode) == [1, 2]
+            assert (await s.metrics())["kvroute_retries_total"] == 2
+            (last,) = [one for one in decode if one.stats.requests == 2]
+            assert last.stats.bodies[-1]["kv_transfer_params"]["remote_block_ids"]
+
+    played(play)
+
+
+def test_where_the_prompt_would_wait_its_turn_the_decoder_is_asked_later() -> None:
+    async def play() -> None:
+        async with scene(2, roles=["prefill", "decode"], shape=SLOW, at_once=True) as s:
+            prefill, decode = s.router.pool.backends.values()
+            s.engines[1].arrived.clear()
+            asked = [asyncio.create_task(s.ask(DOCUMENT))]
+            await s.until(lambda: s.engines[1].stats.requests)
+            asked.append(asyncio.create_task(s.ask(f"other {DOCUMENT}")))
+            await s.until(lambda: prefill.waiting == 2)
+            assert (decode.waiting, s.engines[1].stats.requests) == (1, 1)
+            for one in asked:
+                one.cancel()
+
+    played(play)
+
+
+def test_both_are_ended_where_the_client_leaves() -> None:
+    async def play() -> None:
+        async with scene(2, roles=["prefill", "decode"], shape=SLOW, at_once=True) as s:
+            s.engines[1].arrived.clear()
+            asked = asyncio.create_task(s.ask(DOCUMENT))
+            await s.until(lambda: all(one.stats.requests for one in s.engines))
+            asked.cancel()
+            await s.until(lambda: all(one.stats.aborted == 1 for one in s.engines))
+            await s.until(lambda: not any(one.in_flight for one in s.router.pool.backends.values()))
 
     played(play)

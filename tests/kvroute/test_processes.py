@@ -83,7 +83,7 @@ async def stream(client: aiohttp.ClientSession, url: str, started: Callable[[], 
             async for chunk in answer.content.iter_any():
                 received += chunk
                 started()
-    except (aiohttp.ClientPayloadError, aiohttp.ServerDisconnectedError):
+    except (aiohttp.ClientPayloadError, aiohttp.ClientConnectionError):
         return received + b"(cut)"
     return received
 
@@ -117,6 +117,36 @@ def test_an_engine_that_is_killed_takes_only_its_own_streams_with_it(processes: 
 
     asyncio.run(play())
     assert "is down" in processes.log.read_text()
+
+
+def test_a_router_that_is_killed_ends_what_it_had_and_another_takes_its_place(processes: Processes) -> None:
+    _, engine = processes.engine("--itl", "0.2")
+    router, url = processes.router("--backend", engine)
+
+    async def killed() -> None:
+        async with aiohttp.ClientSession() as client:
+            begun = asyncio.Semaphore(0)
+            streams = [asyncio.create_task(stream(client, url, begun.release)) for _ in range(3)]
+            for _ in range(3):
+                await begun.acquire()
+            router.kill()
+            ends = await asyncio.wait_for(asyncio.gather(*streams), 20)
+            assert all(end.endswith(b"(cut)") and b"[DONE]" not in end for end in ends)
+            for _ in range(500):
+                async with client.get(f"{engine}/stats") as answer:
+                    if (await answer.json())["aborted"] == 3:
+                        return
+                await asyncio.sleep(0.02)
+            raise AssertionError("the engine goes on for nobody")
+
+    async def served(url: str) -> None:
+        async with aiohttp.ClientSession() as client:
+            assert (await stream(client, url, lambda: None)).endswith(b"data: [DONE]\n\n")
+
+    asyncio.run(killed())
+    _, again = processes.router("--backend", engine, "--listen", url.removeprefix("http://"))
+    assert again == url
+    asyncio.run(served(again))
 
 
 def test_an_engine_that_falls_silent_is_given_up(
@@ -240,6 +270,7 @@ def test_the_end_is_not_put_off_for_ever(processes: Processes, options: list[str
         (["--backend", "http://127.0.0.1:1", "--listen", "127.0.0.1:TAKEN"], "cannot listen on"),
         (["--backend", "k8s://vllm:http"], "--kubernetes-api"),
         (["--backend", "http://127.0.0.1:1", "--events-listen", "nowhere"], "cannot listen for events"),
+        (["--backend", "http://127.0.0.1:1", "--events-listen", "tcp://*:0"], "--events-open"),
     ],
 )
 def test_what_cannot_start_says_why(options: list[str], said: str) -> None:

@@ -59,9 +59,9 @@ def watched(keeper_process: Callable[..., Any]) -> Iterator[Callable[..., Watche
 
 @pytest.fixture(scope="module")
 def busy(module_keeper_process: Callable[..., Any]) -> Iterator[Watched]:
-    """One whose memory is too small for its traffic, and whose tier is not."""
+    """One whose memory is too small for its traffic, and whose tier is not. Peers may read it."""
     starting = _watched(module_keeper_process)
-    one = next(starting)(tier=True)
+    one = next(starting)("--peers", "0", tier=True)
     traffic(one.engine, rounds=4, documents=8)
     yield one
     for _ in starting:

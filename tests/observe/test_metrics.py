@@ -13,8 +13,13 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from kvkeep.identity import tenant_of
 from kvkeep.observe.histogram import Histogram
+from kvkeep.tiers.base import Got
+from kvkeep.tiers.open import open_raw
 from kvkeep.wire.messages import Reservation
 from tests.observe.traffic import CHUNK, Engine, keys_of, traffic
+from tests.tiers.peer_place import Lending
+from tests.tiers.place import PAGE, buffers_of, closing
+from tests.tiers.place import keys_of as peer_keys
 
 ROOT = Path(__file__).parents[2]
 DASHBOARD = ROOT / "deploy" / "grafana" / "kvkeep.json"
@@ -126,6 +131,32 @@ def test_tenants_are_bounded_too(watched) -> None:
         (tenant_of("t1").hex(), 1 << 20)
     ]
     assert value(text, "kvkeep_tenant_used_bytes") == value(text, "kvkeep_used_bytes")
+
+
+def test_what_peers_were_given(watched, wait_until) -> None:
+    started = []
+
+    def start(*options: str, **how: str) -> object:
+        started.append(watched(*options, **how))
+        return started[0].keeper
+
+    lending = Lending(start, memory="16MiB")
+    names, values = peer_keys(4), buffers_of([4 * PAGE] * 4, 1)
+    for name, saved in zip(names[:3], values, strict=False):
+        lending.save(name, saved)
+    with closing(open_raw(lending.url())) as tier:
+        assert tier.contains(names) == [True] * 3 + [False]
+        assert tier.get(names[:2], buffers_of([4 * PAGE] * 2)) == [Got.HIT] * 2
+        assert value(started[0].text(), "kvkeep_peer_connections") >= 1
+    with socket.create_connection(("127.0.0.1", lending.port)) as stranger:
+        stranger.sendall(b"GET / HTTP/1.1\r\nHost: " + b"x" * 100)
+        wait_until(lambda: value(started[0].text(), "kvkeep_peer_dropped_total") == 1)
+    wait_until(lambda: value(started[0].text(), "kvkeep_peer_connections") == 0)
+    text = started[0].text()
+    for name, count in (("asked", 4), ("given_chunks", 2), ("given_bytes", 2 * 4 * PAGE)):
+        assert value(text, f"kvkeep_peer_{name}_total") == count
+    assert value(text, "kvkeep_peer_lent_bytes") == 0
+    assert "kvkeep_peer" not in watched().text()
 
 
 def test_errors_by_kind(watched) -> None:

@@ -34,8 +34,12 @@ def test_tenants_are_told_apart_and_requests_counted_once(keeper_process) -> Non
     rows = [b"\1\1\1"]
     mine = msg.Reservation(bytes(range(48)), rows, 0, 0, a)
     other = msg.Reservation(bytes(range(100, 148)), rows, 0, 0, b)
-    for done in client.reserve(space, [mine, other]):
+    both = client.reserve(space, [mine, other])
+    assert [done.kept() for done in both] == [1, 3]
+    for done in both:
         client.commit(done.reservation, 0)
+    (held,) = client.reserve(space, [other])
+    assert (held.reservation, held.kept()) == (0, 3), "what is held is not refused"
     found = client.lookup(space, bytes(range(48)), tenant=a)
     assert found.chunks == 1, "a slot with its seal takes two pages, and the quota is two"
     told = {row["tenant"]: row for row in client.status(b)["tenants"]}

@@ -71,17 +71,17 @@ def answer(
     """Parameters for the engine that goes on with a request; None where none does."""
     if not handed_over(params) or status not in _WHOLE:
         return None
-    saved = 0
+    saved = whole = 0
     if tracked is not None and tracked.cacheable:
-        saved = min(tracked.next_save, tracked.request.num_prompt_tokens // chunk_tokens) * chunk_tokens
+        whole = tracked.request.num_prompt_tokens // chunk_tokens
+        saved = min(tracked.next_save, tracked.kept, whole)
     return {
         "do_remote_prefill": True,
         "do_remote_decode": False,
         "remote_engine_id": engine_id,
-        "remote_block_ids": None,
-        "remote_host": None,
-        "remote_port": None,
-        "remote_num_tokens": saved,
+        **dict.fromkeys(("remote_block_ids", "remote_host", "remote_port")),
+        "remote_num_tokens": saved * chunk_tokens,
+        "remote_all": 0 < whole == saved,
     }
 
 

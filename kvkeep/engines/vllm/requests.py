@@ -49,6 +49,8 @@ class Tracked:
         """The engine computes it: what it waited for did not come, and is not offered again."""
         self.next_save = 0
         """First chunk that has not been offered to the keeper yet."""
+        self.kept = 0
+        """Leading chunks of which the keeper refused none."""
         self.forget_claim()
 
     @property

@@ -220,17 +220,19 @@ class SchedulerSide:
             if tracked is not None and tracked.cacheable:
                 last = self._complete_chunks(tracked.request, scheduled, output)
                 if last > tracked.next_save:
-                    offers.append(self._offer(tracked, output, last))
-        made = [offer for offer in offers if offer is not None]
+                    offers.append((tracked, self._offer(tracked, output, last)))
+        made = [(tracked, *offer) for tracked, offer in offers if offer is not None]
         if not made or self._keeper is None or self._geometry is None:
             return None
         try:
-            reserved = self._keeper.connection.reserve(self._keeper.namespace, [item for item, _ in made])
+            reserved = self._keeper.connection.reserve(self._keeper.namespace, [item for _, item, _ in made])
         except (KeeperUnavailable, RequestRefused) as error:
             self._lose(error)
             return None
         copies = Copies()
-        for (item, table), result in zip(made, reserved, strict=True):
+        for (tracked, item, table), result in zip(made, reserved, strict=True):
+            if item.first <= tracked.kept:
+                tracked.kept = item.first + result.kept()
             if result.reservation:
                 self._geometry.add_save(copies, table, item.first, result.offsets)
                 copies.claims.append(result.reservation)

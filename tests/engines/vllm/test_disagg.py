@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ class Couple:
 def as_production_stack_does(couple: Couple) -> None:
     told = couple.prefilled(prompt(1), **ORCHESTRATED)["kv_transfer_params"]
     assert told["do_remote_prefill"] is True
-    assert (told["remote_num_tokens"], told["remote_port"]) == (640, None)
+    assert (told["remote_num_tokens"], told["remote_all"], told["remote_port"]) == (640, True, None)
     told["remote_host"] = "127.0.0.1"
     assert couple.decoded(prompt(1), told) == (couple.alone(prompt(1)), 640)
 
@@ -96,22 +97,76 @@ def both_at_once(couple: Couple, pool: ThreadPoolExecutor) -> None:
     assert text == couple.alone(tokens)
 
 
-def test_one_prefills_and_one_decodes(
-    tiny_model: Path, keeper_process: Callable[..., Any], tmp_path: Path, wait_until: Callable[..., None]
-) -> None:
-    keeper = keeper_process(memory="256MiB")
-    cores = sorted(os.sched_getaffinity(0))  # a core each: threads of both on one would wait for each other
+def a_keeper_that_dies(couple: Couple, keeper: Any, wait_until: Callable[..., None]) -> None:
+    """While the decode engine waits for chunks of which none has come: it computes at once."""
+    tokens = prompt(5, 1500)
+    timeouts = couple.decode.metric("vllm:kvkeep_remote_timeouts_total")
+    lookups = keeper.figures()["counters"]["lookups"]
+    with ThreadPoolExecutor(1) as pool:
+        decoded = pool.submit(couple.decoded, tokens, TO_DECODE)
+        wait_until(lambda: keeper.figures()["counters"]["lookups"] > lookups, 60)
+        assert not decoded.done()
+        keeper.process.kill()
+        text, loaded = decoded.result(120)
+    assert loaded == 0
+    assert couple.decode.metric("vllm:kvkeep_remote_timeouts_total") == timeouts
+    assert text == couple.alone(tokens)
+
+
+def a_decode_engine_that_dies(couple: Couple, keeper: Any, wait_until: Callable[..., None]) -> None:
+    """In the middle of an answer: whoever reads it sees an error, the other engine and the keeper go on."""
+    tokens = prompt(6)
+    expected = couple.alone(tokens)
+    body = {"model": "model", "prompt": tokens, "max_tokens": 3000, "ignore_eos": True, "stream": True}
+    body["kv_transfer_params"] = couple.prefilled(tokens)["kv_transfer_params"]
+    sessions, read = keeper.figures()["sessions"], list[str]()
+
+    def ask() -> None:
+        with httpx.stream("POST", f"{couple.decode.url}/v1/completions", json=body, timeout=60.0) as answer:
+            for text in answer.iter_text():
+                if not read:
+                    kill(couple.decode)
+                read.append(text)
+
+    with pytest.raises(httpx.TransportError):
+        ask()
+    assert read
+    assert "[DONE]" not in "".join(read)
+    wait_until(lambda: keeper.figures()["leases"] == keeper.figures()["reservations"] == 0, 20)
+    wait_until(lambda: keeper.figures()["sessions"] == sessions - 1, 20)
+    assert couple.prefilled(prompt(7))["kv_transfer_params"]["remote_num_tokens"] == 640
+    couple.prefill.reset_local_cache()
+    assert couple.prefill.complete(tokens, ANSWER).text == expected
+    assert couple.prefill.metric("vllm:kvkeep_errors_total") == 0
+
+
+def kill(engine: VllmServer) -> None:
+    for pid in engine.pids:
+        os.kill(pid, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def couple_at(socket: str, model: Path, folder: Path) -> Iterator[Couple]:
+    """Both engines on one keeper, a core each: threads of both on one would wait for each other."""
+    cores = sorted(os.sched_getaffinity(0))
     servers = [
         VllmServer(
-            tiny_model,
-            arguments(role, keeper.socket),
-            log=tmp_path / role,
+            model,
+            arguments(role, socket),
+            log=folder / role,
             environ={"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": str(core)},
         )
         for role, core in (("kv_producer", cores[0]), ("kv_consumer", cores[-1]))
     ]
-    with servers[0] as prefill, servers[1] as decode, ThreadPoolExecutor(2) as pool:
-        couple = Couple(prefill, decode)
+    with servers[0] as prefill, servers[1] as decode:
+        yield Couple(prefill, decode)
+
+
+def test_one_prefills_and_one_decodes(
+    tiny_model: Path, keeper_process: Callable[..., Any], tmp_path: Path, wait_until: Callable[..., None]
+) -> None:
+    keeper = keeper_process(memory="256MiB")
+    with couple_at(keeper.socket, tiny_model, tmp_path) as couple, ThreadPoolExecutor(2) as pool:
         as_production_stack_does(couple)
         as_llm_d_does(couple, keeper.connect("clear").clear)
         both_at_once(couple, pool)
@@ -122,12 +177,30 @@ def test_one_prefills_and_one_decodes(
         wait_until(lambda: keeper.figures()["counters"]["stored_chunks"] > stored + 8, 60)
         decoded = pool.submit(couple.decoded, tokens, TO_DECODE)
         wait_until(lambda: keeper.figures()["counters"]["stored_chunks"] > stored + 16, 60)
-        for pid in prefill.pids:
-            os.kill(pid, signal.SIGKILL)
+        kill(couple.prefill)
         assert doomed.exception(60) is not None
         text, loaded = decoded.result(120)
         assert 8 * CHUNK < loaded < 3456
-        assert decode.metric("vllm:kvkeep_remote_timeouts_total") == 1
+        assert couple.decode.metric("vllm:kvkeep_remote_timeouts_total") == 1
         assert text == couple.alone(tokens)
-        assert decode.metric("vllm:kvkeep_errors_total") == 0
+        assert couple.decode.metric("vllm:kvkeep_errors_total") == 0
     wait_until(lambda: keeper.figures()["leases"] == keeper.figures()["reservations"] == 0, 20)
+
+
+def test_the_keeper_or_the_decode_engine_dies(
+    tiny_model: Path, keeper_process: Callable[..., Any], tmp_path: Path, wait_until: Callable[..., None]
+) -> None:
+    keeper = keeper_process(memory="256MiB")
+    with couple_at(keeper.socket, tiny_model, tmp_path) as couple:
+        a_keeper_that_dies(couple, keeper, wait_until)
+        keeper.process.wait(20)
+        keeper = keeper_process(memory="256MiB", socket=keeper.socket)
+        for engine in (couple.prefill, couple.decode):
+            wait_until(lambda engine=engine: attached(engine), 60)
+        a_decode_engine_that_dies(couple, keeper, wait_until)
+
+
+def attached(engine: VllmServer) -> bool:
+    """Whether it has found a keeper; it looks for one in its steps."""
+    engine.complete([5, 6, 7], 1)
+    return engine.metric("vllm:kvkeep_attached") == 1

@@ -194,16 +194,20 @@ ASKED = {"do_remote_decode": True, "do_remote_prefill": False, "remote_engine_id
 
 def test_the_answer_is_what_the_decode_side_takes() -> None:
     tracked = Tracked(request(PROMPT, ASKED), PRINT, CHUNK)
-    tracked.next_save = WHOLE + 1  # with a token that was generated
+    tracked.next_save = tracked.kept = WHOLE + 1  # with a token that was generated
     told = answer(ASKED, RequestStatus.FINISHED_LENGTH_CAPPED, "engine", tracked, CHUNK)
     assert told is not None
     assert (told["remote_engine_id"], told["remote_host"], told["remote_block_ids"]) == ("engine", None, None)
     awaited = Awaited.of(told)
     assert awaited is not None
-    assert awaited.tokens == WHOLE * CHUNK
+    assert (awaited.tokens, told["remote_all"]) == (WHOLE * CHUNK, True)
+    tracked.kept = 7  # the keeper had no room for the next one
+    some = answer(ASKED, RequestStatus.FINISHED_LENGTH_CAPPED, "engine", tracked, CHUNK)
+    assert some is not None
+    assert (some["remote_num_tokens"], some["remote_all"]) == (7 * CHUNK, False)
     nothing = answer(ASKED, RequestStatus.FINISHED_STOPPED, "engine", None, CHUNK)
     assert nothing is not None
-    assert nothing["remote_num_tokens"] == 0
+    assert (nothing["remote_num_tokens"], nothing["remote_all"]) == (0, False)
 
 
 @pytest.mark.parametrize(("params", "next_save"), [(None, 5), (REMOTE, 5), (ASKED, 0)])

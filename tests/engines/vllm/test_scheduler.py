@@ -32,7 +32,12 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(200)]
 
 @contextmanager
 def engine(
-    model: Path, socket: str, monkeypatch: pytest.MonkeyPatch, overlapped: bool, load_by: str
+    model: Path,
+    socket: str,
+    monkeypatch: pytest.MonkeyPatch,
+    overlapped: bool,
+    load_by: str,
+    role: str = "kv_both",
 ) -> Iterator[EngineCore]:
     """An engine core in this process, with our connector on both sides."""
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -50,7 +55,7 @@ def engine(
         kv_transfer_config={
             "kv_connector": "KVKeepConnector",
             "kv_connector_module_path": "kvkeep.engines.vllm",
-            "kv_role": "kv_both",
+            "kv_role": role,
             "kv_connector_extra_config": {"socket": socket, "chunk_tokens": 2 * BLOCK, "load_by": load_by},
         },
         **settings,
@@ -179,3 +184,38 @@ def test_every_text_finds_its_own(
         assert len(talk.loading) > 10
         assert hybrid or any(talk.loading.values())
         assert Ledger.nonsense == 0  # nothing is computed from blocks before they are there
+
+
+def test_the_next_engine_is_told_of_what_was_kept(
+    tiny_model: Path,
+    keeper_process: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    wait_until: Callable[..., None],
+) -> None:
+    """Of a tenant whose quota has no room for its prompt: less than was offered, and not what is refused."""
+    keeper = keeper_process("--tenant-quota", "default=16KiB", memory="4MiB")
+    for name, value in (("hybrid", False), ("runner", "v1"), ("load_errors", None)):
+        monkeypatch.setattr(Ledger, name, value)
+    prompt, chunks = list(range(3, 330)), 327 // (2 * BLOCK)
+
+    def told(core: EngineCore, salt: str | None) -> tuple[int, bool]:
+        wanted = {"kv_transfer_params": {"do_remote_decode": True}}
+        sampling = SamplingParams(temperature=0, max_tokens=1, extra_args=wanted)
+        made = EngineCoreRequest(f"of {salt}", prompt, None, sampling, None, 0.0, None, salt, None)
+        core.add_request(*core.preprocess_add_request(made))
+        while True:
+            outputs, executed = core.step_fn()
+            core.post_step(executed)
+            for output in (output for group in (outputs or {}).values() for output in group.outputs):
+                if output.kv_transfer_params is not None:
+                    return output.kv_transfer_params["remote_num_tokens"], output.kv_transfer_params[
+                        "remote_all"
+                    ]
+
+    with engine(tiny_model, keeper.socket, monkeypatch, False, "layers", "kv_producer") as core:
+        assert told(core, None) == (2 * BLOCK * chunks, True)
+        tokens, whole = told(core, "tenant")
+        wait_until(lambda: keeper.figures()["reservations"] == 0)
+        (row,) = keeper.figures()["tenants"]
+    assert 0 < row["refused_chunks"] == chunks - row["stored_chunks"] < chunks
+    assert (tokens, whole) == (2 * BLOCK * row["stored_chunks"], False)
