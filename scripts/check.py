@@ -19,11 +19,11 @@ from typing import NamedTuple
 
 # All budgets: stay under. By what is read together: the cache, one engine's adapter, what measures it.
 PACKAGE_LINES = {
-    "kvkeep": 15_500,  # without the adapters
-    "kvkeep/engines/vllm": 2_850,
+    "kvkeep": 15_900,  # without the adapters
+    "kvkeep/engines/vllm": 2_950,
     "kvkeep/engines/transformers": 1_500,
     "kvbench": 6_000,
-    "kvroute": 3_500,
+    "kvroute": 3_550,
 }
 FILE_LINES, FUNCTION_LINES = 400, 50
 USUAL_FUNCTION_LINES, USUAL_SHARE = 35, 0.9  # nine functions of ten stay under this

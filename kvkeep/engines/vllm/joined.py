@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from concurrent import futures
 from typing import TYPE_CHECKING, cast
 
-from kvkeep.engines.vllm.metadata import Place, Rank
-from kvkeep.errors import KeeperUnavailable
+from kvkeep.engines.vllm.metadata import NOWHERE, Place, Rank
+from kvkeep.errors import KeeperUnavailable, KVKeepError
 from kvkeep.transfer import Transfer
 from kvkeep.wire.client import Connection
 
 if TYPE_CHECKING:
     from kvkeep.transfer.cuda import CudaTransfer
 
-__all__ = ["Joined"]
+__all__ = ["Joined", "Joining"]
 
 log = logging.getLogger("kvkeep.vllm")
+
+_RETRY_FIRST, _RETRY_MOST = 0.5, 10.0  # seconds between tries to join a session
 
 
 class Joined:
@@ -77,3 +80,47 @@ class Joined:
         finally:  # a device that is broken holds no claim
             with self._talking:
                 self.connection.close()
+
+
+class Joining:
+    """Joins later sessions in the background, each by a thread that tries until it is in, or another is asked
+    for. `join(epoch)` makes a `Joined` with whatever keeper is there; it raises KVKeepError or OSError."""
+
+    def __init__(self, join: Callable[[int], Joined]) -> None:
+        self._join = join
+        self._wanted = NOWHERE
+        self._found: Joined | None = None
+
+    def begin(self, place: Place) -> None:
+        """Join this one from here on."""
+        if self._wanted != place:
+            self._wanted = place
+            threading.Thread(target=self._run, args=(place,), name="kvkeep-join", daemon=True).start()
+
+    def take(self, place: Place) -> Joined | None:
+        """The session, once, when it was joined; it is the caller's."""
+        if self._found is None or self._found.place != place:
+            return None
+        found, self._found = self._found, None
+        return found
+
+    def stop(self) -> None:
+        """Join none any more."""
+        self._wanted = NOWHERE
+
+    def _run(self, place: Place) -> None:
+        keeper, epoch = place
+        wait = _RETRY_FIRST
+        while self._wanted == place:
+            try:
+                found = self._join(epoch)
+                if found.place == place:
+                    self._found = found
+                    return
+                found.close()
+                why = f"keeper {found.place[0][:8]} is here, not {keeper[:8]}: one keeper serves one host"
+            except (KVKeepError, OSError) as error:
+                why = str(error)
+            log.warning("kvkeep: session %d cannot be joined: %s", epoch, why)
+            time.sleep(wait)
+            wait = min(2 * wait, _RETRY_MOST)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -20,19 +19,18 @@ from kvkeep.engines.link import connect
 from kvkeep.engines.vllm.apart import Apart
 from kvkeep.engines.vllm.describe import describe_backends, describe_scales, describe_tensors
 from kvkeep.engines.vllm.device import Device, by_blocks, replays_whole_graphs
-from kvkeep.engines.vllm.joined import Joined
+from kvkeep.engines.vllm.joined import Joined, Joining
 from kvkeep.engines.vllm.metadata import (
     NOWHERE,
     Copies,
     Handshake,
-    Place,
     Rank,
     Session,
     StepMeta,
     WorkerMeta,
 )
 from kvkeep.engines.vllm.stats import KVKeepStats
-from kvkeep.errors import DeviceError, KeeperUnavailable, KVKeepError, LayoutError
+from kvkeep.errors import DeviceError, KeeperUnavailable, LayoutError
 from kvkeep.layout import group_layout
 from kvkeep.transfer import Transfer, make_transfer
 from kvkeep.transfer.base import Move, describe_layers
@@ -51,7 +49,6 @@ __all__ = ["WorkerSide"]
 log = logging.getLogger("kvkeep.vllm")
 
 _PREFILL_TOKENS = 64  # a step of fewer says little about prefill
-_RETRY_FIRST, _RETRY_MOST = 0.5, 10.0  # seconds between tries to join a session
 _REST = 0.1  # seconds without a step after which the engine is taken to rest
 
 
@@ -69,8 +66,7 @@ class WorkerSide:
         self._rank: Rank = (0, 0)
         self._handshake: Handshake | None = None
         self._joined: Joined | None = None
-        self._next: Joined | None = None
-        self._joining = NOWHERE
+        self._joining = Joining(self._join)
         self._session: Session | None = None
         self._failed_blocks: set[int] = set()
         self._off = False
@@ -332,6 +328,7 @@ class WorkerSide:
     def leave(self) -> None:
         """Take part in no session any more; the scheduler side hears of it with the next report."""
         self._off = True
+        self._joining.stop()
         self.stop()
 
     def stop(self, wait: float = 0.0) -> None:
@@ -373,29 +370,10 @@ class WorkerSide:
         if meta.session is None:
             return
         self._session = meta.session
-        if self._next is not None and self._next.place == meta.session.place:
+        if (found := self._joining.take(meta.session.place)) is not None:
             if self._joined is not None:
                 self._joined.close()
-            self._joined, self._next = self._next, None
+            self._joined = found
         have = self._joined is not None and self._joined.place == meta.session.place
-        if not (have or self._off) and self._joining != meta.session.place:
-            self._joining = meta.session.place
-            threading.Thread(target=self._join_later, args=(meta.session.place,), daemon=True).start()
-
-    def _join_later(self, place: Place) -> None:
-        """Join a session; try again, less and less often, while it is the scheduler's."""
-        keeper, epoch = place
-        wait = _RETRY_FIRST
-        while self._joining == place and not self._off:
-            try:
-                found = self._join(epoch)
-                if found.place == place:
-                    self._next = found
-                    return
-                found.close()
-                why = f"keeper {found.place[0][:8]} is here, not {keeper[:8]}: one keeper serves one host"
-            except (KVKeepError, OSError) as error:
-                why = str(error)
-            log.warning("kvkeep: rank %s cannot join session %d: %s", self._rank, epoch, why)
-            time.sleep(wait)
-            wait = min(2 * wait, _RETRY_MOST)
+        if not (have or self._off):
+            self._joining.begin(meta.session.place)

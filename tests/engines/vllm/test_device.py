@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import threading
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +21,7 @@ from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, Schedul
 from kvbench.host_device import HostBackend, HostEvent
 from kvkeep.config import EngineConfig
 from kvkeep.engines.link import session_name
-from kvkeep.engines.vllm import worker
+from kvkeep.engines.vllm import joined, worker
 from kvkeep.engines.vllm.connector import KVKeepConnector
 from kvkeep.engines.vllm.describe import describe_backends
 from kvkeep.engines.vllm.device import Device, by_blocks, kind_of, replays_whole_graphs
@@ -310,12 +309,12 @@ def test_a_keeper_that_took_the_place_of_another_is_another(
     assert first != second
     meta = StepMeta(0, session=Session(second, {(0, 0): [0]}, {(0, 0): 0}))
 
-    def joined() -> bool:
+    def in_it() -> bool:
         rank.side._follow(meta)
         return rank.side.report(meta).joined == {(0, 0): second}
 
     assert rank.side.report(meta).joined == {(0, 0): first}, "which is not what the scheduler waits for"
-    wait_until(joined)
+    wait_until(in_it)
     rank.side.leave()
 
 
@@ -328,7 +327,7 @@ def test_a_keeper_of_another_host_is_not_joined(
     rank = Rank(keeper_process(), monkeypatch, 0)
     elsewhere = ("keeper of another host", 0)
     meta = StepMeta(0, session=Session(elsewhere, {(0, 0): [0]}, {(0, 0): 0}))
-    monkeypatch.setattr(worker, "_RETRY_FIRST", 0.001)
+    monkeypatch.setattr(joined, "_RETRY_FIRST", 0.001)
     for _ in range(100):
         rank.side._follow(meta)
     wait_until(lambda: caplog.text.count("one keeper serves one host") >= 3)
