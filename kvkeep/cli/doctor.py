@@ -105,9 +105,7 @@ def _machine() -> Iterator[Check]:
     yield check_memory(settings if isinstance(settings, str) else settings.memory, *probes.memory())
     yield check_descriptors(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     huge = 0 if isinstance(settings, str) or not settings.huge_pages else settings.memory
-    yield check_pages(
-        huge, probes.meminfo(), probes.read("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
-    )
+    yield check_pages(huge, probes.meminfo(), probes.collapses())
     yield check_folder(Path(config.default_socket()).parent, os.getuid())
     yield check_keeper(config.default_socket(), _keeper_version)
 
@@ -175,16 +173,19 @@ def check_descriptors(soft: int) -> Check:
     return Check("open files", Level.OK, f"limit of {soft}")
 
 
-def check_pages(huge: int, meminfo: Mapping[str, int], shmem: str) -> Check:
-    """`huge`: bytes of huge pages that the configuration asks for; `meminfo`: /proc/meminfo in its own
-    units; `shmem`: transparent huge pages for memfds."""
-    mode = re.search(r"\[(\w+)\]", shmem)
+def check_pages(huge: int, meminfo: Mapping[str, int], collapses: bool) -> Check:
+    """`huge`: bytes of reserved huge pages that the configuration asks for; `meminfo`: /proc/meminfo in its
+    own units; `collapses`: whether the kernel makes huge pages of an arena without a reservation."""
     free, size = meminfo.get("HugePages_Free", 0), meminfo.get("Hugepagesize", 0)
-    detail = f"{free} of {size} KiB are free; transparent ones for memfds: {mode[1] if mode else 'unknown'}"
+    detail = f"{free} of {size} KiB are reserved and free"
     if free * size << 10 < huge:
         remedy = f"sysctl vm.nr_hugepages={huge // max(1, size << 10)}, or unset KVKEEP_HUGE_PAGES"
         return Check("huge pages", Level.PROBLEM, f"{_gib(huge)} asked for, {detail}", remedy)
-    return Check("huge pages", Level.OK, detail)
+    if huge or collapses:
+        return Check("huge pages", Level.OK, detail if huge else "this kernel makes the arena of them")
+    remedy = "Linux 6.1 or newer; or sysctl vm.nr_hugepages=N, and KVKEEP_HUGE_PAGES=yes (or --huge-pages)"
+    told = f"this kernel makes none of the arena ({detail}): disks and first copies are slower"
+    return Check("huge pages", Level.WARNING, told, remedy)
 
 
 def check_folder(folder: Path, user: int) -> Check:

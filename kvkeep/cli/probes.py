@@ -13,9 +13,12 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from kvkeep import pages
+
 __all__ = [
     "Outcome",
     "arena_nodes",
+    "collapses",
     "cpu_flags",
     "gpu_nodes",
     "graphics_driver",
@@ -48,6 +51,20 @@ def try_descriptor() -> None:
         socket.send_fds(ours, [b"."], [fd])
         for received in socket.recv_fds(theirs, 1, 1)[1]:
             stack.callback(os.close, received)
+
+
+def collapses() -> bool:
+    """Whether this kernel makes a huge page of a memfd's, as of an arena's: one is tried."""
+    size = pages.huge_size()
+    fd = os.memfd_create("kvkeep-doctor", os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(fd, size)
+        arena = pages.map_shared(fd, size) if size else memoryview(b"")
+        return size > 0 and pages.allocate(fd, pages.address(arena), 0, size) == size
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
 
 
 def memory() -> tuple[int, int | None, int]:

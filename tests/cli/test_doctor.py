@@ -2,12 +2,13 @@
 
 import json
 import os
+import platform
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from kvkeep import __version__
+from kvkeep import __version__, pages
 from kvkeep.cli import doctor, main, probes
 from kvkeep.cli.doctor import Check, Level
 from kvkeep.cli.probes import Outcome
@@ -46,9 +47,10 @@ def hooks(missing: list[str], unknown: list[str]) -> Outcome:
         (doctor.check_memory(4 * GIB, 64 * GIB, 8 * GIB, 3 * GIB), Level.WARNING, "KVKEEP_MEMORY=1GiB"),
         (doctor.check_memory(4 * GIB, 64 * GIB, None, 5 * GIB), Level.OK, ""),
         (doctor.check_descriptors(64), Level.WARNING, "ulimit"),
-        (doctor.check_pages(GIB, {"HugePages_Free": 9, "Hugepagesize": 2048}, ""), Level.PROBLEM, "=512,"),
-        (doctor.check_pages(GIB, {"HugePages_Free": 512, "Hugepagesize": 2048}, ""), Level.OK, ""),
-        (doctor.check_pages(0, {}, "always [never]"), Level.OK, ""),
+        (doctor.check_pages(GIB, {"HugePages_Free": 9, "Hugepagesize": 2048}, True), Level.PROBLEM, "=512,"),
+        (doctor.check_pages(GIB, {"HugePages_Free": 512, "Hugepagesize": 2048}, False), Level.OK, ""),
+        (doctor.check_pages(0, {}, True), Level.OK, ""),
+        (doctor.check_pages(0, {}, False), Level.WARNING, "Linux 6.1 or newer; or sysctl vm.nr_hugepages"),
         (doctor.check_keeper("/k", raising(KeeperUnavailable("no"))), Level.OK, ""),
         (doctor.check_keeper("/k", raising(RequestRefused("protocol 9"))), Level.PROBLEM, "restart"),
         (doctor.check_keeper("/k", lambda _: "0.0.1"), Level.WARNING, "restart"),
@@ -152,6 +154,17 @@ def test_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     checks = list(doctor._machine())
     assert {check.name for check in checks} >= {"python", "platform", "memory", "socket folder", "keeper"}
     assert [check for check in checks if check.level is Level.PROBLEM and check.name != "keeper"] == []
+
+
+@pytest.mark.skipif(not pages.huge_size(), reason="a kernel without huge pages")
+def test_one_huge_page_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = probes.collapses()
+    monkeypatch.setattr(pages, "_MADV_COLLAPSE", -1)
+    assert not probes.collapses()
+    monkeypatch.setattr(pages, "huge_size", lambda: 0)
+    assert not probes.collapses()
+    if tuple(map(int, platform.release().split(".")[:2])) >= (6, 1):
+        assert made
 
 
 def test_where_the_arena_lies(keeper_process) -> None:

@@ -23,6 +23,7 @@ from kvkeep.wire import messages
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 RUNS = "# runs in tests"
+CURL = "import sys, urllib.request as r; print(r.urlopen(sys.argv[1], timeout=20).read().decode())"
 UNSET = {"none", "automatic", "by content"}  # how a page says None
 
 
@@ -56,13 +57,14 @@ def anchors(page: Path) -> set[str]:
 
 
 def console_lines(runnable: bool) -> list[tuple[str, str]]:
-    """(page, command) of each `kvkeep …` line in console blocks; `runnable`: only of marked ones."""
+    """(page, command) of each `kvkeep …` line in console blocks; `runnable`: of marked ones, `curl …` too."""
     found = []
     for page in PAGES:
         for block in re.findall(r"^```console\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
             lines = block.splitlines()
             if not runnable or lines[0] == RUNS:
-                found += [(name_of(page), line) for line in lines if line.startswith("kvkeep ")]
+                programs = ("kvkeep ", "curl ") if runnable else ("kvkeep ",)
+                found += [(name_of(page), line) for line in lines if line.startswith(programs)]
     return found
 
 
@@ -84,12 +86,14 @@ def test_every_page_is_in_the_index() -> None:
 
 
 def test_marked_commands_run(keeper_process: Callable[..., Any]) -> None:
-    keeper = keeper_process()
+    keeper = keeper_process("--http", "127.0.0.1:0")
+    (address,) = re.findall(r"http://(127\.0\.0\.1:\d+)", keeper.log.read_text())
     environ = {**os.environ, "KVKEEP_SOCKET": keeper.socket}
     commands = console_lines(runnable=True)
     assert len({command for _, command in commands}) >= 4
     for command in sorted({command for _, command in commands}):
-        words = [sys.executable, "-m", "kvkeep.cli", *shlex.split(command, comments=True)[1:]]
+        program, *words = shlex.split(command.replace("127.0.0.1:9400", address), comments=True)
+        words[:0] = [sys.executable, *(["-m", "kvkeep.cli"] if program == "kvkeep" else ["-c", CURL])]
         done = subprocess.run(words, env=environ, capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         assert done.stdout.strip(), f"{command} said nothing"
