@@ -69,7 +69,7 @@ class Guarded(Wrapper):
     """Tries again what may work the second time, and switches the tier off while it does not.
 
     Three failures in a row switch it off with one warning: every verb raises at once, so no request
-    waits for a dead store. Then and when, one `probe` is let through; its success switches the tier on
+    waits for a dead store. Now and then one `probe` is let through; its success switches the tier on
     again. Where puts fail and reads do not (a disk mounted read-only, no right to write), only puts are
     switched off, until one that is let through succeeds.
     """
