@@ -48,7 +48,7 @@ MAY_USE: dict[str, tuple[str, ...]] = {
     "kvkeep.observe": (*_LOW, "kvkeep.keeper", "kvkeep.tiers"),
     "kvkeep.observe.histogram": (),
     "kvkeep.keeper": _LOW,
-    "kvkeep.keeper.movers": (*_LOW, "kvkeep.tiers"),
+    **dict.fromkeys(("kvkeep.keeper.movers", "kvkeep.keeper.probes"), (*_LOW, "kvkeep.tiers")),
     "kvkeep.tiers": (*_LOW, "kvkeep.observe.histogram"),
     "kvkeep.transfer": (*_LOW, "torch"),
     "kvkeep.wire": (*_LOW, "kvkeep.observe"),

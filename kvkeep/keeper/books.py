@@ -17,10 +17,10 @@ __all__ = ["check_books"]
 
 def check_books(keeper: Keeper) -> None:
     """Raise AssertionError unless slots, bytes, leases, tenants and policies agree."""
-    chunks, claims = keeper.chunks, keeper.claims
+    chunks, claims, arena = keeper.chunks, keeper.claims, keeper.arena
     chunks.check_integrity()
     claims.check_integrity()
-    keeper.arena.check_integrity()
+    arena.check_integrity()
     leases = np.zeros(len(chunks.leases), np.int32)
     for claim in claims.all(ClaimKind.LEASE):
         np.add.at(leases, claim.records, 1)
@@ -33,6 +33,10 @@ def check_books(keeper: Keeper) -> None:
         places = chunks.offset[taken].tolist()
         assert len(places) + len(kind.free) == kind.slots
         assert len(set(places) | set(kind.free)) == kind.slots
+        if kind.slabs:
+            bound = int(chunks.coldest[number])
+            assert bound <= chunks.coldest_slab(number, np.array(sorted(kind.slabs)), arena.slab_bytes)[0]
+            chunks.coldest[number] = bound
         keeper.policies[number].check_integrity()
     used = np.flatnonzero(chunks.state != ChunkState.FREE)
     keeper.tenants.check_integrity(chunks.tenant[used], keeper.slot_bytes(used))

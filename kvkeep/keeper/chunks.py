@@ -56,6 +56,8 @@ class Chunks:
         self._taken = np.zeros((0, 0), np.int64)
         self._readable = np.zeros(0, np.int64)
         self._free: list[int] = []
+        self.coldest = np.zeros(0, np.int64)
+        """By kind, an epoch that none of its slabs is older than: see `coldest_slab`."""
 
     def __len__(self) -> int:
         return len(self.table)
@@ -107,12 +109,14 @@ class Chunks:
         """Make reserved chunks readable."""
         self.state[records] = ChunkState.COMMITTED
         self.evictable[records] = self.leases[records] == 0
+        self._cool(records)
         np.add.at(self._readable, self.namespace[records], 1)
 
     def pin(self, records: Records, pinned: bool) -> None:
         """Keep committed chunks from being evicted, or no longer."""
         self.pinned[records] = pinned
         self.evictable[records] = ~self.pinned[records] & (self.leases[records] == 0)
+        self._cool(records)
 
     def lease(self, records: Records) -> None:
         """Keep committed chunks from being evicted until `unlease`."""
@@ -125,6 +129,7 @@ class Chunks:
         idle = records[self.leases[records] == 0]
         committed = self.state[idle] == ChunkState.COMMITTED
         self.evictable[idle[committed]] = ~self.pinned[idle[committed]]
+        self._cool(idle)
         doomed: Records = idle[~committed]
         return doomed
 
@@ -149,13 +154,17 @@ class Chunks:
 
     def coldest_slab(self, kind: int, slabs: Records, slab_bytes: int) -> tuple[int, int]:
         """Of a kind's slabs, ascending, the one that was used longest ago; the epoch of that first, which is
-        -1 for an empty one, and beyond all where something in each is in use."""
+        -1 for an empty one, and beyond all where something in each is in use.
+
+        A scan of all records. `coldest` remembers the epoch: until slots come free, or something older is in
+        use no longer, it can only rise."""
         newest = np.full(len(slabs), -1, np.int64)
         records = np.flatnonzero((self.kind == kind) & (self.state != ChunkState.FREE))
         where = np.searchsorted(slabs, self.offset[records] // slab_bytes)
         np.maximum.at(newest, where, self.epoch[records])
         newest[where[~self.evictable[records]]] = np.iinfo(np.int64).max
         coldest = int(newest.argmin())
+        self.coldest[kind] = newest[coldest]
         return int(newest[coldest]), int(slabs[coldest])
 
     def usage(self, spaces: int, slot_bytes: list[int]) -> tuple[Records, Records]:
@@ -164,10 +173,15 @@ class Chunks:
         sizes = np.array(slot_bytes, np.int64)[: self._taken.shape[1]]
         return np.pad(self._readable, rest), np.pad(self._taken @ sizes, rest)
 
+    def _cool(self, records: Records) -> None:
+        """These are in use no longer, and their slabs as new as they are or newer."""
+        np.minimum.at(self.coldest, self.kind[records], self.epoch[records])
+
     def _tally(self, namespace: int, kind: int) -> None:
         rows, columns = max(namespace + 1, len(self._readable)), max(kind + 1, self._taken.shape[1])
         if (rows, columns) != self._taken.shape:
             self._readable = np.pad(self._readable, (0, rows - len(self._readable)))
+            self.coldest = np.pad(self.coldest, (0, columns - len(self.coldest)), constant_values=-1)
             grown = [(0, new - old) for new, old in zip((rows, columns), self._taken.shape, strict=True)]
             self._taken = np.pad(self._taken, grown)
 

@@ -322,7 +322,9 @@ class Keeper:
             if self._take_slab(number, oldest_own):
                 continue
             refused = victims[np.isin(victims, newcomers)]
+            coldest = self.chunks.coldest[number]
             self._drop(victims[~np.isin(victims, newcomers)], evicted=True)
+            self.chunks.coldest[number] = coldest  # each slot that came free has a newcomer in a moment
             return refused
         return newcomers[:0]
 
@@ -331,7 +333,7 @@ class Keeper:
         coldest = [
             (*self.chunks.coldest_slab(other, np.array(sorted(kind.slabs)), self.arena.slab_bytes), other)
             for other, kind in enumerate(self.kinds)
-            if other != number and kind.slabs
+            if other != number and kind.slabs and self.chunks.coldest[other] < oldest_own
         ]
         newest, slab, other = min(coldest, default=(oldest_own, 0, 0), key=lambda one: one[0])
         if newest >= oldest_own:
@@ -382,6 +384,7 @@ class Keeper:
         for number in np.unique(self.chunks.kind[records]).tolist():
             mine = records[self.chunks.kind[records] == number]
             self.arena.release(self.kinds[number], self.chunks.offset[mine])
+            self.chunks.coldest[number] = -1
         self._recycle(records)
 
     def _recycle(self, records: Records) -> None:

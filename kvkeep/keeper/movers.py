@@ -8,7 +8,6 @@ until its verb has returned, however long that takes, so a hung store pins what 
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 import time
 from collections import Counter
@@ -24,6 +23,7 @@ from kvkeep.keeper.index import Records
 from kvkeep.keeper.keeper import Found, Keeper
 from kvkeep.keeper.namespaces import Namespace
 from kvkeep.keeper.pins import held_chunks
+from kvkeep.keeper.probes import Lane, Probes
 from kvkeep.tiers.base import Got, Put
 from kvkeep.tiers.open import Opened, WriteWhen
 
@@ -32,7 +32,6 @@ __all__ = ["Asked", "Movers"]
 log = logging.getLogger("kvkeep.keeper")
 
 _FLUSH_BYTES = 32 << 20
-_PROBE_THREADS = 4
 _MOST_FETCHES = 256
 _LATENCY_GUESS = 0.001
 
@@ -51,29 +50,6 @@ class Asked(NamedTuple):
     tenant: bytes = b""
 
 
-class Lane:
-    """A few threads that work off one queue. Daemons: a hung verb does not hold up the process's end."""
-
-    def __init__(self, name: str, threads: int) -> None:
-        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._threads = threads
-        for number in range(threads):
-            threading.Thread(target=self._work, name=f"kvkeep-{name}-{number}", daemon=True).start()
-
-    def submit(self, job: Callable[[], None]) -> None:
-        """Run `job` on one of the threads; it must not raise."""
-        self._jobs.put(job)
-
-    def close(self) -> None:
-        """Let the threads end after what is queued."""
-        for _ in range(self._threads):
-            self._jobs.put(None)
-
-    def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            job()
-
-
 class Movers:
     """Moves chunks for one keeper. All methods are the event loop's; `post` runs a call on it."""
 
@@ -89,7 +65,7 @@ class Movers:
         self._memory = memory
         self._post = post
         self._fetches = Fetches(keeper)
-        self._probes = Lane("probe", _PROBE_THREADS)
+        self._probes = Probes(self.tiers, post)
         self._readers = [
             Lane(f"read{number}", opened.tier.capabilities.concurrency) for number, opened in enumerate(tiers)
         ]
@@ -120,7 +96,7 @@ class Movers:
         Where asking usually takes longer than the request has patience, what is found is fetched all the
         same, for the next one.
         """
-        usable = [opened for opened in self.tiers if opened.guard.available]
+        usable = [opened for tier, opened in enumerate(self.tiers) if self._probes.answers(tier)]
         if asked.recompute < 0 or not usable or len(self._fetches) >= _MOST_FETCHES:
             return 0
         session, space, keys, first, *_, tenant = asked
@@ -155,12 +131,7 @@ class Movers:
         if not keys:
             self._plan(fetch, held, recompute)
             return
-
-        def job() -> None:
-            tiers = self._find(keys)
-            self._post(lambda: self._answered(fetch, keys, tiers, held, recompute))
-
-        self._probes.submit(job)
+        self._probes.find(keys, lambda tiers: self._answered(fetch, keys, tiers, held, recompute))
 
     def _answered(
         self, fetch: Fetch, keys: list[bytes], tiers: list[int], held: int, recompute: float
@@ -169,23 +140,6 @@ class Movers:
             self._keeper.journal.probed(fetch.space, keys, tiers)
         fetch.answer(tiers)
         self._ask(fetch, held, recompute)
-
-    def _find(self, keys: list[bytes]) -> list[int]:
-        """Per key, the first tier that has it, or -1. In a thread."""
-        found = [-1] * len(keys)
-        left = list(range(len(keys)))
-        for number, opened in enumerate(self.tiers):
-            if not left or not opened.guard.available:
-                continue
-            try:
-                here = opened.tier.contains([keys[at] for at in left])
-            except TierUnavailable:
-                continue
-            for at, held in zip(left, here, strict=True):
-                if held:
-                    found[at] = number
-            left = [at for at in left if found[at] < 0]
-        return found
 
     def _plan(self, fetch: Fetch, held: int, recompute: float) -> None:
         batches = self._fetches.plan(
@@ -252,7 +206,9 @@ class Movers:
         return not (len(left) and waits)
 
     def tick(self) -> None:
-        """Now and then: see whether tiers that were switched off are well again, and write what waits."""
+        """Now and then: see whether tiers that were switched off are well again, go on without those that do
+        not answer, and write what waits."""
+        self._probes.tick()
         for tier, opened in enumerate(self.tiers):
             if opened.guard.probe_due and not self._probing[tier]:
                 self._probing[tier] = True

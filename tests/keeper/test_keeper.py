@@ -627,6 +627,23 @@ def test_slabs_move_to_the_model_that_needs_them(policy: str) -> None:
     assert used_bytes(keeper) == SMALL
 
 
+def test_slabs_are_not_searched_again_where_none_can_have_become_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full arena of two slot sizes: each save of one asked for the oldest slab of the other."""
+    keeper, one, room = small_keeper()
+    two = opened(keeper, "other", [GroupSpec(PAGE, None)])
+    save(keeper, one, chain_keys(0, room // 2))
+    save(keeper, two, chain_keys(2, SLABS * SLOTS // 2))
+    searched, search = [], keeper.chunks.coldest_slab
+    monkeypatch.setattr(keeper.chunks, "coldest_slab", lambda *terms: searched.append(1) or search(*terms))
+    for chain in range(4, 104, 2):
+        if chain % 20 == 4:
+            assert held(keeper, two, chain_keys(2, 40)) == 40
+        assert save(keeper, one, chain_keys(chain, 1)) == [True]
+    assert keeper.counters.evicted_chunks == 50
+    assert 0 < len(searched) <= 10
+    keeper.check_integrity()
+
+
 def test_a_slab_that_is_read_does_not_move() -> None:
     keeper, one, room = small_keeper()
     two = opened(keeper, "other", [GroupSpec(PAGE, None)])

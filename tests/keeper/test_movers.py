@@ -13,7 +13,7 @@ import pytest
 
 from kvkeep.errors import RequestRefused
 from kvkeep.identity import group_keys
-from kvkeep.keeper import flush
+from kvkeep.keeper import flush, probes
 from kvkeep.keeper.fetch import Stage
 from kvkeep.keeper.journal import MEMORY, Journal
 from kvkeep.keeper.keeper import Keeper
@@ -251,6 +251,28 @@ def test_a_hung_store_holds_up_nobody_and_nothing_is_lost(held: dict[Key, bytes]
     faulty.release()
     host.flushed()
     host.run_until(lambda: host.ask(0, 5) == 5)  # it counts as slow for a while: fetched, not waited for
+
+
+def test_a_store_that_hangs_for_ever_hides_no_other(
+    held: dict[Key, bytes], faulty: Faulty, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probes, "_PATIENCE", 0.2)
+    other = Host(wrapped(MemoryTier(held)))
+    for chain in range(0, 12, 2):
+        other.save(chain, 3)
+        other.flushed()
+    dead = MemoryTier({})
+    host = Host(wrapped(Faulty(dead, faulty.faults), WriteWhen.NEVER), wrapped(MemoryTier(held)))
+    assert host.ask(0, 3) == 3
+    faulty.faults.hang = True
+    tickets = []
+    for chain in range(2, 10, 2):  # more than there are threads
+        keys = chain_keys(chain, 3)
+        found = host.keeper.lookup("s", host.space, keys)
+        tickets += [host.movers.fetch(Asked("s", host.space, keys, 0, patience=5.0), found)]
+    assert all(tickets)
+    host.run_until(lambda: all(host.movers.stage("s", ticket) is Stage.DONE for ticket in tickets))
+    assert [host.ask(chain, 3) for chain in range(2, 12, 2)] == [3] * 5
 
 
 def test_a_tier_that_fails_is_switched_off_and_comes_back(held: dict[Key, bytes], faulty: Faulty) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import random
+import re
 import signal
 import socket
 import stat
@@ -439,6 +440,43 @@ def test_a_keeper_that_is_told_to_end_leaves_nothing(keeper_process) -> None:
         with pytest.raises(KeeperUnavailable):
             client.status()
         assert "Traceback" not in keeper.log.read_text()
+
+
+def told_to_end(keeper, chunks: int) -> str:
+    """A keeper with so many new chunks of each group gets SIGTERM; its log, when it has ended by itself."""
+    client = keeper.connect()
+    client.open_namespace(FINGERPRINT, "test", GROUPS, 1, 1)
+    for chunk in range(chunks):
+        item = msg.Reservation(chain_of(chunks)[16 * chunk :][:16], [b"\1", b"\1"], chunk, 0)
+        client.commit(client.reserve(0, [item])[0].reservation, 0)
+    assert client.status()["chunks"] == 2 * chunks
+    keeper.process.send_signal(signal.SIGTERM)
+    assert keeper.process.wait(20) == 0
+    return keeper.log.read_text()
+
+
+def chain_of(chunks: int) -> bytes:
+    return random.Random(6).randbytes(16 * chunks)
+
+
+def test_what_is_held_at_the_end_is_written_to_the_tier(keeper_process, tmp_path: Path, wait_until) -> None:
+    """The first batch has the first chunk; all others are still in memory when the end comes."""
+    tier = f"fs://{tmp_path}/kv?capacity=64MiB"
+    log = told_to_end(keeper_process("--tier", f"faulty+{tier}&fault_latency=0.5s", "--drain", "15"), 40)
+    assert re.search(r"writing \d+ chunks to the tiers before the end", log)
+    assert "unwritten" not in log
+    client = keeper_process("--tier", tier).connect()
+    client.open_namespace(FINGERPRINT, "test", GROUPS, 1, 1)
+    ticket = client.lookup(0, chain_of(40), patience=1e6).ticket
+    wait_until(lambda: client.poll([ticket]) == b"\2")
+    assert client.lookup(0, chain_of(40), ticket=ticket).chunks == 40
+
+
+def test_a_tier_that_hangs_does_not_hold_up_the_end(keeper_process, tmp_path: Path) -> None:
+    tier = f"faulty+fs://{tmp_path}/kv?capacity=64MiB&fault_hang=yes"
+    log = told_to_end(keeper_process("--tier", tier, "--drain", "0.3"), 5)
+    assert "writing 10 chunks to the tiers before the end" in log
+    assert "ended with 10 chunks unwritten: give --drain more than 0.3 s" in log
 
 
 def test_a_keeper_does_not_remove_its_successors_socket(keeper_process) -> None:

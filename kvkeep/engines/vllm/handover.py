@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["Arrivals", "Awaited", "answer", "handed_over"]
 
 _POLL_EVERY = 0.003
+_WINDOW = 256  # chunks beyond the last that came: far more than an engine computes in that time
 _LOOK_FIRST, _LOOK_MOST = 0.1, 1.6  # seconds between looks into tiers, of which no other host tells
 _LOOK_LIVE = 0.05  # where one of them is a peer, which is asked in less than a millisecond
 _IN_MEMORY = 1
@@ -120,7 +121,9 @@ class Arrivals:
         self._came(awaited, held, now, first)
         if now - awaited.polled >= _POLL_EVERY:
             awaited.polled = now
-            come = held + self._leading(keeper, tracked, fingerprint, held, wanted)
+            first_asked = max(held, awaited.chunks)
+            last_asked = min(wanted, first_asked + _WINDOW)
+            come = first_asked + self._leading(keeper, tracked, fingerprint, first_asked, last_asked)
             self._came(awaited, come, now, first)
             late = now - awaited.came >= self._patience
             if late and come <= held:

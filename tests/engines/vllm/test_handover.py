@@ -15,6 +15,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from kvkeep.config import EngineConfig
 from kvkeep.engines.link import Opened
+from kvkeep.engines.vllm import handover
 from kvkeep.engines.vllm.handover import Arrivals, Awaited, answer
 from kvkeep.engines.vllm.reader import Reader, give_back
 from kvkeep.engines.vllm.requests import Tracked
@@ -117,6 +118,24 @@ def test_chunks_on_their_way_are_waited_for_as_long_as_they_come(pair: Pair) -> 
     assert not pair.arrivals.rests()
     assert pair.stats.data["remote_waits"] == 1
     assert pair.stats.data["remote_timeouts"] == 0
+
+
+def test_what_is_asked_often_is_what_may_have_come_since(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handover, "_WINDOW", 3)
+    asked, changes = [], pair.opened.connection.changes
+
+    def watched(space: int, keys: bytes, after: int | None = None) -> Any:
+        asked.append(len(keys) // 16)
+        return changes(space, keys, after)
+
+    monkeypatch.setattr(pair.opened.connection, "changes", watched)
+    tracked = pair.begin(REMOTE)
+    for chunk in range(0, WHOLE, 2):
+        assert pair.ask(tracked) is None
+        pair.save(chunk, chunk + 2)
+        pair.now += 0.01
+    assert pair.until_answered(tracked)[0] == WHOLE
+    assert set(asked) <= {1, 2, 3}
 
 
 def test_what_does_not_come_is_not_waited_for_longer(pair: Pair) -> None:
