@@ -1,61 +1,22 @@
 """Spans: children of the request's own, made where it has one, sent as OTLP that a collector reads."""
 
-import http.server
-import threading
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 
 from kvkeep.cli import main
+from tests.observe.collector import CALLER, PARENT, TRACE, Collector, collecting
 from tests.observe.traffic import Engine, traffic
 
 pytest.importorskip("opentelemetry.sdk", reason="pip install 'kvkeep[otel]'")
 
-TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
-PARENT = f"00-{TRACE}-00f067aa0ba902b7-01"
-UNSAMPLED = f"00-{TRACE[::-1]}-00f067aa0ba902b7-00"
-
-
-class Collector(http.server.ThreadingHTTPServer):
-    """Takes what an OTLP collector takes, and keeps the spans."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Post)
-        self.spans: list[Any] = []
-        self.services: set[str] = set()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}/v1/traces"
-
-
-class _Post(http.server.BaseHTTPRequestHandler):
-    server: Collector
-
-    def do_POST(self) -> None:
-        from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
-
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
-            self.server.services |= {a.value.string_value for a in resource.resource.attributes}
-            for scope in resource.scope_spans:
-                self.server.spans += scope.spans
-        self.send_response(200)
-        self.end_headers()
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
+UNSAMPLED = f"00-{TRACE[::-1]}-{CALLER}-00"
 
 
 @pytest.fixture
 def collector() -> Iterator[Collector]:
-    with Collector() as server:
-        serving = threading.Thread(target=server.serve_forever)
-        serving.start()
+    with collecting() as server:
         yield server
-        server.shutdown()
-        serving.join()
 
 
 @pytest.mark.parametrize("http_too", [False, True])
@@ -74,15 +35,15 @@ def test_spans_join_the_requests_trace(
     engine.request(1, 12, trace="nonsense")
     keeper.process.terminate()
     keeper.process.wait(20)
-    spans = [span for span in collector.spans if span.trace_id.hex() == TRACE]
+    spans = collector.of(TRACE)
     names = sorted(span.name for span in spans)
     assert names == ["kvkeep.fetch", "kvkeep.load", "kvkeep.lookup", "kvkeep.lookup"]
-    assert {span.parent_span_id.hex() for span in spans} == {"00f067aa0ba902b7"}
+    assert {span.parent_span_id.hex() for span in spans} == {CALLER}
     assert all(span.start_time_unix_nano <= span.end_time_unix_nano for span in spans)
     (fetch,) = [span for span in spans if span.name == "kvkeep.fetch"]
     assert [a.value.int_value for a in fetch.attributes] == [12]
     assert "kvkeep" in collector.services
-    assert not [span for span in collector.spans if span.trace_id.hex() == TRACE[::-1]]
+    assert not collector.of(TRACE[::-1])
 
 
 def test_a_dead_collector_is_nobodys_business(keeper_process) -> None:

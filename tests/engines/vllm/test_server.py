@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from kvbench.engine import VllmServer, connector_args
@@ -18,6 +19,7 @@ from kvkeep.cli.main import main
 from kvkeep.identity import tenant_of
 from kvkeep.wire.client import Connection
 from tests.cores import engine_cores
+from tests.observe.collector import CALLER, PARENT, TRACE, collecting
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -218,6 +220,31 @@ def test_a_store_that_hangs_in_a_get_ends_in_computing(
         shown = keeper.figures()
         assert (shown["tiers"][0]["found"], shown["tiers"][0]["hits"]) == (3, 0)
         assert shown["namespaces"][0]["hit_chunks"] == 0 < shown["namespaces"][0]["asked_chunks"]
+
+
+def test_spans_of_the_keeper_join_the_engines(
+    tiny_model: Path, keeper_process: Callable[..., Any], tmp_path: Path, wait_until: Callable[..., None]
+) -> None:
+    """A request with a traceparent: one trace, with the engine's span and the keeper's under its caller."""
+    pytest.importorskip("opentelemetry.exporter.otlp.proto.http", reason="pip install 'kvkeep[otel]'")
+    environ = {**SMALL, "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf"}
+    with collecting() as collector:
+        keeper = keeper_process("--traces", collector.url, memory="256MiB")
+        args = [*ARGS, "--otlp-traces-endpoint", collector.url, *connector_args(socket=keeper.socket)]
+        with VllmServer(tiny_model, args, log=tmp_path / "engine.log", environ=environ) as engine:
+            engine.complete(prompt(1), 2)  # without a trace
+            engine.reset_local_cache()
+            body = {"model": "model", "prompt": prompt(1), "max_tokens": 2}
+            asked = {"json": body, "headers": {"traceparent": PARENT}, "timeout": 120.0}
+            httpx.post(f"{engine.url}/v1/completions", **asked).raise_for_status()
+            assert engine.metric("vllm:kvkeep_loaded_tokens_total") == HIT
+            wait_until(lambda: len(collector.of(TRACE)) >= 3, 60)  # they are sent every few seconds
+        spans = {span.name: span for span in collector.of(TRACE)}
+    assert sorted(spans) == ["kvkeep.load", "kvkeep.lookup", "llm_request"]
+    assert {span.parent_span_id.hex() for span in spans.values()} == {CALLER}
+    whole, lookup = spans["llm_request"], spans["kvkeep.lookup"]
+    assert whole.start_time_unix_nano <= lookup.start_time_unix_nano
+    assert lookup.end_time_unix_nano <= whole.end_time_unix_nano
 
 
 def is_measured(engine: VllmServer, capsys: pytest.CaptureFixture[str]) -> None:
