@@ -81,8 +81,10 @@ def test_mixed_has_long_prompts_among_streams() -> None:
     assert tokens(prose.text(long[0].says), prose) == pytest.approx(8000, rel=0.05)
     assert (long[0].answer_tokens, short[0].answer_tokens) == (8, 200)
     assert len(set(whole(requests, prose))) == 400
-    first = [r.document for r in requests[:40]]
-    assert 2 < first.count("long") < 30
+    places = [[r.document for r in requests[at : at + 4]].index("long") for at in range(0, 400, 4)]
+    assert len(set(places)) == 4
+    few, _ = build("mixed", 0.1)
+    assert [sum(r.document == kind for r in few) for kind in ("long", "short")] == [32, 95]
 
 
 def test_conversations_have_the_stated_lengths() -> None:
