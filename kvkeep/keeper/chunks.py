@@ -147,6 +147,13 @@ class Chunks:
         np.subtract.at(self._taken, (self.namespace[records], self.kind[records]), 1)
         self._free.extend(records.tolist())
 
+    def readable(self, keys: Keys) -> Records:
+        """Records of those keys whose chunks are COMMITTED; -1 for the others."""
+        records = self.table.find(keys)
+        here = np.flatnonzero(records >= 0)
+        records[here[self.state[records[here]] != ChunkState.COMMITTED]] = -1
+        return records
+
     def in_state(self, *states: ChunkState) -> Records:
         """Records that are in one of the states."""
         records: Records = np.flatnonzero(np.isin(self.state, states))

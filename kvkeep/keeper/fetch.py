@@ -18,7 +18,6 @@ import numpy as np
 import numpy.typing as npt
 
 from kvkeep.identity import group_keys
-from kvkeep.keeper.chunks import ChunkState
 from kvkeep.keeper.flush import MOVERS, Move, moves_of
 from kvkeep.keeper.index import Keys, Records
 from kvkeep.keeper.keeper import Keeper
@@ -174,10 +173,9 @@ class Fetches:
         self._next += 1
         self._open[fetch.ticket] = fetch
         for group, chain in enumerate(chains):
-            records = self._keeper.chunks.table.find(chain)
-            here = records >= 0
-            here[here] = self._keeper.chunks.state[records[here]] == ChunkState.COMMITTED
+            here = self._keeper.chunks.readable(chain) >= 0
             if self._arriving:
+                records = self._keeper.chunks.table.find(chain)
                 here |= np.array([record in self._arriving for record in records.tolist()], np.bool_)
             fetch.known(group, here)
         return fetch
@@ -262,8 +260,7 @@ class Fetches:
             fetch.pending.discard(batch)
             fetch.landed[batch.tier] += len(kept)
             if fetch.attended and len(kept):
-                keeper.chunks.lease(kept)
-                fetch.leases.append(keeper.claims.open(ClaimKind.LEASE, fetch.session, kept, 1))
+                fetch.leases.append(keeper.hold(fetch.session, kept))
             if not fetch.pending:
                 fetch.stage = Stage.DONE
             self._close_unattended(fetch)

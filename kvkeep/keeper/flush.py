@@ -13,7 +13,6 @@ from kvkeep.identity import SPACE_BYTES
 from kvkeep.keeper.chunks import ChunkState
 from kvkeep.keeper.index import Keys, Records
 from kvkeep.keeper.keeper import Keeper
-from kvkeep.keeper.leases import ClaimKind
 
 __all__ = ["MOVERS", "Flush", "FlushQueue", "Move", "moves_of"]
 
@@ -95,9 +94,7 @@ class FlushQueue:
         if not taken:
             return None
         together = np.concatenate(taken)
-        chunks.lease(together)
-        lease = self._keeper.claims.open(ClaimKind.LEASE, MOVERS, together, 1)
-        return Flush(together, lease, moves_of(self._keeper, together))
+        return Flush(together, self._keeper.hold(MOVERS, together), moves_of(self._keeper, together))
 
     def done(self, flush: Flush, stored: npt.NDArray[np.bool_], again: bool) -> None:
         """A batch has been tried. What was not stored is queued anew if `again`."""

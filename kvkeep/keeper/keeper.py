@@ -135,9 +135,15 @@ class Keeper:
             np.concatenate([np.full(start, -1, np.int64), self.chunks.offset[needed]])
             for needed, start in zip(leased, starts, strict=True)
         ]
-        self.chunks.lease(together)
-        lease = self.claims.open(ClaimKind.LEASE, session, together, space.readers)
-        return Found(lease, usable, self._clock, offsets)
+        return Found(self.hold(session, together, space.readers), usable, self._clock, offsets)
+
+    def hold(self, session: str, records: Records, ranks: int = 1) -> int:
+        """Lease readable chunks until so many ranks have released them; the lease's number.
+
+        Raises RequestRefused on a repeat."""
+        check_distinct(records)
+        self.chunks.lease(records)
+        return self.claims.open(ClaimKind.LEASE, session, records, ranks)
 
     def now(self) -> int:
         """The epoch of what begins now without a lookup."""

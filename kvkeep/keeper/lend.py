@@ -13,10 +13,8 @@ import numpy.typing as npt
 from kvkeep.errors import RequestRefused
 from kvkeep.identity import KEY_BYTES, SPACE_BYTES
 from kvkeep.keeper.chains import check_distinct
-from kvkeep.keeper.chunks import ChunkState
 from kvkeep.keeper.index import Records
 from kvkeep.keeper.keeper import Keeper
-from kvkeep.keeper.leases import ClaimKind
 
 __all__ = ["BUSY", "MISSING", "OTHER_LENGTH", "PEERS", "Lender", "Loan"]
 
@@ -76,8 +74,7 @@ class Lender:
             return Loan(0, out.tolist(), sealed.tolist())
         chosen, chunks = records[here], self._keeper.chunks
         out[here], sealed[here] = chunks.offset[chosen], chunks.sealed[chosen]
-        chunks.lease(chosen)
-        lease = self._keeper.claims.open(ClaimKind.LEASE, PEERS, chosen, 1)
+        lease = self._keeper.hold(PEERS, chosen)
         self._out[lease] = (chosen, lent)
         self.lent_bytes += lent
         return Loan(lease, out.tolist(), sealed.tolist())
@@ -96,12 +93,10 @@ class Lender:
             raise RequestRefused(f"keys are {_NAME_BYTES} bytes each")
         rows: npt.NDArray[np.uint64] = np.frombuffer(names, "<u8").reshape(-1, 3)
         chunks, spaces = self._keeper.chunks, self._keeper.namespaces
-        records = chunks.table.find(np.ascontiguousarray(rows[:, 1:]))
+        records = chunks.readable(np.ascontiguousarray(rows[:, 1:]))
         if len(self._prefixes) < len(spaces):
             self._prefixes = np.frombuffer(b"".join(space.prefix for space in spaces), "<u8")
         here = np.flatnonzero(records >= 0)
-        mine = records[here]
-        good = chunks.state[mine] == ChunkState.COMMITTED
-        good &= self._prefixes[chunks.namespace[mine]] == rows[here, 0]
+        good = self._prefixes[chunks.namespace[records[here]]] == rows[here, 0]
         records[here[~good]] = MISSING
         return records

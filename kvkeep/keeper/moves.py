@@ -14,7 +14,6 @@ from kvkeep.keeper.chunks import ChunkState
 from kvkeep.keeper.fetch import Stage
 from kvkeep.keeper.flush import MOVERS
 from kvkeep.keeper.keeper import Keeper
-from kvkeep.keeper.leases import ClaimKind
 from kvkeep.keeper.movers import Movers
 from kvkeep.keeper.namespaces import Namespace
 from kvkeep.keeper.pins import chain_records, held_chunks
@@ -43,13 +42,13 @@ async def move_down(
     """Write to a tier what memory has of a prompt, behind what waits already; `drop`: and then forget it.
 
     Returns how many chunks memory had, all groups together, and how many of them the tier has after at most
-    `wait` seconds; only those are dropped. Raises RequestRefused where the tier is switched off.
+    `wait` seconds; only those are dropped. Raises RequestRefused where the tier is switched off, or a chunk
+    is named twice.
     """
     records = chain_records(keeper, space, keys)
     chunks, bit = keeper.chunks, np.uint16(1 << tier)
     # Nothing of it goes, or becomes another chunk, in the meantime.
-    chunks.lease(records)
-    lease = keeper.claims.open(ClaimKind.LEASE, MOVERS, records, 1)
+    lease = keeper.hold(MOVERS, records)
     try:
         movers.write(tier, records)
         await _until(lambda: movers.written(tier, records), wait)

@@ -23,22 +23,19 @@ def chain_records(keeper: Keeper, space: Namespace, keys: bytes) -> Records:
     found = []
     for group, spec in enumerate(space.groups):
         named = group_keys(keys, space.fingerprint, group)
-        records = keeper.chunks.table.find(
+        records = keeper.chunks.readable(
             named if spec.window_chunks is None else named[-spec.window_chunks :]
         )
-        records = records[records >= 0]
-        found.append(records[keeper.chunks.state[records] == ChunkState.COMMITTED])
+        found.append(records[records >= 0])
     return np.concatenate(found)
 
 
 def held_chunks(keeper: Keeper, space: Namespace, keys: bytes) -> int:
     """How many leading chunks of a chain memory could serve; unlike a lookup it neither leases nor counts."""
-    held = []
-    for group in range(len(space.groups)):
-        records = keeper.chunks.table.find(group_keys(keys, space.fingerprint, group))
-        row = records >= 0
-        row[row] = keeper.chunks.state[records[row]] == ChunkState.COMMITTED
-        held.append(row)
+    held = [
+        keeper.chunks.readable(group_keys(keys, space.fingerprint, group)) >= 0
+        for group in range(len(space.groups))
+    ]
     return usable_chunks(held, [group.window_chunks for group in space.groups])
 
 

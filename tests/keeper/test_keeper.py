@@ -632,12 +632,12 @@ def test_slabs_are_not_searched_again_where_none_can_have_become_old(monkeypatch
     keeper, one, room = small_keeper()
     two = opened(keeper, "other", [GroupSpec(PAGE, None)])
     save(keeper, one, chain_keys(0, room // 2))
-    save(keeper, two, chain_keys(2, SLABS * SLOTS // 2))
+    save(keeper, two, chain_keys(2, room))
     searched, search = [], keeper.chunks.coldest_slab
     monkeypatch.setattr(keeper.chunks, "coldest_slab", lambda *terms: searched.append(1) or search(*terms))
     for chain in range(4, 104, 2):
         if chain % 20 == 4:
-            assert held(keeper, two, chain_keys(2, 40)) == 40
+            assert held(keeper, two, chain_keys(2, room)) == room
         assert save(keeper, one, chain_keys(chain, 1)) == [True]
     assert keeper.counters.evicted_chunks == 50
     assert 0 < len(searched) <= 10

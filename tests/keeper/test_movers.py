@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import mmap
 import queue
 import time
@@ -18,6 +19,7 @@ from kvkeep.keeper.fetch import Stage
 from kvkeep.keeper.journal import MEMORY, Journal
 from kvkeep.keeper.keeper import Keeper
 from kvkeep.keeper.movers import Asked, Movers
+from kvkeep.keeper.moves import move_down
 from kvkeep.keeper.namespaces import GroupSpec
 from kvkeep.tiers.base import Key, Tier
 from kvkeep.tiers.faults import Faults, Faulty
@@ -356,3 +358,14 @@ def test_a_queue_forgets_the_oldest_beyond_its_bound(
     host.flushed()
     assert len(held) == 20
     assert host.movers.figures()[0]["waiting_chunks"] == 0
+
+
+def test_a_chunk_is_not_moved_down_twice_at_once(held: dict[Key, bytes]) -> None:
+    """Else it would be leased twice by one claim, and its slot freed twice."""
+    host = Host(wrapped(MemoryTier(held)))
+    host.save(0, 3)
+    keys = chain_keys(0, 3)
+    with pytest.raises(RequestRefused, match="twice"):
+        asyncio.run(move_down(host.keeper, host.movers, host.space, keys + keys, 0, drop=False, wait=0.0))
+    host.keeper.check_integrity()
+    host.flushed()
