@@ -84,8 +84,8 @@ class RedisTier(Tier, Listing):
     """Redis or Valkey behind `nodes`."""
 
     def __init__(self, nodes: Nodes, prefix: str, ttl: float | None, connections: int, limit: int) -> None:
-        """`ttl`: seconds after which the server forgets a value; `connections`: of one batch, per server,
-        at most; `limit`: bytes of the longest value."""
+        """`ttl`: seconds after which the server forgets a value; `connections`: of one batch, per server, at
+        most; `limit`: bytes of the longest value."""
         self._nodes, self._pool = nodes, nodes.pool
         self._prefix = prefix.encode() + b":"
         self._tail = b"\r\n" if ttl is None else b"\r\n" + _words(b"PX", b"%d" % max(1, int(ttl * 1000)))

@@ -214,7 +214,7 @@ def test_where_only_puts_fail_reads_go_on(caplog) -> None:
                 guard.put([key], sent)
             assert guard.available
             assert not guard.writable
-    assert waits == [0, 1, 2, 4, 8, 16, 30]
+    assert waits == pytest.approx([0, 1, 2, 4, 8, 16, 30])
     assert store.tries == 3 + 6
     assert len(caplog.records) == 1
     store.refuses = False
