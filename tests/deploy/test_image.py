@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +74,24 @@ def extras(recipe: Path) -> tuple[str, ...]:
 
 
 def test_it_installs_the_extras_that_are_locked() -> None:
-    engine, router = RECIPES
-    assert extras(engine) == lock_script().EXTRAS
-    assert extras(router) == ("route",)
-    assert set(extras(engine)) <= set(PROJECT["project"]["optional-dependencies"])
+    for recipe, lock in zip(RECIPES, lock_script().LOCKS, strict=True):
+        assert extras(recipe) == lock.extras
+        assert set(lock.extras) <= set(PROJECT["project"]["optional-dependencies"])
+        assert f"deploy/docker/{lock.file} " in recipe.read_text()
+
+
+def test_what_a_router_has_is_not_replaced() -> None:
+    """The commands of its recipe that choose what is pinned, with a router that has a part of it."""
+    (line,) = [rest for name, rest in instructions(RECIPES[1]) if name == "RUN" and "names.txt" in rest]
+    choose = line[line.index("sed ") : line.index("&& ./uv pip install")].rstrip(" &")
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "has.txt").write_text("numpy==1.26.4\nsh==2\nfastapi==0.115.8\n")
+        Path(folder, "lock.txt").write_text((DEPLOY / "docker" / "lock.router.txt").read_text())
+        subprocess.run(["sh", "-ec", choose], cwd=folder, check=True, timeout=20)
+        lacks = Path(folder, "lacks.txt").read_text()
+    assert "numpy==" not in lacks
+    assert "xxhash==" in lacks
+    assert "pyzmq==" in lacks
 
 
 def test_the_lock_fits_pyproject() -> None:
@@ -88,18 +103,19 @@ def test_the_lock_fits_pyproject() -> None:
 
 
 def test_a_lock_that_does_not_fit_is_found() -> None:
-    lock = lock_script()
-    wanted, text = lock.direct(), lock.LOCK.read_text()
-    names = lock.ours(wanted)
-    assert lock.compare(text, wanted, names) == []
-    assert "redis" in names
-    assert "numpy" not in names, "the engine brings it"
+    script = lock_script()
+    engine, router = script.LOCKS
+    text = (script.FOLDER / engine.file).read_text()
+    assert script.compare(text, engine) == []
+    assert "redis" in engine.names()
+    assert "numpy" not in engine.names(), "the engine brings it"
+    assert "numpy" in router.names()
     old = re.sub(r"redis==\S+", "redis==1.0", text)
-    assert [line for line in lock.compare(old, wanted, names) if "redis==1.0 is not redis>=" in line]
-    assert lock.compare(text + "torch==2.0\n", wanted, names) == [
+    assert [line for line in script.compare(old, engine) if "redis==1.0 is not redis>=" in line]
+    assert script.compare(text + "torch==2.0\n", engine) == [
         "lock: torch is not needed: run python scripts/lock.py"
     ]
-    assert lock.compare("", wanted, names)
+    assert script.compare("", engine)
 
 
 def test_it_refuses_an_image_with_another_vllm() -> None:
