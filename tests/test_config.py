@@ -1,7 +1,13 @@
 """Options: one name everywhere, and a clear word about each mistake."""
 
+import os
+import tempfile
+from pathlib import Path
+
 import pytest
 
+from kvkeep import config
+from kvkeep.cli import main
 from kvkeep.config import EngineConfig, KeeperConfig, load, parse_bytes
 from kvkeep.errors import ConfigError
 
@@ -81,3 +87,25 @@ def test_a_socket_path_may_be_as_long_as_the_system_allows() -> None:
     assert load(KeeperConfig, {"socket": "s" * 107}, {}).socket == "s" * 107
     with pytest.raises(ConfigError, match="longer than 107"):
         load(KeeperConfig, {"socket": "ü" * 54}, {})
+
+
+def test_a_folder_that_another_user_made_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In /tmp anybody can, to serve our engines."""
+    for name in ("XDG_RUNTIME_DIR", "KVKEEP_SOCKET"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    ours = config.runtime_dir()
+    assert ours.parent == tmp_path
+    ours.mkdir(mode=0o700)
+    assert config.runtime_dir() == ours
+    other = os.getuid() + 1
+    monkeypatch.setattr(os, "getuid", lambda: other)
+    (tmp_path / f"kvkeep-{other}").symlink_to(ours)
+    with pytest.raises(ConfigError, match="belongs to user"):
+        config.runtime_dir()
+    assert main(["status"]) == 2
+    assert "set XDG_RUNTIME_DIR, or KVKEEP_SOCKET" in capsys.readouterr().err
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    assert config.runtime_dir() == tmp_path / "kvkeep"

@@ -49,12 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     arguments = list(sys.argv[1:] if argv is None else argv)
     chosen = arguments[:1]
-    _add(commands, _COMMANDS, chosen)
-    bench = commands.add_parser("bench", help="measure")
-    benches = bench.add_subparsers(dest="bench", required=True, metavar="WHAT")
-    _add(benches, _BENCHES, arguments[1:2] if chosen == ["bench"] else [])
-    args = parser.parse_args(arguments)
     try:
+        _add(commands, _COMMANDS, chosen)  # raises where the default socket's folder is another user's
+        bench = commands.add_parser("bench", help="measure")
+        benches = bench.add_subparsers(dest="bench", required=True, metavar="WHAT")
+        _add(benches, _BENCHES, arguments[1:2] if chosen == ["bench"] else [])
+        args = parser.parse_args(arguments)
         return int(args.run(args))
     except KVKeepError as error:
         print(f"kvkeep: {error}", file=sys.stderr)

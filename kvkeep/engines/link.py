@@ -27,12 +27,18 @@ def session_name(engine_id: str, epoch: int) -> str:
 def connect(
     config: EngineConfig, engine_id: str, epoch: int, *, arena: bool, device: bool = False
 ) -> Connection:
-    """Connect to the configured keeper, or to the private one, which is started if need be."""
+    """Connect to the configured keeper, or to the private one, which is started if need be.
+
+    Raises KVKeepError: KeeperUnavailable also where this process is out of descriptors or memory.
+    """
     socket = config.socket or embedded_socket(engine_id)
-    if config.socket is None:
-        ensure_keeper(socket, config)
     session = session_name(engine_id, epoch)
-    return Connection.open(socket, session, arena=arena, device=device, timeout=config.timeout)
+    try:
+        if config.socket is None:
+            ensure_keeper(socket, config)
+        return Connection.open(socket, session, arena=arena, device=device, timeout=config.timeout)
+    except OSError as error:
+        raise KeeperUnavailable(f"no keeper can be asked at {socket}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -131,7 +137,7 @@ class Link:
         """Whether the search is over: a keeper was found, or it does not want us."""
         try:
             found = self.open(epoch)
-        except (KeeperUnavailable, OSError):  # also without descriptors, or memory to map
+        except KeeperUnavailable:
             return False
         except KVKeepError as error:
             log.warning("the keeper refuses this engine, which goes on without it: %s", error)

@@ -86,13 +86,28 @@ class Connection:
             sock.close()
             for fd in fds:
                 os.close(fd)
-            raise RequestRefused(reply.reason if isinstance(reply, msg.Refused) else "no arena was sent")
+            if isinstance(reply, msg.Refused):
+                raise RequestRefused(reply.reason)
+            raise KeeperUnavailable("the arena did not come: this process may be out of descriptors")
         return cls(sock, reply, fds[0] if fds else None, timeout)
 
     @property
     def closed(self) -> bool:
         """Whether this connection has ended, by us or by a failure."""
         return self._sock.fileno() < 0
+
+    @property
+    def ended(self) -> bool:
+        """Whether it is closed, by us or by the keeper: a look without a question. Not during a call."""
+        if self.closed:
+            return True
+        try:
+            self._sock.setblocking(False)
+            return not self._sock.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
 
     def close(self) -> None:
         """Close the connection; with a session's last one its claims end."""
@@ -234,7 +249,7 @@ def _greet(sock: socket.socket, path: str, hello: msg.Hello) -> tuple[msg.Reply,
     sock.settimeout(_HELLO_TIMEOUT)
     sock.connect(path)
     _, owner, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    if owner != 0 and os.getuid() not in (owner, 0):  # it would be given prompts' KV, and give us its own
+    if owner not in (os.getuid(), 0):  # it would be given prompts' KV, and give us its own
         raise ProtocolError(f"the keeper at {path} belongs to user {owner}, you are {os.getuid()}")
     with contextlib.suppress(BrokenPipeError):  # refused already: what there is to read says why
         sock.sendall(msg.encode(hello))

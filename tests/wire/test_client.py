@@ -201,3 +201,60 @@ def test_long_prompts_fit_a_frame(keeper_process) -> None:
     assert 0 < (done.offsets[0] >= 0).sum() < 65536
     client.abort(done.reservation)
     assert client.status()["used_bytes"] == 0
+
+
+def test_a_look_tells_that_the_keeper_is_gone(keeper_process, wait_until) -> None:
+    keeper = keeper_process()
+    client = keeper.connect()
+    for _ in range(2):
+        assert not client.ended
+        assert client.status()["pid"] == keeper.process.pid, "a look leaves it as it was"
+    keeper.process.kill()
+    wait_until(lambda: client.ended)
+    assert not client.closed
+    client.close()
+    assert client.ended
+
+
+SMALL = """
+import os, resource, sys
+from kvkeep.errors import KVKeepError
+from kvkeep.wire.client import Connection
+soft = max(int(fd) for fd in os.listdir("/proc/self/fd")) + 1  # room for the socket, none for the arena
+resource.setrlimit(resource.RLIMIT_NOFILE, (soft, soft))
+try:
+    Connection.open(sys.argv[1], "small", arena=True)
+except KVKeepError as error:
+    print(type(error).__name__, error)
+"""
+
+
+def test_an_arena_for_which_there_is_no_descriptor(keeper_process, child_process) -> None:
+    """It passes: no refusal, after which nobody would try again."""
+    said = child_process(SMALL, keeper_process().socket).line()
+    assert said.startswith("KeeperUnavailable"), said
+    assert "descriptors" in said
+
+
+IMPOSTOR = """
+import os, socket, sys
+os.setgroups([]); os.setgid(65534); os.setuid(65534)
+with socket.socket(socket.AF_UNIX) as listener:
+    listener.bind(sys.argv[1])
+    listener.listen()
+    print("ready", flush=True)
+    with listener.accept()[0] as client:
+        print(len(client.recv(4096)), flush=True)
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+def test_another_users_keeper_is_told_nothing(keeper_process, child_process) -> None:
+    folder = keeper_process.directory()
+    folder.chmod(0o777)
+    path = str(folder / "keeper.sock")
+    impostor = child_process(IMPOSTOR, path)
+    assert impostor.line() == "ready"
+    with pytest.raises(KeeperUnavailable, match="belongs to user 65534, you are 0"):
+        Connection.open(path, "victim", arena=True)
+    assert impostor.line() == "0"

@@ -239,7 +239,7 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
         """The step's copies."""
         scheduler = self._scheduler
         if scheduler is None:
-            return StepMeta(-1)
+            return StepMeta(-1, leave=True)
         return scheduler.step(scheduler_output, self._guard)
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
@@ -287,7 +287,7 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
         if self._scheduler is not None:
             self._scheduler.stop()
         if self._worker is not None:
-            self._worker.stop(wait=_LAST_COPIES)
+            self._worker.leave(wait=_LAST_COPIES)
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
         """Figures of this side since the last call."""

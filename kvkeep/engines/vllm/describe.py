@@ -63,6 +63,8 @@ def check_engine(config: VllmConfig, kv_config: KVCacheConfig) -> None:
             "kvkeep is tested with vLLM %s; this is %s: run `kvkeep doctor`", _TESTED, vllm.__version__
         )
     parallel = config.parallel_config
+    if parallel.nnodes_within_dp > 1:
+        raise LayoutError("its ranks are on several hosts, and a keeper serves one: not supported yet")
     if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
         raise LayoutError("context parallelism spreads a block over ranks: not supported yet")
     speculative = config.speculative_config

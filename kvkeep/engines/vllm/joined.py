@@ -84,43 +84,44 @@ class Joined:
 
 class Joining:
     """Joins later sessions in the background, each by a thread that tries until it is in, or another is asked
-    for. `join(epoch)` makes a `Joined` with whatever keeper is there; it raises KVKeepError or OSError."""
+    for. `join(keeper, epoch)` raises KVKeepError or OSError, also where another keeper is there."""
 
-    def __init__(self, join: Callable[[int], Joined]) -> None:
+    def __init__(self, join: Callable[[str, int], Joined]) -> None:
         self._join = join
         self._wanted = NOWHERE
-        self._found: Joined | None = None
+        self._found: dict[Place, Joined] = {}
 
     def begin(self, place: Place) -> None:
-        """Join this one from here on."""
+        """Join this one from here on, and no other."""
         if self._wanted != place:
+            self.stop()
             self._wanted = place
             threading.Thread(target=self._run, args=(place,), name="kvkeep-join", daemon=True).start()
 
     def take(self, place: Place) -> Joined | None:
         """The session, once, when it was joined; it is the caller's."""
-        if self._found is None or self._found.place != place:
-            return None
-        found, self._found = self._found, None
-        return found
+        return self._found.pop(place, None)
 
     def stop(self) -> None:
-        """Join none any more."""
+        """Join none any more; what nobody has taken is left."""
         self._wanted = NOWHERE
+        while self._found:
+            self._found.popitem()[1].close()
 
     def _run(self, place: Place) -> None:
-        keeper, epoch = place
-        wait = _RETRY_FIRST
+        wait, told = _RETRY_FIRST, ""
         while self._wanted == place:
             try:
-                found = self._join(epoch)
-                if found.place == place:
-                    self._found = found
-                    return
-                found.close()
-                why = f"keeper {found.place[0][:8]} is here, not {keeper[:8]}: one keeper serves one host"
+                found = self._join(*place)
             except (KVKeepError, OSError) as error:
-                why = str(error)
-            log.warning("kvkeep: session %d cannot be joined: %s", epoch, why)
+                if str(error) != told:  # else the log has it
+                    told = str(error)
+                    log.warning("kvkeep: session %d cannot be joined yet: %s", place[1], told)
+            else:
+                if self._wanted == place:
+                    self._found[place] = found
+                else:
+                    found.close()
+                return
             time.sleep(wait)
             wait = min(2 * wait, _RETRY_MOST)

@@ -21,8 +21,8 @@ __all__ = ["Tracked"]
 
 log = logging.getLogger("kvkeep.vllm")
 
-_first_seen: dict[tuple[int, str], str] = {}
-"""Digest of each adapter's files, by the engine's number for it and path."""
+_first_seen: dict[int, str] = {}
+"""Digest of each adapter's files when its number was first used here; empty once they were found replaced."""
 
 
 class Tracked:
@@ -107,18 +107,23 @@ class Tracked:
             if chunk == 0 and self.request.lora_request is not None:
                 # An adapter can be replaced under its name and path: its content counts too.
                 lora = self.request.lora_request
-                extra = (*(extra or ()), _loaded(lora.lora_int_id, lora.lora_path))
+                content = _loaded(lora.lora_int_id, lora.lora_path)
+                self.cacheable &= bool(content)
+                extra = (*(extra or ()), content)
             out.append(None if extra is None else encode_extra(extra))
         return out
 
 
 def _loaded(number: int, path: str) -> str:
-    """What the engine computes with under an adapter's number: what was there when it was first used, since
-    the engine does not read a known number's files again. Raises OSError where they have changed since."""
+    """What the engine computes with under an adapter's number: what was there when it was first used. It does
+    not read a known number's files again, whatever the path, until it has evicted them: once they were
+    others it may hold either. Empty then, with one warning."""
     now = _adapter(path)
-    if _first_seen.setdefault((number, path), now) != now:
-        raise OSError(f"the files of the adapter in {path} were replaced; load it under another name")
-    return now
+    first = _first_seen.setdefault(number, now)
+    if first not in ("", now):
+        log.warning("LoRA adapter %d in %s was replaced since its first use; it is not cached", number, path)
+        _first_seen[number] = ""
+    return _first_seen[number]
 
 
 def _adapter(path: str) -> str:

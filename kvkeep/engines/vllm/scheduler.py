@@ -208,6 +208,8 @@ class SchedulerSide:
         """Promise nothing more; what has been promised is still planned."""
         self._ready, self._disabled = False, True
         self.stats.data["attached"] = 0
+        if self._link is not None:
+            self._link.stop()
         if self._keeper is not None:  # the workers leave with the next step: then the session's claims end
             self._keeper.connection.close()
             self._keeper = None
@@ -364,6 +366,9 @@ class SchedulerSide:
                 tracked.forget_claim()
 
     def _renew(self) -> None:
+        if self._keeper is not None and not self._ready and self._keeper.connection.ended:
+            # Nothing else would notice: nothing is asked of it until all are in, and they never will be.
+            self._lose(KeeperUnavailable("it went away before all workers had joined"))
         if self._link is None or (opened := self._link.fresh()) is None:
             return
         try:

@@ -20,15 +20,7 @@ from kvkeep.engines.vllm.apart import Apart
 from kvkeep.engines.vllm.describe import describe_backends, describe_scales, describe_tensors
 from kvkeep.engines.vllm.device import Device, by_blocks, replays_whole_graphs
 from kvkeep.engines.vllm.joined import Joined, Joining
-from kvkeep.engines.vllm.metadata import (
-    NOWHERE,
-    Copies,
-    Handshake,
-    Rank,
-    Session,
-    StepMeta,
-    WorkerMeta,
-)
+from kvkeep.engines.vllm.metadata import NOWHERE, Copies, Handshake, Rank, Session, StepMeta, WorkerMeta
 from kvkeep.engines.vllm.stats import KVKeepStats
 from kvkeep.errors import DeviceError, KeeperUnavailable, LayoutError
 from kvkeep.layout import group_layout
@@ -36,6 +28,7 @@ from kvkeep.transfer import Transfer, make_transfer
 from kvkeep.transfer.base import Move, describe_layers
 from kvkeep.transfer.pipeline import load_beside
 from kvkeep.transfer.reference import ReferenceTransfer
+from kvkeep.transfer.streams import Pending
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -108,8 +101,8 @@ class WorkerSide:
         if self._layers[0][0][1].device.type != "cpu":
             self._device = Device()
         try:
-            self._joined = self._join(0)
-        except KeeperUnavailable as error:
+            self._joined = self._join("", 0)
+        except (KeeperUnavailable, OSError) as error:
             log.warning("kvkeep: %s; the engine runs without it and goes on looking", error)
         whole = self._device is not None and replays_whole_graphs(self._compilation)
         sizes = [layout.block_bytes for layout in layouts]
@@ -119,8 +112,13 @@ class WorkerSide:
         """What `register` found."""
         return self._handshake
 
-    def _join(self, epoch: int) -> Joined:
+    def _join(self, keeper: str, epoch: int) -> Joined:
+        """`keeper`: its identity, or none: whichever. Raises KVKeepError, or OSError: no memory to map it."""
         connection = connect(self.config, self._engine_id, epoch, arena=True, device=self._device is not None)
+        here = connection.keeper
+        if keeper not in ("", here):
+            connection.close()
+            raise KeeperUnavailable(f"keeper {here[:8]} is here, not {keeper[:8]}: is this another host?")
         try:
             arena = connection.map_arena()
             threads = self.config.copy_threads
@@ -277,7 +275,11 @@ class WorkerSide:
                 joined.tell(self._rank, lambda link, number=reservation: link.commit(number, part))  # type: ignore[misc]
 
         if self._rank in self._session.replicas:
-            commit()
+            if joined.device is None or self._device is None:
+                commit()
+            else:  # behind what the step loaded, of which it is not known yet that it came
+                now = joined.device.backend.current().record_event()
+                self._device.after(Pending(0, now, now), "save_seconds", commit, joined.close)
             return
         if joined.device is not None and self._device is not None:
             # Where the engine zeroes blocks, Model Runner V2 does so before it tells us of the step.
@@ -325,11 +327,12 @@ class WorkerSide:
             return None
         return WorkerMeta({self._rank: NOWHERE if lost or self._joined is None else self._joined.place})
 
-    def leave(self) -> None:
-        """Take part in no session any more; the scheduler side hears of it with the next report."""
+    def leave(self, wait: float = 0.0) -> None:
+        """Take part in no session any more; the scheduler side hears of it with the next report. `wait`: see
+        `Joined.close`."""
         self._off = True
         self._joining.stop()
-        self.stop()
+        self.stop(wait)
 
     def stop(self, wait: float = 0.0) -> None:
         """Leave the session, if there is one: to end, or to begin a new one. `wait`: see `Joined.close`."""

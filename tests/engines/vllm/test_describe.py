@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,8 @@ pytest.importorskip("vllm")
 
 from vllm.model_executor.layers.attention.attention import set_default_quant_scales
 
-from kvkeep.engines.vllm.describe import describe_scales
+from kvkeep.engines.vllm.describe import check_engine, describe_scales
+from kvkeep.errors import LayoutError
 
 pytestmark = pytest.mark.slow  # to import vLLM takes ten seconds
 
@@ -45,3 +48,18 @@ def test_the_scales_of_each_layer_are_told_apart() -> None:
 
 def test_a_layer_without_scales_is_described_too() -> None:
     assert json.loads(describe_scales(["a", "b"], {"a": torch.nn.Module()})) == [[None] * 4] * 2
+
+
+def test_an_engine_on_several_hosts_is_refused() -> None:
+    """Its ranks would each have a keeper of their own host."""
+
+    def config(hosts: int) -> Any:
+        parallel = SimpleNamespace(
+            nnodes_within_dp=hosts, decode_context_parallel_size=1, prefill_context_parallel_size=1
+        )
+        return SimpleNamespace(parallel_config=parallel, speculative_config=None)
+
+    groups: Any = SimpleNamespace(kv_cache_groups=[])
+    check_engine(config(1), groups)
+    with pytest.raises(LayoutError, match="several hosts"):
+        check_engine(config(2), groups)

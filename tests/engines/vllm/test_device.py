@@ -21,12 +21,12 @@ from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, Schedul
 from kvbench.host_device import HostBackend, HostEvent
 from kvkeep.config import EngineConfig
 from kvkeep.engines.link import session_name
-from kvkeep.engines.vllm import joined, worker
+from kvkeep.engines.vllm import worker
 from kvkeep.engines.vllm.connector import KVKeepConnector
 from kvkeep.engines.vllm.describe import describe_backends
 from kvkeep.engines.vllm.device import Device, by_blocks, kind_of, replays_whole_graphs
 from kvkeep.engines.vllm.geometry import blocks_written
-from kvkeep.engines.vllm.metadata import NOWHERE, Copies, Session, StepMeta
+from kvkeep.engines.vllm.metadata import Copies, Session, StepMeta
 from kvkeep.transfer import cuda
 from kvkeep.transfer.cuda import CudaTransfer
 from kvkeep.wire.messages import Reservation
@@ -295,56 +295,3 @@ def test_each_layers_backend_is_in_the_namespace_of_a_gpu() -> None:
     assert describe_backends(["a"], one, "cuda") != describe_backends(["a"], two, "cuda")
     assert describe_backends(["a"], one, "cpu") == describe_backends(["a"], two, "cpu") == ""
     assert "null" in describe_backends(["a"], {}, "cuda")
-
-
-def test_a_keeper_that_took_the_place_of_another_is_another(
-    keeper_process: Callable[..., Any], wait_until, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One dies between a worker's start and the scheduler's: both count their sessions from 0."""
-    rank = Rank(keeper_process(), monkeypatch, 0)
-    first = rank.side.handshake().place
-    rank.keeper.process.kill()
-    rank.keeper.process.wait(20)
-    second = (keeper_process(socket=rank.keeper.socket).figures()["keeper"], 0)
-    assert first != second
-    meta = StepMeta(0, session=Session(second, {(0, 0): [0]}, {(0, 0): 0}))
-
-    def in_it() -> bool:
-        rank.side._follow(meta)
-        return rank.side.report(meta).joined == {(0, 0): second}
-
-    assert rank.side.report(meta).joined == {(0, 0): first}, "which is not what the scheduler waits for"
-    wait_until(in_it)
-    rank.side.leave()
-
-
-def test_a_keeper_of_another_host_is_not_joined(
-    keeper_process: Callable[..., Any],
-    wait_until,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    rank = Rank(keeper_process(), monkeypatch, 0)
-    elsewhere = ("keeper of another host", 0)
-    meta = StepMeta(0, session=Session(elsewhere, {(0, 0): [0]}, {(0, 0): 0}))
-    monkeypatch.setattr(joined, "_RETRY_FIRST", 0.001)
-    for _ in range(100):
-        rank.side._follow(meta)
-    wait_until(lambda: caplog.text.count("one keeper serves one host") >= 3)
-    assert rank.side.report(meta).joined != {(0, 0): elsewhere}
-    assert caplog.text.count("one keeper serves one host") < 12, "by one thread, less and less often"
-    rank.side.leave()
-
-
-def test_a_scheduler_that_is_off_ends_its_workers_claims(
-    keeper_process: Callable[..., Any], wait_until, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rank = Rank(keeper_process(), monkeypatch, 0)
-    rank.keep(list(range(8)))
-    wait_until(lambda: rank.figure("reservations") == 0)
-    rank.link.reserve(rank.space, [Reservation(KEYS[::-1], [b"\1" * CHUNKS], 0, 0)])
-    rank.link.close()  # as the scheduler side's is, when it is off
-    assert rank.figure("reservations") == 1
-    rank.side.end_step(StepMeta(0, leave=True))
-    wait_until(lambda: rank.figure("reservations") == 0)
-    assert rank.side.report(StepMeta(0, session=rank.session)).joined == {(0, 0): NOWHERE}

@@ -14,6 +14,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request
 
 from kvkeep.cli.prompt import chain
+from kvkeep.engines.vllm import requests
 from kvkeep.engines.vllm.requests import Tracked
 from kvkeep.identity import KEY_BYTES, fingerprint, tenant_of
 
@@ -101,12 +102,20 @@ def test_media_that_come_with_an_update_count(tmp_path: Path) -> None:
     assert ends[0][1] != ends[1][1]
 
 
-def test_an_adapter_that_was_replaced_under_a_running_engine(tmp_path: Path) -> None:
+def test_an_adapter_that_was_replaced_under_a_running_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """vLLM does not read a known number's files again: it computes on with the first ones."""
-    (tmp_path / "adapter_model.bin").write_bytes(b"first")
+    warned: list[str] = []
+    monkeypatch.setattr(requests.log, "warning", lambda text, *given: warned.append(text % given))
+    monkeypatch.setattr(requests, "_first_seen", {})
+    other = tmp_path / "other"
+    other.mkdir()
+    for folder in (tmp_path, other):
+        (folder / "adapter_model.bin").write_bytes(folder.name.encode())
 
-    def adapted(number: int) -> bytes:
-        lora = LoRARequest("adapter", number, str(tmp_path))
+    def adapted(number: int, folder: Path = tmp_path) -> bytes:
+        lora = LoRARequest("adapter", number, str(folder))
         request = Request("r", list(TOKENS), SamplingParams(max_tokens=1), None, lora_request=lora)
         return Tracked(request, fingerprint({"model": "m"}), CHUNK).keys(0, COUNT)
 
@@ -118,3 +127,9 @@ def test_an_adapter_that_was_replaced_under_a_running_engine(tmp_path: Path) -> 
     second = adapted(8)
     assert second
     assert second != first
+    (tmp_path / "adapter_model.bin").write_bytes(tmp_path.name.encode())
+    assert adapted(7) == b"", "vLLM may have evicted it and read it again in between"
+    assert len(warned) == 1
+    assert adapted(9)
+    assert adapted(9, other) == b"", "another path does not make it read again"
+    assert len(warned) == 2

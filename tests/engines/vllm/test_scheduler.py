@@ -16,6 +16,7 @@ pytest.importorskip("vllm")
 
 from vllm import SamplingParams
 from vllm.config import VllmConfig
+from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 from vllm.v1.engine import EngineCoreRequest
@@ -24,7 +25,9 @@ from vllm.v1.executor.uniproc_executor import UniProcExecutor
 from vllm.v1.request import RequestStatus
 
 from kvkeep.engines import link
-from kvkeep.engines.vllm import worker
+from kvkeep.engines.vllm import joined, worker
+from kvkeep.engines.vllm.geometry import Geometry
+from kvkeep.errors import KeeperUnavailable
 from tests.engines.vllm.ledger import BLOCK, BLOCKS, Ledger, answer, slowly
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(200)]
@@ -219,3 +222,97 @@ def test_the_next_engine_is_told_of_what_was_kept(
         (row,) = keeper.figures()["tenants"]
     assert 0 < row["refused_chunks"] == chunks - row["stored_chunks"] < chunks
     assert (tokens, whole) == (2 * BLOCK * row["stored_chunks"], False)
+
+
+class Turns:
+    """Requests one after the other, each to its end; its keepers come and go on one socket."""
+
+    def __init__(self, core: EngineCore, start: Callable[..., Any], socket: str) -> None:
+        self.core, self._start, self._socket = core, start, socket
+        self.scheduler: Any = core.scheduler.connector._scheduler
+        self._numbers = itertools.count()
+
+    def take(self) -> None:
+        number = next(self._numbers)
+        prompt = [3 + (number * 331 + at) % 4000 for at in range(100)]
+        sampling = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
+        made = EngineCoreRequest(f"turn {number}", prompt, None, sampling, None, 0.0, None, None, None)
+        self.core.add_request(*self.core.preprocess_add_request(made))
+        while self.core.scheduler.has_requests():
+            _, executed = self.core.step_fn()
+            self.core.post_step(executed)
+
+    def until(self, predicate: Callable[[], object]) -> Callable[[], object]:
+        """For `wait_until`: a turn each time."""
+        return lambda: self.take() or predicate()
+
+    def keeper(self) -> Any:
+        return self._start(memory="4MiB", socket=self._socket)
+
+
+@pytest.fixture
+def turns(
+    tiny_model: Path, keeper_process: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Turns]:
+    """An engine without a keeper, which looks for one often."""
+    for name, value in (("hybrid", False), ("runner", "v1"), ("load_errors", None)):
+        monkeypatch.setattr(Ledger, name, value)
+    for module in (link, joined):
+        monkeypatch.setattr(module, "_RETRY_FIRST", 0.001)
+        monkeypatch.setattr(module, "_RETRY_MOST", 0.01)
+    socket = str(keeper_process.directory() / "keeper.sock")
+    with engine(tiny_model, socket, monkeypatch, False, "layers") as core:
+        yield Turns(core, keeper_process, socket)
+
+
+def test_a_keeper_that_ends_before_all_have_joined(turns: Turns, wait_until: Callable[..., None]) -> None:
+    """The scheduler asks nothing of it until then, and so would never hear of it."""
+    side, rank = turns.scheduler, get_kv_transfer_group()._worker
+    join = rank._joining._join
+
+    def not_yet(keeper: str, epoch: int) -> Any:
+        raise KeeperUnavailable("not yet, by the test's own wish")
+
+    rank._joining._join = not_yet
+    first = turns.keeper()
+    wait_until(turns.until(lambda: side._keeper is not None))
+    assert not side._ready
+    first.process.kill()
+    first.process.wait(20)
+    second = turns.keeper()
+    rank._joining._join = join
+    wait_until(turns.until(lambda: side._ready))
+    assert side._keeper.connection.keeper == second.figures()["keeper"]
+    wait_until(turns.until(lambda: second.figures()["chunks"]))
+
+
+def test_a_reset_while_the_keeper_is_away(turns: Turns, wait_until: Callable[..., None]) -> None:
+    side = turns.scheduler
+    first = turns.keeper()
+    wait_until(turns.until(lambda: side._ready))
+    old = side._fingerprint
+    first.close()
+    wait_until(turns.until(lambda: side._keeper is None))
+    assert turns.core.reset_prefix_cache(reset_connector=True)
+    second = turns.keeper()
+    wait_until(turns.until(lambda: second.figures()["chunks"]))
+    assert side._fingerprint != old
+    assert {space["fingerprint"] for space in second.figures()["namespaces"]} == {side._fingerprint.hex()}
+
+
+def test_what_was_reserved_ends_when_the_cache_is_off(
+    turns: Turns, wait_until: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until then other engines could not store it."""
+    keeper = turns.keeper()
+    wait_until(turns.until(lambda: turns.scheduler._ready))
+    wait_until(lambda: not keeper.figures()["reservations"])
+
+    def breaks(*_: Any) -> None:
+        assert keeper.figures()["reservations"]
+        raise RuntimeError("by the test's own wish")
+
+    monkeypatch.setattr(Geometry, "add_save", breaks)
+    turns.take()
+    assert turns.scheduler._disabled
+    wait_until(lambda: not keeper.figures()["reservations"] and not keeper.figures()["leases"])
