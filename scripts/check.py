@@ -20,7 +20,7 @@ from typing import NamedTuple
 # All budgets: stay under. By what is read together: the cache, one engine's adapter, what measures it.
 PACKAGE_LINES = {
     "kvkeep": 15_900,  # without the adapters
-    "kvkeep/engines/vllm": 2_950,
+    "kvkeep/engines/vllm": 3_000,
     "kvkeep/engines/transformers": 1_500,
     "kvbench": 6_000,
     "kvroute": 3_550,
