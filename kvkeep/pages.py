@@ -120,11 +120,12 @@ def address(memory: memoryview) -> int:
     return int(np.frombuffer(memory, np.uint8).ctypes.data)
 
 
-def allocate(fd: int, place: int, at: int, nbytes: int) -> int:
-    """Allocate these bytes of a memfd, which is mapped at address `place`. Returns how many are now huge
-    pages: none where the kernel cannot, or others have pinned them. Raises OSError without memory."""
+def allocate(fd: int, place: int, at: int, nbytes: int, huge: bool = True) -> int:
+    """Allocate these bytes of a memfd, which is mapped at address `place`, `huge` pages if they can be had.
+    Returns how many bytes are: none where the kernel cannot, or finds no room that hangs together, or others
+    have pinned them. Raises OSError without memory."""
     os.posix_fallocate(fd, at, nbytes)
-    if not (size := huge_size()):
+    if not (huge and (size := huge_size())):
         return 0
     first, last = -(-at // size) * size, (at + nbytes) // size * size
     if first >= last or _libc.madvise(place + first, last - first, _MADV_COLLAPSE):

@@ -38,6 +38,7 @@ log = logging.getLogger("kvkeep.keeper")
 _NEWEST_SHOWN = 16  # of the namespaces that hold nothing: a reset makes a new one each time
 _TENANTS_SHOWN = 16
 _PREFAULT_STEP = 4 << 20
+_HUGE_TRIES = 16  # in vain, one after the other: the kernel has no room, and looks for it long
 
 
 class KeeperServer:
@@ -199,11 +200,12 @@ class KeeperServer:
         """Allocate the arena's pages ahead of use: touching fresh memory is ten times slower."""
         total, give_way = self.keeper.arena.nbytes, GiveWay()
         memory = pages.map_shared(self.arena_fd, total) if self._memory is None else self._memory
-        place = pages.address(memory)
+        place, failed = pages.address(memory), 0
         while self.config.prefault and self.prefaulted < total and not self._stopping.is_set():
             step = min(_PREFAULT_STEP, total - self.prefaulted)
             try:
-                self.huge += pages.allocate(self.arena_fd, place, self.prefaulted, step)
+                huge = failed < _HUGE_TRIES
+                made = pages.allocate(self.arena_fd, place, self.prefaulted, step, huge)
             except OSError as error:
                 log.warning(
                     "only %.1f of %.1f GiB of the arena could be prepared ahead (%s): give --memory less",
@@ -212,6 +214,7 @@ class KeeperServer:
                     error.strerror,
                 )
                 return
+            self.huge, failed = self.huge + made, 0 if made else failed + 1
             if self._memory is not None:  # movers use it
                 pages.populate(place + self.prefaulted, step)
             self.prefaulted += step
