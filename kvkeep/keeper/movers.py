@@ -289,7 +289,8 @@ class Movers:
 
     def close(self) -> None:
         """End the threads, and let go of the tiers; those in a hung verb are left to the process's end."""
-        for lane in (self._probes, *self._readers, *self._writers):
+        self._probes.close()
+        for lane in (*self._readers, *self._writers):
             lane.close()
         deadline = time.monotonic() + 5.0
         for opened in self.tiers:
