@@ -327,11 +327,11 @@ class Keeper:
             oldest_own = int(self.chunks.epoch[victims].min())
             if self._take_slab(number, oldest_own):
                 continue
-            refused = victims[np.isin(victims, newcomers)]
+            own = np.isin(victims, newcomers)
             coldest = self.chunks.coldest[number]
-            self._drop(victims[~np.isin(victims, newcomers)], evicted=True)
+            self._drop(victims[~own], evicted=True)
             self.chunks.coldest[number] = coldest  # each slot that came free has a newcomer in a moment
-            return refused
+            return victims[own]
         return newcomers[:0]
 
     def _take_slab(self, number: int, oldest_own: int) -> bool:
