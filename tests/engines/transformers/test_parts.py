@@ -120,7 +120,7 @@ def test_the_gpu_benchmark_runs_on_a_cpu(tmp_path: Path) -> None:
         ttft.TINY, [500, 800], device="cpu", dtype=torch.float32, memory="32MiB", disk=tmp_path, rounds=1
     )
     assert [(row["tokens"], row["loaded_bytes"]) for row in rows] == [(500, 786432), (800, 1572864)]
-    assert all(row["load_ratio"] > 0 and row["disk_ratio"] > 0 for row in rows)
+    assert all(row["load_ratio"] > 0 and row["disk_ratio"] > 0 and row["same_token"] for row in rows)
 
 
 def test_the_page_runs(monkeypatch: pytest.MonkeyPatch, short_dir: Path) -> None:
