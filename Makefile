@@ -81,9 +81,10 @@ check: venv
 bench: venv
 	@$(BIN)/kvkeep bench $(BENCH_ARGS)
 
-# With a Python that has a CUDA build of torch, Triton and numpy; installs nothing.
+# With a Python that has a CUDA build of torch, Triton and numpy; installs nothing. What else time to first
+# token needs may lie unpacked in wheels/: see docs/gpu.md.
 gpu-check:
-	@PYTHONPATH=. $(GPU_PYTHON) scripts/gpu_check.py $(GPU_ARGS)
+	@PYTHONPATH=.:wheels $(GPU_PYTHON) scripts/gpu_check.py $(GPU_ARGS)
 
 clean:
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist demo/results demo/out

@@ -136,7 +136,7 @@ class HostBackend(Backend):
     def current(self) -> HostStream:
         return self.engine
 
-    def stream(self) -> HostStream:
+    def stream(self, urgent: bool = False) -> HostStream:
         self._favoured.append(HostStream(self))
         return self._favoured[-1]
 

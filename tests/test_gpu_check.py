@@ -33,28 +33,47 @@ def test_a_dry_run_shows_every_part(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "figures.json"
-    monkeypatch.setattr(
-        sys, "argv", ["x", "--dry", "--json", str(out), "--ttft", "tests.test_gpu_check:more"]
-    )
+    monkeypatch.setattr(sys, "argv", ["x", "--dry", "--json", str(out)])
     assert script.main() == 0
     figures = json.loads(out.read_text())
     assert figures["wrong"] == 0
     told = [row["what"].split(",")[0].split(":")[0] for row in figures["rows"]]
-    assert {"ceiling", "registration", "LBNHC", "BLHNC", "load of 16 KiB pieces", "overlap", "more"} <= set(
-        told
-    )
+    assert set(told) >= {
+        *("ceiling", "registration", "LBNHC", "BLHNC", "load of 16 KiB pieces", "overlap"),
+        "time to first token",
+    }
     assert all(row["equal"] for row in figures["rows"] if "save_ratio" in row)
 
+    first = [row for row in figures["rows"] if row["what"].startswith("time to first token")]
+    assert [row["tokens"] for row in first] == [500, 800], first
+    assert all(row["same_token"] and row["loaded_bytes"] > 0 for row in first)
 
-def more(device: torch.device, seconds: float, dry: bool) -> list[dict[str, object]]:
-    """What `--ttft` takes."""
-    assert device.type == "cpu"
-    return [{"what": "more", "seconds": seconds, "dry": dry}]
+
+@pytest.mark.parametrize("lacking", ["seconds", "memory"])
+def test_counts_that_do_not_fit_are_left_out(lacking: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    from benchmarks.gpu import ttft
+
+    left = iter([1 << 30, 1 << 30, 0])  # of the device: for the weights and the first count
+    if lacking == "memory":
+        monkeypatch.setattr(ttft, "room", lambda device: next(left))
+    rows = list(ttft.gpu_rows(torch.device("cpu"), 0.0 if lacking == "seconds" else 600.0, dry=True))
+    assert [row.get("tokens") for row in rows] == ([None] if lacking == "seconds" else [500, None])
+    assert rows[-1]["left_out"] == ("500, 800" if lacking == "seconds" else "800")
+
+
+def test_what_time_to_first_token_lacks_takes_no_other_figure_away(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.setattr(script, "SHAPES", ())
+    monkeypatch.setattr(sys, "argv", ["x", "--dry", "--ttft", "benchmarks.gpu.missing:rows"])
+    assert script.main() == 0
+    assert "failed ModuleNotFoundError: No module named 'benchmarks.gpu.missing'" in capsys.readouterr().out
 
 
 def test_wrong_bytes_are_told(script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setattr(CudaTransfer, "_load", lambda *_: None)
-    monkeypatch.setattr(sys, "argv", ["x", "--dry"])
+    monkeypatch.setattr(sys, "argv", ["x", "--dry", "--ttft", ""])
     assert script.main() == 1
     assert "WRONG" in capsys.readouterr().err
 

@@ -2,7 +2,7 @@
 
     python benchmarks/gpu/ttft.py [--tokens 2048 8192 32768] [--device cuda] [--disk FOLDER] [--tiny]
 
-`measure` is what the GPU check calls. The shape is Llama-3.1-8B's; weights do not matter to time. A first
+`gpu_rows` is what the GPU check calls. The shape is Llama-3.1-8B's; weights do not matter to time. A first
 token is a forward over what is not held, to the argmax on the host; a load includes lookup and copy.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -47,6 +48,7 @@ TINY = {
     "vocab_size": 1000,
     "max_position_embeddings": 8192,
 }
+_LEAST_SECONDS = 60.0  # to make the model, start a keeper and measure a first count; not measured yet
 
 
 @contextlib.contextmanager
@@ -100,17 +102,59 @@ def first_token(model: Any, ids: torch.Tensor, cache: KVKeepCache | None) -> tup
     return time.perf_counter() - began, token, loaded
 
 
-def loads(model: Any, ids: torch.Tensor, cache: KVKeepCache, expected: int, rounds: int) -> list[float]:
-    """Seconds of `rounds` loads. Raises where one is no hit or its token is another."""
-    times = []
-    for _ in range(rounds):
-        seconds, token, loaded = first_token(model, ids, cache)
-        if loaded < ids.shape[1] - 1 - cache.chunk_tokens or token != expected:
-            raise RuntimeError(
-                f"loaded {loaded} of {ids.shape[1]} tokens; token {token}, expected {expected}"
-            )
-        times.append(seconds)
-    return times
+def load(model: Any, ids: torch.Tensor, cache: KVKeepCache, expected: int) -> tuple[float, bool]:
+    """Seconds of a load, and whether its token is the expected one: it is computed in another shape, whose
+    rounding may decide between tokens of random weights. Raises RuntimeError where it is no hit."""
+    seconds, token, loaded = first_token(model, ids, cache)
+    if loaded < ids.shape[1] - 1 - cache.chunk_tokens:
+        raise RuntimeError(f"loaded {loaded} of {ids.shape[1]} tokens")
+    return seconds, token == expected
+
+
+def kv_bytes(shape: dict[str, int], tokens: int, dtype: torch.dtype) -> int:
+    """Of one prompt."""
+    layer = 2 * shape["num_key_value_heads"] * shape["head_dim"] * dtype.itemsize
+    return tokens * shape["num_hidden_layers"] * layer
+
+
+def room(device: str) -> float:
+    """Bytes that the device has left; what torch only keeps for later counts."""
+    if not device.startswith("cuda"):
+        return math.inf
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]
+
+
+def from_memory(
+    model: Any, cache: KVKeepCache, prompts: Sequence[torch.Tensor], rounds: int, deadline: float
+) -> Iterator[tuple[dict[str, Any], int]]:
+    """Per prompt a row of recompute against load, and the first token. Ends before one for which there is
+    no time, taking computing as quadratic, or no memory."""
+    shape, dtype = model.config.to_dict(), model.dtype
+    per_square = 0.0
+    for ids in prompts:
+        count = ids.shape[1]
+        needed = 3 * kv_bytes(shape, count, dtype) + 4 * count * shape["intermediate_size"] * dtype.itemsize
+        expected = (3 * rounds + 1) * per_square * count**2
+        if time.monotonic() + expected > deadline or needed > room(str(ids.device)):
+            return
+        cold = [first_token(model, ids, None) for _ in range(rounds)]
+        token, recompute = cold[0][1], statistics.median(one[0] for one in cold)
+        per_square = recompute / count**2
+        first_token(model, ids, cache)
+        cache.save()
+        before = cache.stats.loaded_bytes
+        loads = [load(model, ids, cache, token) for _ in range(rounds)]
+        seconds = statistics.median(one[0] for one in loads)
+        row = {
+            "tokens": count,
+            "recompute_s": recompute,
+            "load_s": seconds,
+            "load_ratio": recompute / seconds,
+            "loaded_bytes": (cache.stats.loaded_bytes - before) // rounds,
+            "same_token": all(same for _, same in loads),
+        }
+        yield row, token
 
 
 def measure(
@@ -122,31 +166,51 @@ def measure(
     memory: str = "16GiB",
     disk: Path | None = None,
     rounds: int = 3,
+    deadline: float = math.inf,
 ) -> list[dict[str, Any]]:
     """One row per token count: medians in seconds of recompute, load and (with `disk`) load from disk by a
-    keeper that was restarted, and the ratios of recompute to each."""
+    keeper that was restarted, and the ratios of recompute to each. Counts for which the device's memory or
+    the time until `deadline` (monotonic) does not suffice have no row."""
     model = make_model(shape, device, dtype)
     first_token(model, torch.ones((1, 64), dtype=torch.long, device=device), None)  # warms up
     generator = torch.Generator().manual_seed(0)
+    prompts = [
+        torch.randint(3, shape["vocab_size"], (1, count), generator=generator).to(device) for count in counts
+    ]
     options = ["--tier", f"fs://{disk}?capacity={memory}"] if disk else []
+    with keeper(memory, *options) as socket, KVKeepCache.for_model(model, socket=socket) as cache:
+        found = list(from_memory(model, cache, prompts, rounds, deadline))
+    if disk:
+        with keeper(memory, *options) as socket, KVKeepCache.for_model(model, socket=socket) as cache:
+            for (row, token), ids in zip(found, prompts, strict=False):  # once: then it is in memory
+                row["disk_s"], same = load(model, ids, cache, token)
+                row["disk_ratio"] = row["recompute_s"] / row["disk_s"]
+                row["same_token"] &= same
+    return [row for row, _ in found]
+
+
+def gpu_rows(device: torch.device, seconds: float, dry: bool) -> Iterator[dict[str, Any]]:
+    """What `scripts/gpu_check.py` asks for: rows with `what`, within so many seconds; `dry`: tiny."""
+    shape, dtype = (TINY, torch.float32) if dry else (LLAMA_8B, torch.bfloat16)
+    counts = (500, 800) if dry else (2048, 8192, 32768)
+    weights = 0 if dry else 17 << 30
+    began, where = time.monotonic(), str(device)
     rows = []
-    for count in counts:
-        ids = torch.randint(3, shape["vocab_size"], (1, count), generator=generator).to(device)
-        cold = [first_token(model, ids, None) for _ in range(rounds)]
-        token, row = cold[0][1], {"tokens": count, "recompute_s": statistics.median(one[0] for one in cold)}
-        for place in ("load_s", "disk_s") if disk else ("load_s",):
-            with keeper(memory, *options) as socket, KVKeepCache.for_model(model, socket=socket) as cache:
-                if place == "load_s":
-                    first_token(model, ids, cache)
-                    row["loaded_bytes"] = cache.stats.loaded_bytes
-                    cache.save()
-                # Of the first load from a disk only: then it is in memory.
-                times = loads(model, ids, cache, token, rounds if place == "load_s" else 1)
-                row[place] = statistics.median(times)
-                row["loaded_bytes"] = cache.stats.loaded_bytes // len(times)
-            row[place.replace("_s", "_ratio")] = row["recompute_s"] / row[place]
-        rows.append(row)
-    return rows
+    if room(where) > weights and (dry or seconds > _LEAST_SECONDS):
+        held = 2 * kv_bytes(shape, sum(counts), dtype)
+        rows = measure(
+            shape,
+            counts,
+            device=where,
+            dtype=dtype,
+            memory=f"{max(64, held >> 20)}MiB",
+            rounds=1 if dry else 3,
+            deadline=began + seconds,
+        )
+    for row in rows:
+        yield {"what": f"time to first token, {row['tokens']} tokens", **row}
+    if left_out := [str(count) for count in counts[len(rows) :]]:
+        yield {"what": "time to first token", "left_out": ", ".join(left_out)}
 
 
 def main() -> int:

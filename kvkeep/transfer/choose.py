@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,7 +13,10 @@ from kvkeep.errors import LayoutError
 from kvkeep.transfer.base import Transfer
 from kvkeep.transfer.reference import ReferenceTransfer
 
-__all__ = ["make_transfer"]
+if TYPE_CHECKING:
+    from kvkeep.transfer.streams import Backend
+
+__all__ = ["make_backend", "make_transfer"]
 
 log = logging.getLogger("kvkeep.transfer")
 
@@ -24,7 +28,10 @@ def make_transfer(
     devices = {tensor.device for group in layers for _, tensor in group}
     kinds = {device.type for device in devices}
     if len(devices) == 1 and kinds == {"cuda"} and torch.version.cuda:
-        return _on_cuda(layers, num_blocks, arena, devices.pop())
+        backend = make_backend(devices.pop())
+        from kvkeep.transfer.cuda import CudaTransfer
+
+        return CudaTransfer(layers, num_blocks, arena, backend)
     if kinds != {"cpu"}:
         names = ", ".join(sorted(map(str, devices)))
         raise LayoutError(f"KV on {names} cannot be moved: kvkeep serves CPUs, and one NVIDIA GPU per worker")
@@ -36,21 +43,15 @@ def make_transfer(
     return CpuTransfer(layers, num_blocks, arena, threads)
 
 
-def _on_cuda(
-    layers: Sequence[Sequence[tuple[str, torch.Tensor]]],
-    num_blocks: int,
-    arena: memoryview,
-    device: torch.device,
-) -> Transfer:
+def make_backend(device: torch.device) -> Backend:
+    """An NVIDIA GPU, as copies need it. Raises LayoutError where something is not installed."""
     if importlib.util.find_spec("triton") is None:
         raise LayoutError(f"KV on {device} cannot be moved without Triton: pip install triton")
-    from kvkeep.transfer.cuda import CudaTransfer
     from kvkeep.transfer.driver import CudaBackend
 
     try:
-        backend = CudaBackend(device)
+        return CudaBackend(device)
     except OSError as error:
         raise LayoutError(
             f"KV on {device} cannot be moved: the driver's library does not load: {error}"
         ) from error
-    return CudaTransfer(layers, num_blocks, arena, backend)

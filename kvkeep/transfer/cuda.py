@@ -9,7 +9,9 @@ Slots hold a block's pieces in the order in which the device holds them, so noth
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -31,6 +33,8 @@ _KERNEL_BELOW = 28 << 10
 """Bytes of a piece below which a kernel loads it; vLLM's figure for an H100. Not measured yet by us."""
 _KERNEL_FROM = 16
 """Pieces of that kind that are worth a launch; vLLM's figure for an H100. Not measured yet by us."""
+_ONE_BY_ONE = 64
+"""Copies from which on a save is submitted on another thread, if each is a call. Not measured yet."""
 _STAGES = 16
 """Steps in which a load arrives, at most: what the first one takes cannot be hidden. Not measured yet."""
 _STAGE_BYTES = 4 << 20
@@ -66,7 +70,8 @@ class CudaTransfer(Transfer):
         self.pinning = Pinning(backend, self._base, len(self.arena))
         self._owners = [_owners(group, num_blocks) for group in layers]
         self._shared = _shared(layers)
-        self._saves, self._loads = backend.stream(), backend.stream()
+        self._saves, self._loads = backend.stream(), backend.stream(urgent=True)
+        self._submitting = threading.Lock()  # nothing is let go of between a look at it and the submission
         self._reading: list[_Reading] = []
         self._arrivals: dict[str, Event] = {}
         self._last: Event | None = None
@@ -77,12 +82,24 @@ class CudaTransfer(Transfer):
         self.pinning.start(fd)
 
     def close(self) -> None:
-        """Waits for copies under way first."""
-        if self._pageable is not None:
-            self._pageable.shutdown()
-        for stream in (self._saves, self._loads):
-            stream.record_event().synchronize()
-        self.pinning.close()
+        """Refuses copies from here on, and waits for those under way first."""
+        with self._submitting:
+            super().close()
+        try:
+            if self._pageable is not None:
+                self._pageable.shutdown()
+            for stream in (self._saves, self._loads):
+                stream.record_event().synchronize()
+        finally:
+            self.pinning.close()
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[None]:
+        """Submit in here, and what is pinned stays so until that has ended. Raises DeviceError if closed."""
+        with self._submitting:
+            if self._closed.is_set():
+                raise DeviceError("the session that this copy is of has ended")
+            yield
 
     def start_save(self, moves: Sequence[Move], *, hold: bool = False) -> Pending:
         """Paged KV, as the engine's stream leaves it, → arena.
@@ -93,12 +110,13 @@ class CudaTransfer(Transfer):
         nbytes = self._check_all(moves)
         copies = self._plan(moves)
         ended: Event | Future[Event]
-        self._saves.wait_event(self.backend.current().record_event())
-        began = self._saves.record_event()
-        if self._pinned(moves):
-            ended = self._save(copies, pinned=True)
-        else:
-            ended = self._unpinned().submit(self._save, copies, pinned=False)
+        with self._open():
+            self._saves.wait_event(self.backend.current().record_event())
+            began, pinned = self._saves.record_event(), self._pinned(moves)
+            if pinned and (self.backend.batches or len(copies.sizes) < _ONE_BY_ONE):
+                ended = self._save(copies, pinned)
+            else:
+                ended = self._beside().submit(self._save, copies, pinned)
         pending = Pending(nbytes, began, ended)
         self._reading.append(_Reading(np.concatenate([move.blocks for move in moves]), pending))
         if hold:
@@ -113,24 +131,25 @@ class CudaTransfer(Transfer):
         """Arena → paged KV; the engine's stream goes on when the bytes are there.
 
         `order`: layers that the engine will ask for by `arrive`, in its order; their bytes come while it
-        computes. The others' it awaits before all. Raises LayoutError before anything is copied, or
-        DeviceError: then some of it may have been.
+        computes. The others' it awaits before all. Blocks where the arena is not pinned yet. Raises
+        LayoutError before anything is copied, or DeviceError: then some of it may have been.
         """
         nbytes = self._check_all(moves)
         order = list(dict.fromkeys(self._shared.get(name, name) for name in order))
         rest = {name for group in self._owners for name in group} - set(order)
         stages = [sorted(rest), *_stages(order, nbytes)]
         plans = [self._plan(moves, names) for names in stages]
-        pinned = self._pinned(moves)
-        # Behind the blocks' last users, and behind what `fence` has put before them.
-        self._loads.wait_event(self.backend.current().record_event())
-        began = ended = self._loads.record_event()
-        self._arrivals = {}
-        for names, copies in zip(stages, plans, strict=True):
-            self._load(copies, pinned)
-            ended = self._loads.record_event()
-            self._arrivals |= dict.fromkeys(names, ended)
-            self._last = ended  # where a later stage is refused too: what is under way has to end first
+        with self._open():
+            pinned = self._pinned(moves)
+            # Behind the blocks' last users, and behind what `fence` has put before them.
+            self._loads.wait_event(self.backend.current().record_event())
+            began = ended = self._loads.record_event()
+            self._arrivals = {}
+            for names, copies in zip(stages, plans, strict=True):
+                self._load(copies, pinned)
+                ended = self._loads.record_event()
+                self._arrivals |= dict.fromkeys(names, ended)
+                self._last = ended  # where a later stage is refused too: what is under way has to end first
         if len(plans[0].sizes):
             self.backend.current().wait_event(self._arrivals[stages[0][0]])
         return Pending(nbytes, began, ended)
@@ -144,13 +163,14 @@ class CudaTransfer(Transfer):
         """
         nbytes = self._check_all(moves)
         copies = self._plan(moves)
-        self._loads.wait_event(after)
-        began = self._loads.record_event()
         ended: Event | Future[Event]
-        if self._pinned(moves):
-            ended = self._load_apart(copies, True)
-        else:
-            ended = self._unpinned().submit(self._load_apart, copies, False)
+        with self._open():
+            self._loads.wait_event(after)
+            began = self._loads.record_event()
+            if self._pinned(moves):
+                ended = self._load_apart(copies, True)
+            else:
+                ended = self._beside().submit(self._load_apart, copies, False)
         return Pending(nbytes, began, ended)
 
     def _load_apart(self, copies: Copies, pinned: bool) -> Event:
@@ -161,8 +181,9 @@ class CudaTransfer(Transfer):
             raise
         return self._loads.record_event()
 
-    def _unpinned(self) -> ThreadPoolExecutor:
-        """A copy from or to pageable memory blocks its caller until the device has come to it."""
+    def _beside(self) -> ThreadPoolExecutor:
+        """A thread for what blocks its caller: a copy from or to pageable memory until the device has come to
+        it, many copies one by one until the driver's queue has room."""
         if self._pageable is None:
             self._pageable = ThreadPoolExecutor(1, "kvkeep-pageable")
         return self._pageable

@@ -61,8 +61,8 @@ class CudaBackend(Backend):
         self._device = device
         self._driver = ctypes.CDLL("libcuda.so.1")
         # By this name every driver from 12.8 on has it as 12.8 did, with an index of the failed copy.
-        self._batched = hasattr(self._driver, "cuMemcpyBatchAsync")
-        if not self._batched:
+        self.batches = hasattr(self._driver, "cuMemcpyBatchAsync")
+        if not self.batches:
             log.warning("this driver is older than CUDA 12.8: copies are submitted one by one")
         number, handle, value = ctypes.c_int(), ctypes.c_void_p(), ctypes.c_int()
         ordinal: int | None = device.index
@@ -73,6 +73,15 @@ class CudaBackend(Backend):
         self._call("cuDevicePrimaryCtxRetain", ctypes.byref(handle), number)
         self._call("cuDeviceGetAttribute", ctypes.byref(value), ctypes.c_int(_HOST_POINTERS_WORK), number)
         self._context, self._kernel = handle, bool(value.value)
+        self._warm_up()
+
+    def _warm_up(self) -> None:
+        """Compile the kernel and begin torch's pool of pinned memory, not in the first load."""
+        words = torch.zeros(2, dtype=torch.int64, device=self._device)
+        place, stream = np.array([words.data_ptr()]), self.stream()
+        stream.wait_event(self.current().record_event())
+        self.gather(stream, Copies(place, place + 8, np.array([8])))
+        stream.record_event().synchronize()
 
     def _call(self, name: str, *arguments: object) -> None:
         error = getattr(self._driver, name)(*arguments)
@@ -91,14 +100,14 @@ class CudaBackend(Backend):
     def current(self) -> Stream:
         return _Stream(torch.cuda.current_stream(self._device))
 
-    def stream(self) -> Stream:
-        return _Stream(torch.cuda.Stream(self._device))
+    def stream(self, urgent: bool = False) -> Stream:
+        return _Stream(torch.cuda.Stream(self._device, priority=-1 if urgent else 0))
 
     def copy(self, stream: Stream, copies: Copies, *, saving: bool, pinned: bool) -> None:
         target, source = (copies.slots, copies.paged) if saving else (copies.paged, copies.slots)
         handle = _torchs(stream).cuda_stream
         with self._bound():
-            if pinned and self._batched:
+            if pinned and self.batches:
                 # What a save reads, the engine's stream has just written; what a load reads, nobody writes.
                 order = _SOURCE_IN_ORDER if saving else _SOURCE_ANY_TIME
                 self._submit(target, source, copies.sizes, order, handle)

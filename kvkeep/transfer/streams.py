@@ -37,7 +37,7 @@ class Stream(Protocol):
     """Work of a device, in order."""
 
     def record_event(self, event: Any = None, /) -> Event:
-        """Mark the end of what has been submitted so far."""
+        """Mark the end of what has been submitted so far, by an event that tells the time."""
         ...
 
     def wait_event(self, event: Any, /) -> None:
@@ -58,13 +58,16 @@ class Copies(NamedTuple):
 class Backend(ABC):
     """One device. Calls return when the work is in the stream's queue, except where they say otherwise."""
 
+    batches = True
+    """Whether `copy` is one call to the driver, however many they are."""
+
     @abstractmethod
     def current(self) -> Stream:
         """The stream on which the engine computes, on this thread."""
 
     @abstractmethod
-    def stream(self) -> Stream:
-        """A new stream of our own."""
+    def stream(self, urgent: bool = False) -> Stream:
+        """A new stream of our own; `urgent`: its kernels go before the engine's."""
 
     @abstractmethod
     def copy(self, stream: Stream, copies: Copies, *, saving: bool, pinned: bool) -> None:

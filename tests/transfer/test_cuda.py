@@ -6,6 +6,7 @@ import logging
 import mmap
 import os
 import random
+import threading
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -477,3 +478,67 @@ def test_a_device_that_is_not_served_is_named() -> None:
 
     with pytest.raises(LayoutError, match="KV on xpu:1 cannot be moved"):
         choose.make_transfer([[("0", Elsewhere())]], 1, mmap.mmap(-1, 4096))
+
+
+def test_nothing_is_let_go_of_while_a_copy_is_submitted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The session ends on another thread, between the look at what is pinned and the submission."""
+    backend = HostBackend()
+    transfer = engine([[("0", torch.randn(4, 1024))]], 4, mmap.mmap(-1, STEP), backend)
+    one, looked, closing = np.array([1]), transfer._pinned, list[threading.Thread]()
+
+    def look(moves) -> bool:
+        found = looked(moves)
+        closing.append(threading.Thread(target=transfer.close))
+        closing[0].start()
+        closing[0].join(0.2)  # without the lock it would be through
+        return found
+
+    monkeypatch.setattr(transfer, "_pinned", look)
+    assert transfer.start_save([Move(0, one * 0, one)]).done()
+    closing[0].join(20)
+    assert not backend.registered
+    event = backend.engine.record_event()
+    for start in (transfer.start_save, transfer.start_load, lambda moves: transfer.start_apart(moves, event)):
+        with pytest.raises(DeviceError, match="ended"):
+            start([Move(0, one * 0, one)])
+
+
+def test_a_device_that_is_broken_lets_go_of_the_arena(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = HostBackend()
+    transfer = engine([[("0", torch.randn(4, 1024))]], 4, mmap.mmap(-1, STEP), backend)
+
+    def broken() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(transfer._saves, "record_event", broken)
+    with pytest.raises(RuntimeError, match="illegal"):
+        transfer.close()
+    assert not backend.registered
+
+
+@pytest.mark.parametrize(
+    ("batches", "blocks", "beside"), [(True, 8, False), (False, 8, True), (False, 3, False)]
+)
+def test_many_copies_one_by_one_are_submitted_beside_the_engine(
+    batches: bool, blocks: int, beside: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "_ONE_BY_ONE", 5)
+    backend, threads = HostBackend(), list[int]()
+    backend.batches, copy = batches, backend.copy
+    transfer = engine([[("0", torch.randn(16, 1024))]], 16, mmap.mmap(-1, STEP), backend)
+
+    def note(*args, **kwargs) -> None:
+        threads.append(threading.get_ident())
+        copy(*args, **kwargs)
+
+    monkeypatch.setattr(backend, "copy", note)
+    apart = np.arange(blocks) * 2  # no two of them are one copy
+    transfer.start_save([Move(0, np.arange(blocks) * 4096, apart)]).wait()
+    assert [thread != threading.get_ident() for thread in threads] == [beside]
+    assert (
+        transfer.arena[: blocks * 4096]
+        .view(torch.float32)
+        .view(blocks, -1)
+        .equal(transfer.layers[0][0][apart])
+    )
+    transfer.close()

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import importlib.util
 import logging
+import mmap
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from kvkeep.errors import DeviceError
-from kvkeep.transfer import driver
+from kvkeep.errors import DeviceError, LayoutError
+from kvkeep.transfer import choose, driver
 from kvkeep.transfer.streams import Copies
 
 COPIES = Copies(*(np.array(column, np.int64) for column in ([100, 200], [7000, 9000], [16, 32])))
@@ -54,8 +57,9 @@ class Library:
 class TorchStream:
     cuda_stream = 77
 
-    def __init__(self, _device: Any = None) -> None:
+    def __init__(self, _device: Any = None, priority: int = 0) -> None:
         self.waited: list[Any] = []
+        self.priority = priority
 
     def synchronize(self) -> None: ...
 
@@ -72,21 +76,30 @@ class TorchEvent:
     def record(self, stream: Any) -> None:
         self.on = stream
 
+    def synchronize(self) -> None: ...
+
     def elapsed_time(self, end: TorchEvent) -> float:
         if not (self.timed and end.timed):
             raise RuntimeError("both events should be created with argument 'enable_timing=True'")
         return 2.0
 
 
+GATHERED: list[list[list[int]]] = []
+"""What the kernel was launched for by the last backend that was made."""
+
+
 @pytest.fixture
 def backend(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(torch.cuda, "current_stream", TorchStream)
-    monkeypatch.setattr(torch.cuda, "Stream", TorchStream)
-    monkeypatch.setattr(torch.cuda, "Event", TorchEvent)
+    parts = {"current_stream": TorchStream, "Stream": TorchStream, "Event": TorchEvent}
+    for name, part in {**parts, "stream": contextlib.nullcontext}.items():
+        monkeypatch.setattr(torch.cuda, name, part)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    monkeypatch.setattr(driver, "copy_words", lambda table: GATHERED.append(table.tolist()))
 
     def make(library: Library) -> driver.CudaBackend:
+        GATHERED.clear()
         monkeypatch.setattr(driver.ctypes, "CDLL", lambda name: library)
-        return driver.CudaBackend(torch.device("cuda", 3))
+        return driver.CudaBackend(torch.device("cpu", 0))
 
     return make
 
@@ -170,6 +183,37 @@ def test_memory_that_cannot_be_pinned_is_told_and_what_is_pinned_is_let_go(backe
     made.unregister(4096)
     assert library.named("cuMemHostUnregister") == [(4096,)]
     assert not backend(Library(batched=True, failing="cuMemHostRegister_v2")).register(4096, 8192)
+
+
+def test_the_kernel_is_compiled_before_the_first_load(backend: Any) -> None:
+    backend(Library(batched=True))
+    [[[target], [source], [size]]] = GATHERED
+    assert (source, size) == (target + 8, 8)
+
+
+def test_only_a_stream_that_is_urgent_goes_before_the_engines(backend: Any) -> None:
+    made = backend(Library(batched=True))
+    assert made.stream(urgent=True).torchs.priority == -1
+    assert made.stream().torchs.priority == 0
+
+
+class OnGpu:
+    device = torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("missing", ["CUDA", "Triton", "driver"])
+def test_what_is_missing_is_named(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    find, library = importlib.util.find_spec, "libcuda.so.1: cannot open"
+    named = {"CUDA": "serves CPUs, and one NVIDIA GPU", "Triton": "pip install triton", "driver": library}
+    monkeypatch.setattr(torch.version, "cuda", None if missing == "CUDA" else "12.8")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if missing == "Triton" else find(name))
+
+    def load(name: str) -> None:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(driver.ctypes, "CDLL", load)
+    with pytest.raises(LayoutError, match=named[missing]):
+        choose.make_transfer([[("0", OnGpu())]], 1, mmap.mmap(-1, 4096))
 
 
 def test_without_a_driver_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ import torch
 from kvkeep.config import EngineConfig
 from kvkeep.engines.link import Identity, Link, Opened
 from kvkeep.engines.transformers.book import Named, name_rows
-from kvkeep.engines.transformers.copies import as_blocks, make_copier
+from kvkeep.engines.transformers.copies import Bus, as_blocks, find_backend, make_copier
 from kvkeep.engines.transformers.describe import (
     Group,
     describe,
@@ -85,6 +85,8 @@ class Store:
         self._pid, self._engine_id = os.getpid(), f"transformers-{uuid.uuid4().hex}"
         self._keeper: Opened | None = None
         self._arena: memoryview | None = None
+        self._backend = find_backend({shape.device for shape in self.shapes})
+        self._bus: Bus | None = None
         description = describe(model, self.shapes, config.chunk_tokens, self._weights)
         self.chunk_tokens = int(description["chunk_tokens"])
         self._fingerprint = fingerprint(description)
@@ -112,11 +114,28 @@ class Store:
             self._link.reopen(1)
 
     def _adopt(self, opened: Opened) -> None:
+        self._let_go()
         self._arena = opened.connection.map_arena()
         self._keeper = opened
+        if self._backend is not None:
+            self._bus = Bus(self._backend, self._arena, opened.connection.arena_fd)
+            return
         prepare(self._arena, opened.connection.arena_fd)
         if self.shapes[0].device.type == "cpu":
             make_copier([("", torch.empty(1, 1, 1))], self._arena, 1)  # compiles now, not in the first batch
+
+    def _let_go(self) -> None:
+        """Of the mapping; copies under way end first."""
+        bus, self._bus, self._arena = self._bus, None, None
+        try:
+            if bus is not None:
+                bus.close()
+        except RuntimeError as error:  # torch's, of a device that is broken: it copies no more
+            log.warning("kvkeep: a copy on the device failed: %s", error)
+
+    def _settle(self) -> None:
+        if self._bus is not None:
+            self._bus.settle()
 
     def _attached(self) -> Opened | None:
         """The keeper, if we have one now."""
@@ -158,6 +177,7 @@ class Store:
         socket = self.config.socket or embedded_socket(self._engine_id)
         self.config = replace(self.config, socket=socket)
         self._engine_id = f"{self._engine_id}-{self._pid}"
+        self._backend = self._bus = None  # a device does not survive a fork
         self._keeper, self._arena, self._link = None, None, self._make_link()
         self._link.reopen(0)
 
@@ -168,18 +188,20 @@ class Store:
                 return
             log.warning("kvkeep: lost the keeper (%s); generating without it, and looking for it", error)
             self.stats.keeper_losses += 1
-            self._keeper.connection.close()
-            epoch, self._keeper, self._arena = self._keeper.epoch, None, None
-            self._link.reopen(epoch + 1)
+            lost, self._keeper = self._keeper, None
+            self._let_go()
+            lost.connection.close()  # its claims end with it: not before the copies
+            self._link.reopen(lost.epoch + 1)
 
     def close(self) -> None:
         """Let go of the keeper; a private one ends by itself."""
         with self._lock:
             self._link.stop()
-            for opened in (self._link.fresh(), self._keeper):
+            found, kept, self._keeper = self._link.fresh(), self._keeper, None
+            self._let_go()
+            for opened in (found, kept):
                 if opened is not None:
                     opened.connection.close()
-            self._keeper = self._arena = None
 
     # Load
 
@@ -195,6 +217,7 @@ class Store:
             try:
                 self._fill(past, rows, keeper, found)
             finally:
+                self._settle()  # the device reads those slots until then
                 for lease in {one.lease for one in found if one.lease}:
                     if not keeper.connection.closed:
                         keeper.connection.release(lease, 0)
@@ -310,7 +333,7 @@ class Store:
         assert self._arena is not None
         views = [as_blocks(tensor[row, :, column:], self.chunk_tokens) for pair in states for tensor in pair]
         named = [(str(index), view) for index, view in enumerate(views)]
-        return make_copier(named, self._arena, self.config.copy_threads)
+        return make_copier(named, self._arena, self.config.copy_threads, self._bus)
 
     # Save
 
@@ -377,6 +400,7 @@ class Store:
                     self.stats.saved_bytes += copier.save(0, places[given], given - given[0])
             done = True
         finally:
+            self._settle()  # also where some of it was refused: the rest still goes to these slots
             if not link.closed:
                 link.commit(reserved.reservation, 0) if done else link.abort(reserved.reservation)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import mmap
+import random
 import re
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvbench.host_device import HostBackend
+from kvkeep.engines.transformers import copies, store
 from kvkeep.engines.transformers.book import Book, name_rows
-from kvkeep.engines.transformers.copies import StagedTransfer, as_blocks, make_copier
+from kvkeep.engines.transformers.copies import Bus, StagedTransfer, as_blocks, find_backend, make_copier
 from kvkeep.engines.transformers.describe import weights_digest
 from kvkeep.engines.transformers.layers import FullLayer
-from kvkeep.errors import LayoutError
+from kvkeep.errors import DeviceError, LayoutError
+from kvkeep.transfer.pinning import Pinning
 from kvkeep.transfer.reference import ReferenceTransfer
+from kvkeep.wire.client import Connection
 
 ROOT = Path(__file__).parents[3]
 
@@ -54,6 +59,106 @@ def test_staged_copies_equal_the_references(
             columns = slice(2 + number * tokens, 2 + (number + 1) * tokens)
             assert one[1, :, columns].equal(old[1, :, columns] * (number in blocks))
         assert one[0].equal(old[0])
+
+
+def late_device(seed: int, patch: pytest.MonkeyPatch, pinned: bool = True) -> HostBackend:
+    """Copies as late as it may. Torch computes here at once, so its stream is one that waits on the spot."""
+    backend = HostBackend(random.Random(seed))
+    backend.engine.wait_event = lambda event: event.synchronize()
+    patch.setattr(Pinning, "start", lambda self, fd: pinned and self._register(0, self._nbytes))
+    return backend
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_bus_copies_what_the_reference_does(
+    seed: int, pinned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(copies, "_STAGE_BYTES", 2 * 1536)
+    states = torch.randn(2, 3, 40, 16)
+    views = [(str(i), as_blocks(one, 4)) for i, one in enumerate(states)]
+    arenas = [memoryview(mmap.mmap(-1, 1 << 16)) for _ in range(2)]
+    backend = late_device(seed, monkeypatch, pinned)
+    bus = Bus(backend, arenas[0], -1)
+    ours, reference = make_copier(views, arenas[0], 1, bus), ReferenceTransfer([views], 10, arenas[1])
+    blocks = np.array([7, 2, 3, 4, 5, 9, 0])
+    offsets = 64 + 1536 * np.array([4, 9, 1, 2, 3, 30, 7])
+    for one in (ours, reference):
+        assert one.save(0, offsets, blocks) == len(blocks) * 1536
+    assert (arenas[0] == arenas[1]) != pinned, "a device that is late is to be late here"
+    bus.settle()
+    assert arenas[0] == arenas[1]
+    before = states.clone()
+    states.zero_()
+    ours.load(0, offsets, blocks)
+    for number in range(10):
+        columns = slice(number * 4, number * 4 + 4)
+        assert states[:, :, columns].equal(before[:, :, columns] * (number in blocks))
+    bus.close()
+    assert not backend.registered
+
+
+def test_with_a_device_nothing_is_committed_or_released_before_its_copies(
+    kit: Any, tie: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = late_device(5, monkeypatch)
+    monkeypatch.setattr(store, "find_backend", lambda devices: backend)
+    model, batch = kit.model("Gemma3", seed=9), kit.batch(kit.tokens(1, 150), kit.tokens(2, 120))
+    cache, told = tie(model), list[tuple[str, int]]()
+    for name in ("commit", "release"):
+        real = getattr(Connection, name)
+
+        def note(link: Connection, *arguments: Any, name: str = name, real: Any = real) -> None:
+            told.append((name, len(cache._store._bus._stages)))
+            real(link, *arguments)
+
+        monkeypatch.setattr(Connection, name, note)
+    plain = kit.answer(model, batch)
+    kit.assert_alike(kit.answer(model, batch, cache.begin(batch.ids, batch.mask)), plain)
+    past = cache.begin(batch.ids, batch.mask)
+    assert past.loaded > 100
+    kit.assert_alike(kit.answer(model, batch, past), plain)
+    cache.save()
+    assert set(told) == {("commit", 0), ("release", 0)}
+    assert cache.stats.errors == 0
+    cache.close()
+    assert not backend.registered
+
+
+def test_a_copy_that_the_device_refuses_is_a_miss(
+    kit: Any, tie: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = late_device(6, monkeypatch)
+    monkeypatch.setattr(store, "find_backend", lambda devices: backend)
+    model, batch = kit.model("Llama", seed=10), kit.batch(kit.tokens(1, 100))
+    cache = tie(model)
+    plain = kit.answer(model, batch, cache.begin(batch.ids, batch.mask))
+    cache.save()
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise DeviceError("no more")
+
+    monkeypatch.setattr(backend, "copy", refuse)
+    past = cache.begin(batch.ids, batch.mask)
+    assert past.loaded == 0
+    kit.assert_alike(kit.answer(model, batch, past), plain)
+    assert cache.stats.errors == 1
+    assert not backend.registered, "the session has ended"
+
+
+def test_which_devices_have_a_bus(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def refuse(device: torch.device) -> None:
+        raise LayoutError(f"{device} without Triton")
+
+    first, second = torch.device("cuda", 0), torch.device("cuda", 1)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(copies, "make_backend", lambda device: f"backend of {device}")
+    assert find_backend({first}) == "backend of cuda:0"
+    assert find_backend({first, second}) is find_backend({torch.device("cpu")}) is None
+    assert not caplog.text
+    monkeypatch.setattr(copies, "make_backend", refuse)
+    assert find_backend({first}) is None
+    assert "cuda:0 without Triton; torch copies it" in caplog.text
 
 
 def test_rows_are_named_by_what_is_certain() -> None:
@@ -120,7 +225,7 @@ def test_the_gpu_benchmark_runs_on_a_cpu(tmp_path: Path) -> None:
         ttft.TINY, [500, 800], device="cpu", dtype=torch.float32, memory="32MiB", disk=tmp_path, rounds=1
     )
     assert [(row["tokens"], row["loaded_bytes"]) for row in rows] == [(500, 786432), (800, 1572864)]
-    assert all(row["load_ratio"] > 0 and row["disk_ratio"] > 0 for row in rows)
+    assert all(row["load_ratio"] > 0 and row["disk_ratio"] > 0 and row["same_token"] for row in rows)
 
 
 def test_the_page_runs(monkeypatch: pytest.MonkeyPatch, short_dir: Path) -> None:
