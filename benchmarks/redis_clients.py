@@ -111,13 +111,17 @@ def of_redis_py(client: Any, chunk: int, count: int, memory: list[memoryview]) -
 def clients(url: str, chunk: int, count: int) -> dict[str, Callable[[], Speeds]]:
     """By name; each call is one round."""
     from redis._parsers import _HiredisParser, _RESP2Parser
+    from redis.utils import HIREDIS_AVAILABLE
 
     whole = memoryview(bytearray(os.urandom(1 << 20) * (2 * chunk * count >> 20)))
     memory = [whole[i * chunk : (i + 1) * chunk] for i in range(2 * count)]
     target = url.replace("redis+unix", "unix")
     raw = RedisSocket(TierURL(url), chunk, count)
     found: dict[str, Callable[[], Speeds]] = {"raw": lambda: of_raw(raw, chunk * count)}
-    for name, parser in (("redis-py", _RESP2Parser), ("redis-py + hiredis", _HiredisParser)):
+    parsers = {"redis-py": _RESP2Parser}
+    if HIREDIS_AVAILABLE:
+        parsers["redis-py + hiredis"] = _HiredisParser
+    for name, parser in parsers.items():
         py = redis.Redis.from_url(target, protocol=2, parser_class=parser)
         found[name] = lambda py=py: of_redis_py(py, chunk, count, memory)
     for ways in (1, 2):
