@@ -15,6 +15,7 @@ and figures.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
@@ -36,7 +37,7 @@ from kvkeep.errors import KVKeepError
 from kvkeep.transfer import cuda, kernels
 from kvkeep.transfer.base import Move
 from kvkeep.transfer.cuda import CudaTransfer
-from kvkeep.transfer.streams import Backend, Copies, Pending
+from kvkeep.transfer.streams import Backend, Copies, Event, Pending
 
 Row = dict[str, Any]
 
@@ -56,7 +57,8 @@ SHAPES = (
     Shape("BLHNC, 8B, block 16", 32, 64 << 10, True),
     Shape("LBNHC, 8B at TP 4, block 16", 32, 16 << 10, False),
     Shape("BLHNC, 8B at TP 4, block 16", 32, 16 << 10, True),
-    Shape("LBNHC, 8B at TP 2, block 16", 32, 32 << 10, False),
+    Shape("LBNHC, 8B at TP 2 or fp8, block 16", 32, 32 << 10, False),
+    Shape("LBNHC, 8B, K and V apart, block 16", 64, 32 << 10, False),
     Shape("MLA fp8, block 64", 61, 576 * 64, False),
 )
 
@@ -136,13 +138,16 @@ def main() -> int:
         return 2
     bench = Bench(args.dry, 1 << 18 if args.dry else 1 << 30, time.monotonic() + args.seconds)
     ceilings = measure_ceilings(bench)
-    measure_registration(bench)
+    for step in (64 << 20, 256 << 20, 1 << 30):
+        measure_registration(bench, step)
     for shape in SHAPES:
         measure_shape(bench, shape, ceilings)
     measure_kernel(bench)
+    measure_behind(bench)
     measure_overlap(bench)
     if args.ttft:
         measure_ttft(bench, args.ttft)
+    measure_constants(bench)
     figures = {"machine": machine(bench), "wrong": bench.wrong, "rows": bench.rows}
     text = json.dumps(figures)
     if args.json:
@@ -211,11 +216,10 @@ def measure_ceilings(bench: Bench) -> dict[str, float]:
     return found
 
 
-def measure_registration(bench: Bench) -> None:
-    """How long the arena takes to be pinned, in pieces, and what that does to a copy meanwhile."""
-    pins = cuda.Pinning(
-        bench.backend, torch.frombuffer(bench.memory, dtype=torch.uint8).data_ptr(), len(bench.memory)
-    )
+def measure_registration(bench: Bench, step: int) -> None:
+    """How long the arena takes to be pinned, so many bytes at a time, and what that does to a launch."""
+    address = torch.frombuffer(bench.memory, dtype=torch.uint8).data_ptr()
+    pins = cuda.Pinning(bench.backend, address, len(bench.memory), step >> 12 if bench.dry else step)
     began = time.perf_counter()
     thread = pins.start(bench.fd)
     slowest, target = 0.0, bench.random(1 << 16)
@@ -224,7 +228,7 @@ def measure_registration(bench: Bench) -> None:
         time.sleep(0.001)
     seconds = time.perf_counter() - began
     bench.say(
-        "registration",
+        f"registration, {step >> 20} MiB at a time",
         seconds=seconds,
         GiB=len(bench.memory) / 2**30,
         share=pins.registered / len(bench.memory),
@@ -299,28 +303,104 @@ def rounds(bench: Bench, start: Callable[[list[Move]], Pending], move: Move) -> 
     return statistics.median(device[1:]), statistics.median(host[1:])
 
 
+@contextlib.contextmanager
+def constants(module: Any, **values: int) -> Iterator[None]:
+    """With other constants in a module."""
+    usual = {name: getattr(module, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(module, name, value)
+        yield
+    finally:
+        for name, value in usual.items():
+            setattr(module, name, value)
+
+
+WAYS = {
+    "engines": {"_KERNEL_BELOW": 0, "_KERNEL_FROM": 1},
+    "kernel": {"_KERNEL_BELOW": 1 << 40, "_KERNEL_FROM": 1},
+}
+
+
 def measure_kernel(bench: Bench) -> None:
     """Loads by the copy engines and by the kernel, per size of a piece: where the constants come from."""
-    usual = cuda._KERNEL_BELOW, cuda._KERNEL_FROM
-    try:
-        for piece in (4, 8, 16, 24, 32, 48, 64, 128):
-            if bench.left() < 60 and not bench.dry:
-                return
-            shape = Shape("", 4 if bench.dry else 32, piece << (4 if bench.dry else 10), False)
-            _, (count, move) = batches(bench, shape)
-            transfer = prepared(bench, caches(bench, shape, count + 1), count + 1)
-            found = {}
-            for name, below in (("engines", 0), ("kernel", 1 << 40)):
-                cuda._KERNEL_BELOW, cuda._KERNEL_FROM = below, 1
-                found[name] = (
-                    count * shape.layers * shape.piece / rounds(bench, transfer.start_load, move)[0] / 1e9
-                )
-            bench.say(
-                f"load of {piece} KiB pieces", engines_GBps=found["engines"], kernel_GBps=found["kernel"]
-            )
-            transfer.close()
-    finally:
-        cuda._KERNEL_BELOW, cuda._KERNEL_FROM = usual
+    for piece in (4, 8, 16, 24, 32, 48, 64, 128):
+        if bench.left() < 60 and not bench.dry:
+            return
+        shape = Shape("", 4 if bench.dry else 32, piece << (4 if bench.dry else 10), False)
+        _, (count, move) = batches(bench, shape)
+        transfer = prepared(bench, caches(bench, shape, count + 1), count + 1)
+        found = {}
+        for name, values in WAYS.items():
+            with constants(cuda, **values):
+                seconds, _ = rounds(bench, transfer.start_load, move)
+            found[f"{name}_GBps"] = count * shape.layers * shape.piece / seconds / 1e9
+        bench.say(f"load of {piece} KiB pieces", **found)
+        transfer.close()
+
+
+def measure_constants(bench: Bench) -> None:
+    """Loads of 16 KiB pieces: by a kernel of other sizes, and by either way for a few pieces."""
+    if bench.left() < 30 and not bench.dry:
+        return
+    piece, count = (256, 8) if bench.dry else (16 << 10, 4096)
+    transfer = prepared(bench, caches(bench, Shape("", 1, piece, False), 2 * count), 2 * count)
+
+    def seconds(pieces: int) -> float:
+        order = np.arange(pieces, dtype=np.int64)
+        return rounds(bench, transfer.start_load, Move(0, order * piece, 2 * order))[0]
+
+    for name, values in {"PROGRAMS": (4, 8, 16, 32, 64), "_WORDS": (256, 512, 1024, 2048)}.items():
+        for value in values:
+            with constants(cuda, **WAYS["kernel"]), constants(kernels, **{name: value}):
+                bench.say(f"kernel with {name} {value}", GBps=count * piece / seconds(count) / 1e9)
+    for pieces in (1, 4, 8, 16, 32, 64):
+        found = {}
+        for name, values in WAYS.items():
+            with constants(cuda, **values):
+                found[f"{name}_us"] = seconds(min(pieces, count)) * 1e6
+        bench.say(f"load of {pieces} pieces", **found)
+    transfer.close()
+
+
+def measure_behind(bench: Bench) -> None:
+    """How long the calling thread takes to submit while the device is busy: an engine's forward is under way
+    then, and must not be waited for. `busy`: whether the device still was at the end, in all rounds."""
+    for outermost in (True, False):
+        shape = Shape("", 4, 1 << 10, outermost) if bench.dry else Shape("", 32, 64 << 10, outermost)
+        count, move = next(batches(bench, shape))
+        transfer = prepared(bench, caches(bench, shape, count + 1), count + 1)
+        order = [f"layer {n}" for n in range(shape.layers)]
+        figures: Row = {}
+        for name, start in (
+            ("save", transfer.start_save),
+            ("load", transfer.start_load),
+            ("layers", lambda moves, transfer=transfer, order=order: transfer.start_load(moves, order)),
+        ):
+            took, busy = [], True
+            for _ in range(bench.rounds):
+                reached = occupied(bench)
+                began = time.perf_counter()
+                pending = start([move])
+                took.append(time.perf_counter() - began)
+                busy = busy and not reached.query()
+                pending.wait()
+            figures |= {f"{name}_submit_ms": max(took) * 1e3, f"{name}_busy": busy}
+        bench.say(
+            f"submitted behind a forward, {'BLHNC' if outermost else 'LBNHC'}, {count} blocks", **figures
+        )
+        transfer.close()
+
+
+def occupied(bench: Bench) -> Event:
+    """Keep the device busy: one kernel of about 0.2 s, and as many short ones as a forward has. Their end."""
+    bench.settle()
+    if not bench.dry:
+        torch.cuda._sleep(400_000_000)  # cycles
+        target = bench.random(1 << 10)
+        for _ in range(500):
+            target.fill_(1)
+    return bench.backend.current().record_event()
 
 
 def measure_overlap(bench: Bench) -> None:
@@ -358,19 +438,19 @@ def measure_overlap(bench: Bench) -> None:
             both_ms=both * 1e3,
             hidden=1 - (both - alone) / load,
         )
+        measure_waits(bench, "load", together)
+        measure_waits(bench, "save", lambda transfer=transfer, move=move: transfer.start_save([move]))
         transfer.close()
-    if not bench.dry:
-        measure_waits(bench, together)
 
 
-def measure_waits(bench: Bench, action: Callable[[], None]) -> None:
+def measure_waits(bench: Bench, name: str, action: Callable[[], object]) -> None:
     """What a profile of one step shows of the calling thread waiting for the device: nothing, it should."""
     kinds = torch.profiler.ProfilerActivity
     bench.settle()
-    with torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA]) as profile:
+    with torch.profiler.profile(activities=[kinds.CPU] if bench.dry else [kinds.CPU, kinds.CUDA]) as profile:
         action()
     waits = {event.key: event.count for event in profile.key_averages() if "Synchronize" in event.key}
-    bench.say("waits of the calling thread in one step (the profiler's own end adds one)", calls=str(waits))
+    bench.say(f"waits in one step with a {name} (the profiler's own end adds one)", calls=str(waits))
 
 
 if __name__ == "__main__":

@@ -40,7 +40,9 @@ def test_a_dry_run_shows_every_part(
     told = [row["what"].split(",")[0].split(":")[0] for row in figures["rows"]]
     assert set(told) >= {
         *("ceiling", "registration", "LBNHC", "BLHNC", "load of 16 KiB pieces", "overlap"),
-        "time to first token",
+        *("kernel with PROGRAMS 8", "kernel with _WORDS 512", "load of 16 pieces"),
+        *("submitted behind a forward", "time to first token"),
+        *(f"waits in one step with a {one} (the profiler's own end adds one)" for one in ("load", "save")),
     }
     assert all(row["equal"] for row in figures["rows"] if "save_ratio" in row)
 

@@ -17,7 +17,7 @@ from kvkeep.transfer.choose import make_backend
 from kvkeep.transfer.pinning import Pinning
 from kvkeep.transfer.streams import Backend, Copies, Event, merge, split
 
-__all__ = ["Bus", "StagedTransfer", "as_blocks", "find_backend", "make_copier"]
+__all__ = ["Bus", "Mapped", "StagedTransfer", "as_blocks", "find_backend", "make_copier"]
 
 log = logging.getLogger("kvkeep.transformers")
 
@@ -93,6 +93,34 @@ class Bus:
             self.settle()
         finally:
             self._pinning.close()
+
+
+class Mapped:
+    """One mapping of the arena, and a model's way to it. One thread at a time calls it."""
+
+    def __init__(self, arena: memoryview, fd: int, backend: Backend | None, threads: int) -> None:
+        """`fd`: the arena's, which stays the caller's."""
+        self._arena, self._threads = arena, threads
+        self.bus = None if backend is None else Bus(backend, arena, fd)
+        if self.bus is None:
+            pages.prepare(arena, fd)
+
+    def copier(self, layers: Sequence[tuple[str, torch.Tensor]]) -> Transfer:
+        """See `make_copier`."""
+        return make_copier(layers, self._arena, self._threads, self.bus)
+
+    def settle(self) -> None:
+        """Block until all copies have ended. Raises RuntimeError, torch's, where the device is broken."""
+        if self.bus is not None:
+            self.bus.settle()
+
+    def close(self) -> None:
+        """Settle, and let go of the arena."""
+        try:
+            if self.bus is not None:
+                self.bus.close()
+        except RuntimeError as error:  # of a device that is broken: it copies no more
+            log.warning("kvkeep: a copy on the device failed: %s", error)
 
 
 def make_copier(

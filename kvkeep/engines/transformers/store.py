@@ -19,7 +19,7 @@ import torch
 from kvkeep.config import EngineConfig
 from kvkeep.engines.link import Identity, Link, Opened
 from kvkeep.engines.transformers.book import Named, name_rows
-from kvkeep.engines.transformers.copies import Bus, as_blocks, find_backend, make_copier
+from kvkeep.engines.transformers.copies import Mapped, as_blocks, find_backend
 from kvkeep.engines.transformers.describe import (
     Group,
     describe,
@@ -31,7 +31,6 @@ from kvkeep.engines.transformers.describe import (
 from kvkeep.engines.transformers.past import PrefixCache
 from kvkeep.errors import KeeperUnavailable, KVKeepError, LayoutError
 from kvkeep.identity import KEY_BYTES, ChainHasher, encode_extra, fingerprint, tenant_of
-from kvkeep.pages import prepare
 from kvkeep.transfer import Transfer
 from kvkeep.wire.client import Found, Reserved
 from kvkeep.wire.launch import embedded_socket
@@ -84,9 +83,8 @@ class Store:
         self._lock = threading.Lock()
         self._pid, self._engine_id = os.getpid(), f"transformers-{uuid.uuid4().hex}"
         self._keeper: Opened | None = None
-        self._arena: memoryview | None = None
         self._backend = find_backend({shape.device for shape in self.shapes})
-        self._bus: Bus | None = None
+        self._mapped: Mapped | None = None
         description = describe(model, self.shapes, config.chunk_tokens, self._weights)
         self.chunk_tokens = int(description["chunk_tokens"])
         self._fingerprint = fingerprint(description)
@@ -115,27 +113,17 @@ class Store:
 
     def _adopt(self, opened: Opened) -> None:
         self._let_go()
-        self._arena = opened.connection.map_arena()
+        link = opened.connection
+        self._mapped = Mapped(link.map_arena(), link.arena_fd, self._backend, self.config.copy_threads)
         self._keeper = opened
-        if self._backend is not None:
-            self._bus = Bus(self._backend, self._arena, opened.connection.arena_fd)
-            return
-        prepare(self._arena, opened.connection.arena_fd)
         if self.shapes[0].device.type == "cpu":
-            make_copier([("", torch.empty(1, 1, 1))], self._arena, 1)  # compiles now, not in the first batch
+            self._mapped.copier([("", torch.empty(1, 1, 1))])  # compiles now, not in the first batch
 
     def _let_go(self) -> None:
         """Of the mapping; copies under way end first."""
-        bus, self._bus, self._arena = self._bus, None, None
-        try:
-            if bus is not None:
-                bus.close()
-        except RuntimeError as error:  # torch's, of a device that is broken: it copies no more
-            log.warning("kvkeep: a copy on the device failed: %s", error)
-
-    def _settle(self) -> None:
-        if self._bus is not None:
-            self._bus.settle()
+        mapped, self._mapped = self._mapped, None
+        if mapped is not None:
+            mapped.close()
 
     def _attached(self) -> Opened | None:
         """The keeper, if we have one now."""
@@ -177,8 +165,8 @@ class Store:
         socket = self.config.socket or embedded_socket(self._engine_id)
         self.config = replace(self.config, socket=socket)
         self._engine_id = f"{self._engine_id}-{self._pid}"
-        self._backend = self._bus = None  # a device does not survive a fork
-        self._keeper, self._arena, self._link = None, None, self._make_link()
+        self._backend = self._mapped = None  # a device does not survive a fork
+        self._keeper, self._link = None, self._make_link()
         self._link.reopen(0)
 
     def lose(self, error: KVKeepError) -> None:
@@ -217,7 +205,8 @@ class Store:
             try:
                 self._fill(past, rows, keeper, found)
             finally:
-                self._settle()  # the device reads those slots until then
+                if self._mapped is not None:
+                    self._mapped.settle()  # the device reads those slots until then
                 for lease in {one.lease for one in found if one.lease}:
                     if not keeper.connection.closed:
                         keeper.connection.release(lease, 0)
@@ -330,10 +319,9 @@ class Store:
         self.stats.loaded_bytes += copier.load(0, places.astype(np.int64), np.arange(len(places)))
 
     def _copier(self, states: _States, row: int, column: int) -> Transfer:
-        assert self._arena is not None
+        assert self._mapped is not None
         views = [as_blocks(tensor[row, :, column:], self.chunk_tokens) for pair in states for tensor in pair]
-        named = [(str(index), view) for index, view in enumerate(views)]
-        return make_copier(named, self._arena, self.config.copy_threads, self._bus)
+        return self._mapped.copier([(str(index), view) for index, view in enumerate(views)])
 
     # Save
 
@@ -400,7 +388,8 @@ class Store:
                     self.stats.saved_bytes += copier.save(0, places[given], given - given[0])
             done = True
         finally:
-            self._settle()  # also where some of it was refused: the rest still goes to these slots
+            if self._mapped is not None:  # also where some was refused: the rest still goes to these slots
+                self._mapped.settle()
             if not link.closed:
                 link.commit(reserved.reservation, 0) if done else link.abort(reserved.reservation)
 

@@ -109,7 +109,7 @@ def test_with_a_device_nothing_is_committed_or_released_before_its_copies(
         real = getattr(Connection, name)
 
         def note(link: Connection, *arguments: Any, name: str = name, real: Any = real) -> None:
-            told.append((name, len(cache._store._bus._stages)))
+            told.append((name, len(cache._store._mapped.bus._stages)))
             real(link, *arguments)
 
         monkeypatch.setattr(Connection, name, note)
@@ -144,6 +144,28 @@ def test_a_copy_that_the_device_refuses_is_a_miss(
     kit.assert_alike(kit.answer(model, batch, past), plain)
     assert cache.stats.errors == 1
     assert not backend.registered, "the session has ended"
+
+
+def test_a_device_that_breaks_lets_go_of_arena_and_keeper(
+    kit: Any, tie: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    backend = late_device(7, monkeypatch)
+    monkeypatch.setattr(store, "find_backend", lambda devices: backend)
+    model, batch = kit.model("Llama", seed=11), kit.batch(kit.tokens(1, 100))
+    cache = tie(model)
+    plain = kit.answer(model, batch, cache.begin(batch.ids, batch.mask))
+    link = cache._store._keeper.connection
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(Bus, "settle", broken)
+    cache.save()
+    assert "an unexpected error" in caplog.text
+    assert "a copy on the device failed" in caplog.text
+    assert link.closed
+    assert not backend.registered
+    kit.assert_alike(kit.answer(model, batch, cache.begin(batch.ids, batch.mask)), plain)
 
 
 def test_which_devices_have_a_bus(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
