@@ -8,8 +8,8 @@ table has the median over the turns. Both begin in an empty directory, and in an
 its memory back; ours runs without the raw medium's turns. What differs: ours seals and checks each value
 (xxh3), LMCache's does not; LMCache's clock covers its submit and the wait for it, ours the batch verb.
 
-CPU is that of either whole program, to put and get: what more rounds take than one round took. Making and
-comparing the values is in it, and the server's work is not.
+CPU is that of either whole program, to put and get: what many more rounds take than one, after the turns, so
+that the program's start is not in it. Making and comparing the values is, and the server's work is not.
 """
 
 from __future__ import annotations
@@ -55,17 +55,25 @@ class Entry(NamedTuple):
     """With so many rounds."""
 
 
+class Result(NamedTuple):
+    """What became of an entry."""
+
+    speeds: list[tuple[float, float]]
+    """GB/s of put and get, by turn."""
+    cpu: float
+    """Seconds per GB, put and got."""
+
+
 def main() -> int:
     """Measure, print, and write the samples."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--turns", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5, help="of each program in each turn")
+    parser.add_argument("--cpu-rounds", type=int, default=40, help="more rounds, whose CPU is taken")
     parser.add_argument("--count", type=int, default=64, help="values in a batch")
     parser.add_argument("--chunk-kib", type=int, default=2048)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    if args.rounds < 2:
-        parser.error("--rounds must be 2 or more")
     program = HERE / ".venv" / "bin" / "lmcache"
     if not program.exists():
         parser.error(f"run {HERE.name}/setup.sh first")
@@ -73,12 +81,12 @@ def main() -> int:
         samples = _measure(Path(folder), program, args)
     _show(samples, args)
     if args.json:
-        args.json.write_text(json.dumps(samples, indent=1))
+        args.json.write_text(json.dumps({name: one._asdict() for name, one in samples.items()}, indent=1))
     return 0
 
 
-def _measure(folder: Path, program: Path, args: argparse.Namespace) -> dict[str, list[Figures]]:
-    samples: dict[str, list[Figures]] = {}
+def _measure(folder: Path, program: Path, args: argparse.Namespace) -> dict[str, Result]:
+    samples: dict[str, list[tuple[float, float]]] = {}
     with stores.fs(folder) as fs, stores.redis(folder) as redis:
         port = int(redis.rpartition(":")[2].partition("/")[0])
 
@@ -107,16 +115,16 @@ def _measure(folder: Path, program: Path, args: argparse.Namespace) -> dict[str,
                 partial(emptied, lambda rounds: _theirs(program, resp, args, rounds)),
             ),
         ]
-        one = {entry.name: entry.run(1).cpu for entry in entries}
-        more = (args.rounds - 1) * args.count * args.chunk_kib * 1024 / 1e9  # GB
         for turn in range(args.turns):
             for entry in entries[:: -1 if turn % 2 else 1]:
                 took = entry.run(args.rounds)
-                figures = took._replace(cpu=(took.cpu - one[entry.name]) / more)
-                samples.setdefault(f"{entry.store}: {entry.name}", []).append(figures)
-                shown = "put {:.2f} get {:.2f} GB/s, CPU {:.2f} s a GB".format(*figures)
-                print(f"turn {turn + 1}: {entry.name} {shown}", flush=True)
-    return samples
+                samples.setdefault(entry.name, []).append((took.put, took.get))
+                print(f"turn {turn + 1}: {entry.name} put {took.put:.2f} get {took.get:.2f}", flush=True)
+        more = args.cpu_rounds * args.count * args.chunk_kib * 1024 / 1e9  # GB
+        cpu = {
+            entry.name: (entry.run(1 + args.cpu_rounds).cpu - entry.run(1).cpu) / more for entry in entries
+        }
+    return {f"{entry.store}: {entry.name}": Result(samples[entry.name], cpu[entry.name]) for entry in entries}
 
 
 def _ours(url: str, args: argparse.Namespace, rounds: int) -> Figures:
@@ -150,15 +158,14 @@ def _run(command: list[str]) -> tuple[dict, float]:
     return json.JSONDecoder().raw_decode(done.stdout, begin)[0], cpu
 
 
-def _show(samples: dict[str, list[Figures]], args: argparse.Namespace) -> None:
+def _show(samples: dict[str, Result], args: argparse.Namespace) -> None:
     title = f"{args.count} values of {args.chunk_kib} KiB, median (best) of {args.turns} turns"
     table = Table(title=title)
     for heading in ("", "put GB/s", "get GB/s", "CPU s a GB"):
         table.add_column(heading, justify="right" if heading else "left")
-    for name, figures in samples.items():
-        *speeds, cpu = zip(*figures, strict=True)
-        columns = [f"{median(column):.2f} ({max(column):.2f})" for column in speeds]
-        table.add_row(name, *columns, f"{median(cpu):.2f} ({min(cpu):.2f})")
+    for name, (speeds, cpu) in samples.items():
+        columns = [f"{median(column):.2f} ({max(column):.2f})" for column in zip(*speeds, strict=True)]
+        table.add_row(name, *columns, f"{cpu:.2f}")
     Console().print(table)
 
 
