@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import signal
@@ -14,6 +15,8 @@ import httpx
 import pytest
 
 from kvbench.engine import VllmServer, connector_args
+from kvroute.options import Options, parse_place
+from kvroute.server import Router
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -97,6 +100,31 @@ def both_at_once(couple: Couple, pool: ThreadPoolExecutor) -> None:
     assert text == couple.alone(tokens)
 
 
+def through_a_router(couple: Couple) -> None:
+    """`kvkeep route --at-once`: the same, asked by our own router."""
+    tokens = prompt(8, 1500)
+    waits = couple.decode.metric("vllm:kvkeep_remote_waits_total")
+    loaded = couple.decode.metric("vllm:kvkeep_loaded_tokens_total")
+
+    async def play() -> str:
+        places = parse_place(couple.prefill.url, "prefill"), parse_place(couple.decode.url, "decode")
+        router = Router(Options(places, listen="127.0.0.1:0", policy="round-robin", at_once=True))
+        await router.start()
+        try:
+            body = {"model": "model", "prompt": tokens, "temperature": 0, "max_tokens": ANSWER}
+            async with httpx.AsyncClient(timeout=120.0) as client:
+                response = await client.post(f"{router.url}/v1/completions", json=body)
+            assert router.figures.retries == router.figures.prefill_failed == 0
+            return response.raise_for_status().json()["choices"][0]["text"]
+        finally:
+            await router.close()
+
+    text = asyncio.run(play())
+    assert couple.decode.metric("vllm:kvkeep_remote_waits_total") == waits + 1
+    assert couple.decode.metric("vllm:kvkeep_loaded_tokens_total") == loaded + 1472
+    assert text == couple.alone(tokens)
+
+
 def a_keeper_that_dies(couple: Couple, keeper: Any, wait_until: Callable[..., None]) -> None:
     """While the decode engine waits for chunks of which none has come: it computes at once."""
     tokens = prompt(5, 1500)
@@ -170,6 +198,7 @@ def test_one_prefills_and_one_decodes(
         as_production_stack_does(couple)
         as_llm_d_does(couple, keeper.connect("clear").clear)
         both_at_once(couple, pool)
+        through_a_router(couple)
 
         tokens = prompt(4, 3500)
         stored = keeper.figures()["counters"]["stored_chunks"]
