@@ -70,7 +70,7 @@ class Engine:
         self.link: Connection = keeper.connect(f"{self.name}:{epoch}")
         windows = [None if spec is FULL else 2 for spec in self.specs]
         space = self.link.open_namespace(b"f" * 32, "test", [(SLOT, window) for window in windows], 1, 1)
-        self.opened = Opened(self.link, space, epoch)
+        self.opened = Opened(self.link, space, epoch, b"f" * 32)
 
     def request(self, tokens: list[int], **options: Any) -> Tracked:
         request = Request(

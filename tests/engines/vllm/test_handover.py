@@ -42,7 +42,7 @@ class Pair:
         self.producer, link = keeper.connect("producer:0"), (other or keeper).connect("decode:0")
         shape = (PRINT, "test", [(4096, None)], 1, 1)
         self.space = self.producer.open_namespace(*shape)
-        self.opened = Opened(link, link.open_namespace(*shape), 0)
+        self.opened = Opened(link, link.open_namespace(*shape), 0, PRINT)
         self.stats = KVKeepStats()
         config = EngineConfig(socket=keeper.socket, remote_wait=WAIT, probe_wait=5.0)
         self.reader = Reader(config, self.stats)
