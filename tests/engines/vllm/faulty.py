@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from kvkeep.engines import link
 from kvkeep.engines.vllm import KVKeepConnector, worker
 from kvkeep.errors import KeeperUnavailable
 from kvkeep.transfer import make_transfer
@@ -36,6 +37,10 @@ def _make_faulty(*args: Any) -> Any:
 
     transfer.load = faulty  # type: ignore[method-assign]
     return transfer
+
+
+link._RETRY_FIRST = 8.0
+"""A request whose load failed is over before there is a keeper again: what it computes is not kept."""
 
 
 worker.make_transfer = _make_faulty

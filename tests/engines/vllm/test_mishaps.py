@@ -28,9 +28,7 @@ def test_a_load_that_fails(
     told = live(model, "broken", connector, "--module", "faulty", *flags)
     for phase in ("first load", "second load", "third load", "off"):
         assert told[phase]["tokens"] == told["cold"]["tokens"], phase
-    first, second = told["second load"]["cached"]
-    assert first == 320
-    assert second in (320, 480)  # its own end too, where the connector had the keeper back by then
+    assert told["second load"]["cached"] == [320, 320]
     assert told["off"]["cached"][0] == 0  # the second prompt may have some of the first one
     assert told["metrics"]["vllm:kvkeep_load_failures"] == (2 if groups == 1 else 0)
     figures = keeper.figures()
