@@ -86,6 +86,8 @@ class Fetch:
         self.landed: Counter[int] = Counter()
         """By tier, chunks that it has given, all groups together."""
         self.pending: set[Batch] = set()
+        self.held = 0
+        """The usable run that memory has, or others are bringing, without it."""
         self._sources = [np.full(len(keys), _UNKNOWN, np.int64) for keys in chains]
         self._windows = [group.window_chunks for group in space.groups]
         self._asked: list[tuple[int, Records]] = []
@@ -178,18 +180,18 @@ class Fetches:
                 records = self._keeper.chunks.table.find(chain)
                 here |= np.array([record in self._arriving for record in records.tolist()], np.bool_)
             fetch.known(group, here)
+        fetch.held = fetch.usable()
         return fetch
 
-    def plan(self, fetch: Fetch, held: int, worth: Callable[[list[Need], int], bool]) -> list[Batch]:
-        """All is known: reserve room and make batches, from the chain's head on.
+    def plan(self, fetch: Fetch, worth: Callable[[list[Need], int], bool]) -> list[Batch]:
+        """All is known: reserve room and make batches, from the chain's head on; none without a gain.
 
-        `held`: chunks that the lookup found. `worth(needs, chunks)`: whether reading that is better than
-        computing so many chunks. No batches where there is nothing to gain.
-        """
+        `worth(needs, chunks)`: whether reading that is better than computing so many chunks."""
         usable = fetch.usable()
         groups = range(len(fetch.chains))
         wanted = [fetch.wanted(group, usable) for group in groups]
-        if usable <= held or not (any(map(len, wanted)) and worth(self._needs(fetch, wanted), usable - held)):
+        more = usable - fetch.held
+        if more <= 0 or not worth(self._needs(fetch, wanted), more):
             self._wait_for_arriving(fetch, usable)
             return []
         owner = self._keeper.tenants.number(fetch.tenant)
@@ -252,8 +254,8 @@ class Fetches:
         keeper = self._keeper
         for record in batch.records.tolist():
             del self._arriving[record]
-        keeper.chunks.stored[batch.records[good]] |= np.uint16(1 << batch.tier)
         kept = batch.records[good]
+        keeper.chunks.stored[kept] |= np.uint16(1 << batch.tier)
         keeper.chunks.sealed[kept] = True
         keeper.settle(batch.claim, MOVERS, good)
         for fetch in batch.waiters:
@@ -266,12 +268,14 @@ class Fetches:
             self._close_unattended(fetch)
 
     def stage(self, session: str, ticket: int) -> Stage:
-        """How far a fetch is; DONE for one that is unknown."""
+        """How far a fetch is; DONE for one that is unknown, or that nobody is to wait for."""
         fetch = self._open.get(ticket)
-        return fetch.stage if fetch is not None and fetch.session == session else Stage.DONE
+        if fetch is None or fetch.session != session or not fetch.attended:
+            return Stage.DONE
+        return fetch.stage
 
     def forget(self, session: str, ticket: int) -> Counter[int]:
-        """Nobody waits for this fetch any more: what lands is as evictable as all else.
+        """Its request has taken what landed, or waits no more: that is as evictable as all else.
 
         Returns how many chunks each tier has given so far."""
         fetch = self._open.get(ticket)

@@ -90,7 +90,7 @@ class FsTier(Tier, Listing):
 
     @property
     def counting(self) -> bool:
-        """Whether the books are being made again; writes are refused until that is done."""
+        """Whether the books are being made again; writes are put off until that is done."""
         return self._space.counting
 
     def overlap(self, seal: Seal, check: Check) -> bool:
@@ -130,7 +130,7 @@ class FsTier(Tier, Listing):
         now, members = time.time_ns(), self._members
         with self._verb(), self._space.writing() as may_write:
             if not may_write:
-                return results
+                return [Put.LATER] * len(keys)
             promise = self._space.reserve([len(buffer) for buffer in buffers], members.new_name)
 
             def store(place: int) -> None:
@@ -152,6 +152,8 @@ class FsTier(Tier, Listing):
                     self._space.exact = False
                 unused = [len(buffers[place]) for place in promise.places if results[place] is Put.REFUSED]
                 self._space.settle(sum(map(footprint, unused)), len(unused))
+            if self._space.counting:  # the books have turned out wrong, and with them the want of room
+                results = [Put.LATER if result is Put.REFUSED else result for result in results]
         return results
 
     def delete(self, keys: Sequence[Key]) -> None:

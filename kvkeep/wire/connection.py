@@ -76,7 +76,7 @@ class ServerConnection(asyncio.Protocol):
     def _detach(self, session: str) -> None:
         self._keeper.detach(session)
         if self._server.movers is not None and not self._keeper.claims.alive(session):
-            self._server.movers.session_ended(session)
+            self._server.movers.fetches.session_ended(session)
 
     def close(self) -> None:
         """Drop the client."""
@@ -127,7 +127,7 @@ class ServerConnection(asyncio.Protocol):
                 return msg.Progress(bytes(self._stage(session, ticket) for ticket in request.tickets))
             case msg.Forget():
                 if self._server.movers is not None:
-                    self._server.movers.forget(session, request.ticket)
+                    self._server.movers.fetches.forget(session, request.ticket)
             case msg.Reserve():
                 return self._reserve(session, request)
             case msg.Commit():
@@ -162,7 +162,7 @@ class ServerConnection(asyncio.Protocol):
         ticket, landed = 0, Counter[int]()
         if movers is not None:
             if request.ticket:
-                landed = movers.forget(session, request.ticket)
+                landed = movers.fetches.forget(session, request.ticket)
             elif found.chunks < len(keys) // 16 - request.first:
                 terms = (request.recompute, request.patience, tenant)
                 ticket = movers.fetch(Asked(session, space, keys, request.first, *terms), found)
@@ -187,7 +187,7 @@ class ServerConnection(asyncio.Protocol):
 
     def _stage(self, session: str, ticket: int) -> Stage:
         movers = self._server.movers
-        return Stage.DONE if movers is None else movers.stage(session, ticket)
+        return Stage.DONE if movers is None else movers.fetches.stage(session, ticket)
 
     def _reserve(self, session: str, request: msg.Reserve) -> msg.Reserved:
         space = self._space(request.namespace)
