@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kvkeep.errors import ConfigError
-from kvkeep.tiers.redis_nodes import Address, Cluster, Nodes, Pool, Sentinel, Single
+from kvkeep.tiers.redis_nodes import Address, Cluster, Nodes, RedisPool, Sentinel, Single
 from kvkeep.tiers.url import TierURL
 
 __all__ = ["nodes_of", "remedy"]
@@ -51,14 +51,14 @@ def nodes_of(url: TierURL) -> Nodes:
     account = _account(url)
     options = {**transport, **account, "db": _database(url, unix)}
     if unix:
-        return Single(Pool(timeout, options, tls), Address(url.path, 0))
+        return Single(RedisPool(timeout, options, tls), Address(url.path, 0))
     sentinel, cluster = url.take("sentinel", str, ""), url.take_flag("cluster", False)
-    pool = Pool(timeout, options, tls, doubts=bool(sentinel) or cluster)
+    pool = RedisPool(timeout, options, tls, doubts=bool(sentinel) or cluster)
     port = _SENTINEL_PORT if sentinel else _PORT
     addresses = [Address(host or "localhost", given or port) for host, given in url.hosts]
     if sentinel:
         login = account if url.take_flag("sentinel_auth", False) else {}
-        return Sentinel(pool, addresses, sentinel, Pool(timeout, {**transport, **login}, tls))
+        return Sentinel(pool, addresses, sentinel, RedisPool(timeout, {**transport, **login}, tls))
     if cluster:
         if options["db"]:
             raise ConfigError(f"{url}: a cluster has database 0 only")
