@@ -6,7 +6,7 @@ import argparse
 import os
 from typing import Any
 
-from kvkeep.cli.fleet import Keeper, add_keepers, choose, each, report
+from kvkeep.cli.fleet import add_keepers, each
 from kvkeep.config import default_socket
 from kvkeep.identity import tenant_of
 from kvkeep.wire.client import Connection
@@ -29,12 +29,7 @@ def run(args: argparse.Namespace) -> int:
     tenant = tenant_of(args.tenant)
     if args.http is not None:
         about = {"namespace": args.namespace, "tenant": tenant.hex() or None}
-
-        def tell(keeper: Keeper) -> dict[str, Any]:
-            said: dict[str, Any] = keeper.call("/api/clear", about)
-            return said
-
-        return report(each(choose(args), tell), args.json, _line)
+        return each(args, lambda keeper: keeper.call("/api/clear", about), _line)
     connection = Connection.open(args.socket, f"cli-{os.getpid()}", timeout=args.timeout)
     try:
         print(_line({"forgotten_chunks": connection.clear(args.namespace, tenant)}))

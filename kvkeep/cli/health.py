@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from kvkeep.cli.fleet import Keeper, add_keepers, choose, each, report
+from kvkeep.cli.fleet import Keeper, add_keepers, each
 from kvkeep.errors import RequestRefused
 
 __all__ = ["add_arguments", "run"]
@@ -18,15 +18,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Ask all of them; returns 1 where one is not ready."""
-    return report(each(choose(args), _ask), args.json, _line)
+    return each(args, _ask, _line)
 
 
 def _ask(keeper: Keeper) -> dict[str, Any]:
     try:
-        ready: dict[str, Any] = keeper.call("/readyz")
+        return keeper.call("/readyz")
     except RequestRefused as refusal:
         raise RequestRefused(f"not ready: {refusal}") from refusal
-    return ready
 
 
 def _line(said: dict[str, Any]) -> str:

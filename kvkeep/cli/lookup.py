@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from kvkeep.cli.fleet import Keeper, add_keepers, choose, each, report
+from kvkeep.cli.fleet import Keeper, add_keepers, each
 from kvkeep.cli.prompt import add_prompt, chain, space, tokens
 from kvkeep.errors import ConfigError
 
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
         said = keeper.call("/api/lookup", {"namespace": of["namespace"], "keys": keys.hex()})
         return {**said, "held_tokens": said["held_chunks"] * of["chunk_tokens"], "asked_tokens": len(prompt)}
 
-    return report(each(choose(args), ask), args.json, _line)
+    return each(args, ask, _line)
 
 
 def _line(said: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from kvkeep.cli.fleet import Keeper, add_keepers, choose, each, report
+from kvkeep.cli.fleet import Keeper, add_keepers, each
 from kvkeep.cli.prompt import add_prompt, chain, space, tokens
 from kvkeep.errors import ConfigError
 
@@ -35,10 +35,9 @@ def run(args: argparse.Namespace) -> int:
             about["namespace"] = of["namespace"]
             if prompt is not None:
                 about["keys"] = chain(of, prompt, args.salt).hex()
-        said: dict[str, Any] = keeper.call(f"/api/{args.command}", about)
-        return said
+        return keeper.call(f"/api/{args.command}", about)
 
-    return report(each(choose(args), tell), args.json, _line)
+    return each(args, tell, _line)
 
 
 def _line(said: dict[str, Any]) -> str:

@@ -45,7 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--peers",
         metavar="HOST:PORT",
-        help="let other keepers read this one there, e.g. 10.0.0.1:7440?token_file=FILE (default: nowhere)",
+        help="let other keepers read this one there, e.g. 10.0.0.1:7440?cert=FILE&key=FILE&token_file=FILE "
+        "(default: nowhere)",
     )
     parser.add_argument(
         "--drain", help="seconds that the end waits for chunks to be written to the tiers (default: 30)"
