@@ -1,6 +1,6 @@
 """Spans of what the keeper does for a request, as children of the span that the engine was sent.
 
-The engine passes the request's `traceparent` on with its lookup; without one there is no span.
+The engine passes the request's `traceparent` on with its lookup, and `tracestate`; without it there is no span.
 """
 
 from __future__ import annotations
@@ -94,8 +94,9 @@ class Traces:
     def _start(self, name: str, trace: str, at: int, about: Mapping[str, str | int] | None = None) -> Span:
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-        parent = TraceContextTextMapPropagator().extract({"traceparent": trace})
-        return self._tracer.start_span(name, parent, attributes=about, start_time=at)
+        parent, _, state = trace.partition(" ")
+        context = TraceContextTextMapPropagator().extract({"traceparent": parent, "tracestate": state})
+        return self._tracer.start_span(name, context, attributes=about, start_time=at)
 
     @staticmethod
     def _keep(spans: OrderedDict[int, Span], number: int, span: Span) -> None:

@@ -1,4 +1,4 @@
-"""The messages of protocol version 6, and their framing.
+"""The messages of protocol version 7, and their framing.
 
 A frame is a little-endian u32 length and that many bytes of msgpack: an array whose first item
 names the message. Arrays of numbers travel as bytes (little-endian int64), keys as 16 bytes each.
@@ -49,7 +49,7 @@ __all__ = [
     "frame_length",
 ]
 
-VERSION = 6
+VERSION = 7
 """Raised with every change of a message: `tests/wire/test_version.py` holds each to its version."""
 MAX_FRAME = 32 << 20
 """Longest frame in bytes; 2 M chunk keys. A longer one is not from a client of ours."""
@@ -113,8 +113,9 @@ class Lookup(_Message):
     takes longer."""
     ticket: Natural = 0
     """A ticket that this lookup settles: its request takes what has landed, and waits no more. 0: none."""
-    trace: Annotated[str, msgspec.Meta(max_length=64)] = ""
-    """The request's trace, as in W3C's header `traceparent`; empty: none."""
+    trace: Annotated[str, msgspec.Meta(max_length=640)] = ""
+    """The request's trace, as in W3C's header `traceparent`, and behind a space, where there is one, in
+    `tracestate`; empty: none."""
     tenant: Tenant = b""
 
 

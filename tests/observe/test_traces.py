@@ -11,7 +11,7 @@ from tests.observe.traffic import CHUNK, Engine, keys_of, traffic
 pytest.importorskip("opentelemetry.sdk", reason="pip install 'kvkeep[otel]'")
 
 OTHER = "aa" * 16
-GIVEN_UP = f"00-{OTHER}-{CALLER}-01"
+GIVEN_UP = f"00-{OTHER}-{CALLER}-01 vendor=a1,other=b"
 UNSAMPLED = f"00-{TRACE[::-1]}-{CALLER}-00"
 
 
@@ -55,6 +55,8 @@ def test_spans_join_the_requests_trace(
     }
     ended = {span.name: {a.key for a in span.attributes} for span in collector.of(OTHER)}
     assert ended.keys() == {"kvkeep.lookup", "kvkeep.fetch"}
+    assert {span.trace_state for span in collector.of(OTHER)} == {"vendor=a1,other=b"}
+    assert {span.trace_state for span in spans} == {""}
     assert ended["kvkeep.fetch"] == {"kvkeep.gave_up"}
     assert "kvkeep" in collector.services
     assert not collector.of(TRACE[::-1])

@@ -15,6 +15,7 @@ DIGESTS = {
     4: "4d5eaaabeb9fd6c2",
     5: "dd7e8e2dd6434075",
     6: "8bb39810cf5ee102",
+    7: "0bb53ca4dd54211f",
 }
 
 
