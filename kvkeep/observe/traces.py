@@ -1,6 +1,6 @@
 """Spans of what the keeper does for a request, as children of the span that the engine was sent.
 
-The engine passes the request's `traceparent` on with its lookup, and `tracestate`; without it there is no span.
+The engine passes `traceparent` and `tracestate` of a request on with its lookup; without, there is no span.
 """
 
 from __future__ import annotations
