@@ -289,7 +289,7 @@ def test_monitors_select_pods_with_their_port_and_token() -> None:
         (pod,) = [
             manifest.body["spec"]["template"]["spec"]
             for manifest in ALL
-            if manifest.kind in ("Deployment", "DaemonSet")
+            if manifest.file.startswith("kubernetes/")
             and labels <= manifest.body["spec"]["template"]["metadata"]["labels"].items()
         ]
         ports = {port["name"] for container in pod["containers"] for port in container["ports"]}
