@@ -25,9 +25,6 @@ __all__ = ["CONTENT_TYPE", "Exporter", "Served", "arena_bytes"]
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
-_PLAIN = (
-    "prefaulted_bytes huge_page_bytes index_bytes chunks leases reservations sessions connections".split()
-)
 _CLIENT_ERRORS = ("protocol", "silent", "unread", "user", "refused")
 _HELP = {  # in the order of the text; a name that ends in _total is a counter's
     "kvkeep_info": "What runs; always 1.",
@@ -156,7 +153,9 @@ class Exporter:
         yield "kvkeep_start_time_seconds", "", served.started
         for use, nbytes in arena_bytes(served.keeper).items():
             yield "kvkeep_arena_bytes", _labels(use=use), nbytes
-        for name in _PLAIN:
+        for name in ("prefaulted_bytes", "huge_page_bytes", "index_bytes", "chunks"):
+            yield f"kvkeep_{name}", "", figures[name]
+        for name in ("leases", "reservations", "sessions", "connections"):
             yield f"kvkeep_{name}", "", figures[name]
         yield "kvkeep_lookups_total", "", served.keeper.counters.lookups
         yield "kvkeep_stored_bytes_total", "", served.keeper.counters.stored_bytes
