@@ -100,13 +100,13 @@ function drawKeeper({ keeper }) {
 function drawTenants({ keeper }) {
   $("tenants").parentElement.hidden = !keeper.tenants.length;
   show("tenants", table([
-    ["tenant", "", (t) => element("code", {}, t.tenant)],
+    ["tenant", "name", (t) => element("code", {}, t.tenant)],
     ["of its quota", "bars", (t) => (t.quota_bytes === null ? element("span", { class: "faint" }, "no quota")
       : bar([[t.used_bytes, "memory", size(t.used_bytes)]], t.quota_bytes))],
     ["used", "num", (t) => size(t.used_bytes)], ["quota", "num wide", (t) => size(t.quota_bytes)],
     ["hit ratio", "num", (t) => percent(t.hit_chunks, t.asked_chunks)],
     ["stored", "num wide", (t) => count(t.stored_chunks)], ["evicted", "num wide", (t) => count(t.evicted_chunks)],
-    ["refused", "num", (t) => count(t.refused_chunks)],
+    ["refused", "num wide", (t) => count(t.refused_chunks)],
   ], keeper.tenants, ""));
 }
 
@@ -248,7 +248,7 @@ function drawNamespaces({ keeper }) {
     ["namespace", "name", (s) => element("span", {}, s.label, " ", element("code", { class: "faint" },
       s.fingerprint.slice(0, 8)))],
     ["size", "num", (s) => size(s.used_bytes)], ["chunks", "num wide", (s) => count(s.chunks)],
-    ["hit ratio", "num", (s) => percent(s.hit_chunks, s.asked_chunks)],
+    ["hit ratio", "num wide", (s) => percent(s.hit_chunks, s.asked_chunks)],
     ["lookups", "num wide", (s) => count(s.lookups)], ["", "num", actions],
   ], keeper.namespaces, "No engine has come yet."));
 }
