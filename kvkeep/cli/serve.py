@@ -102,13 +102,9 @@ async def _serve(settings: config.KeeperConfig) -> None:
     look = _look_on(server, settings)
 
     def ready() -> None:
-        log.info(
-            "keeper %s serves %s: %.2f GiB of memory, policy %s",
-            server.identity[:8],
-            settings.socket,
-            server.keeper.arena.nbytes / 2**30,
-            settings.policy,
-        )
+        about = {"keeper": server.identity[:8], "socket": settings.socket, "policy": settings.policy}
+        about["memory"] = f"{server.keeper.arena.nbytes / 2**30:.2f} GiB"
+        log.info("keeper %(keeper)s serves %(socket)s: %(memory)s of memory, policy %(policy)s", about)
         if look is not None:
             look.announce()
 
@@ -121,7 +117,7 @@ async def _serve(settings: config.KeeperConfig) -> None:
             await look.close()
         if server.watch is not None:
             server.watch.close()
-    log.info("keeper %s has stopped", server.identity[:8])
+    log.info("keeper %(keeper)s has stopped", {"keeper": server.identity[:8]})
 
 
 def _look_on(server: KeeperServer, settings: config.KeeperConfig) -> Web | None:

@@ -150,9 +150,14 @@ class Chunks:
     def readable(self, keys: Keys) -> Records:
         """Records of those keys whose chunks are COMMITTED; -1 for the others."""
         records = self.table.find(keys)
-        here = np.flatnonzero(records >= 0)
-        records[here[self.state[records[here]] != ChunkState.COMMITTED]] = -1
+        records[~self.committed(records)] = -1
         return records
+
+    def committed(self, records: Records) -> npt.NDArray[np.bool_]:
+        """Which of these are COMMITTED; -1 is not."""
+        flags: npt.NDArray[np.bool_] = records >= 0
+        flags[flags] = self.state[records[flags]] == ChunkState.COMMITTED
+        return flags
 
     def in_state(self, *states: ChunkState) -> Records:
         """Records that are in one of the states."""

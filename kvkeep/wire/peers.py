@@ -165,7 +165,7 @@ class Peers:
                 self._answer(channel, request, loans)
         except (ProtocolError, RequestRefused, ssl.SSLError) as error:
             self._add("dropped", 1)
-            log.warning("dropped a peer at %s: %s", who, error)
+            log.warning("dropped a peer at %(peer)s: %(error)s", {"peer": who, "error": error})
         except OSError as error:
             log.debug("a peer at %s went away: %s", who, error)
         finally:
