@@ -16,20 +16,21 @@ from kvkeep.errors import ConfigError, RequestRefused
 from kvkeep.identity import group_keys
 from kvkeep.keeper.arena import Arena, SlotClass
 from kvkeep.keeper.books import check_books
-from kvkeep.keeper.chains import check_distinct, runs
+from kvkeep.keeper.chains import check_distinct, one_kind, runs
 from kvkeep.keeper.chunks import Chunks, ChunkState
 from kvkeep.keeper.index import Keys, Records
-from kvkeep.keeper.leases import REFUSED, Claim, ClaimKind, Claims, Found, Reserved
-from kvkeep.keeper.namespaces import Counters, GroupSpec, Namespace
+from kvkeep.keeper.leases import Claim, ClaimKind, Claims
+from kvkeep.keeper.namespaces import Counters, Namespace
 from kvkeep.keeper.policy import POLICIES, Policy, make_policy
 from kvkeep.keeper.tenants import Tenants, first_to_go
 from kvkeep.keeper.usable import usable_chunks
+from kvkeep.terms import REFUSED, Found, GroupSpec, Reserved
 
 if TYPE_CHECKING:
     from kvkeep.keeper.flush import FlushQueue
     from kvkeep.keeper.journal import Journal
 
-__all__ = ["Found", "Keeper", "Reserved"]
+__all__ = ["Keeper"]
 
 
 class Keeper:
@@ -114,7 +115,7 @@ class Keeper:
             for group in range(len(space.groups))
         ]
         records = [chain[first:] for chain in chains]
-        held = [(found >= 0) & (self._state(found) == ChunkState.COMMITTED) for found in records]
+        held = [self.chunks.committed(found) for found in records]
         windows = [group.window_chunks for group in space.groups]
         usable = usable_chunks(held, windows)
         for counters in (self.counters, space.counters):
@@ -175,25 +176,27 @@ class Keeper:
         older than the request can be evicted (of its tenant, above the quota) are refused, never waited for.
         """
         check_distinct(np.frombuffer(keys, "<u8")[::2])  # half a key tells chunks apart as surely
-        if not epoch:
-            self._clock += 1
-        epoch = min(epoch or self._clock, self._clock)
-        offsets, written, owner = [], [], self.tenants.number(tenant)
-        for group, flags in enumerate(wanted):
-            placed = np.full(len(keys) // 16, -1, np.int64)
-            named = group_keys(keys, space.fingerprint, group)
-            found = self.chunks.table.find(named)
-            # A chunk that somebody else wrote is this request's too: a parent must not be older than
-            # the children that are placed behind it.
-            known = np.flatnonzero(found >= 0)
-            self._touch(found[known], first + known, epoch)
-            new = np.flatnonzero((found < 0) & np.asarray(flags, np.bool_))
-            if len(new):
-                records = self.place(space, group, named[new], first + new, epoch, owner)
-                placed[new] = np.where(records >= 0, self.chunks.offset[records], REFUSED)
-                written.append(records[records >= 0])
-            offsets.append(placed)
-        together = np.concatenate(written) if written else np.zeros(0, np.int64)
+        epoch = min(epoch or self.now(), self._clock)
+        offsets, written, owner = list[Records](), [np.zeros(0, np.int64)], self.tenants.number(tenant)
+        try:
+            for group, flags in enumerate(wanted):
+                placed = np.full(len(keys) // 16, -1, np.int64)
+                named = group_keys(keys, space.fingerprint, group)
+                found = self.chunks.table.find(named)
+                # A chunk that somebody else wrote is this request's too: a parent must not be older than
+                # the children that are placed behind it.
+                known = np.flatnonzero(found >= 0)
+                self._touch(found[known], first + known, epoch)
+                new = np.flatnonzero((found < 0) & np.asarray(flags, np.bool_))
+                if len(new):
+                    records = self.place(space, group, named[new], first + new, epoch, owner)
+                    placed[new] = np.where(records >= 0, self.chunks.offset[records], REFUSED)
+                    written.append(records[records >= 0])
+                offsets.append(placed)
+        except BaseException:
+            self._drop(np.concatenate(written), evicted=False)  # no claim would ever end them
+            raise
+        together = np.concatenate(written)
         if not len(together):
             return Reserved(0, offsets)
         return Reserved(self.claims.open(ClaimKind.RESERVATION, session, together, space.parts), offsets)
@@ -279,11 +282,6 @@ class Keeper:
 
     # Below: how room is made
 
-    def _state(self, records: Records) -> Records:
-        if not len(self.chunks.state):
-            return np.zeros(len(records), np.int64)
-        return self.chunks.state[records].astype(np.int64)  # record -1 reads the last; callers mask it
-
     def _kind(self, slot_bytes: int) -> int:
         kind = self.arena.size_class(slot_bytes)
         if kind not in self.kinds:
@@ -295,8 +293,8 @@ class Keeper:
         """Note one request's use of chunks of one group, at `positions` of its chain."""
         if not len(records):
             return
+        policy = self.policies[one_kind(self.chunks.kind[records])]
         self.chunks.epoch[records] = np.maximum(self.chunks.epoch[records], epoch)
-        policy = self.policies[int(self.chunks.kind[records[0]])]
         for run in runs(positions):
             policy.touch(records[run], epoch, int(positions[run.start]))
         for queue in self.queues:

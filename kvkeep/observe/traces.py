@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from kvkeep.errors import ConfigError
-from kvkeep.keeper.keeper import Found
+from kvkeep.terms import Found
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter

@@ -15,11 +15,12 @@ import numpy as np
 
 from kvkeep.identity import KEY_BYTES, group_keys
 from kvkeep.keeper.chunks import ChunkState
-from kvkeep.keeper.keeper import Found, Keeper
+from kvkeep.keeper.keeper import Keeper
 from kvkeep.keeper.movers import Movers
 from kvkeep.keeper.namespaces import Namespace
 from kvkeep.observe.histogram import LOOKUP_SECONDS, Histogram
 from kvkeep.observe.traces import Traces
+from kvkeep.terms import Found
 
 __all__ = ["MEMORY", "MOST_LABELS", "Prefix", "Seen", "Watch", "tier_names"]
 

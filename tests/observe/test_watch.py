@@ -7,8 +7,8 @@ from collections import Counter
 import numpy as np
 
 from kvkeep.keeper.keeper import Keeper
-from kvkeep.keeper.namespaces import GroupSpec
 from kvkeep.observe.watch import MEMORY, Seen, Watch
+from kvkeep.terms import GroupSpec
 from tests.observe.traffic import keys_of
 
 PAGE = 4096
