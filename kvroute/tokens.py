@@ -168,7 +168,7 @@ def given(body: Body) -> Tokens | str | None:
     if body.chat:
         return None
     with contextlib.suppress(msgspec.DecodeError, OverflowError, TypeError):
-        prompt = msgspec.json.decode(body.prompt, type=str | list[int | str | list[int]])
+        prompt: Any = msgspec.json.decode(body.prompt, type=str | list[int | str | list[int]])
         if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
             prompt = prompt[0]
         if prompt:

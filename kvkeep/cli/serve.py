@@ -45,7 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--peers",
         metavar="HOST:PORT",
-        help="let other keepers read this one there, e.g. 10.0.0.1:7440?token_file=FILE (default: nowhere)",
+        help="let other keepers read this one there, e.g. 10.0.0.1:7440?cert=FILE&key=FILE&token_file=FILE "
+        "(default: nowhere)",
     )
     parser.add_argument(
         "--drain", help="seconds that the end waits for chunks to be written to the tiers (default: 30)"
@@ -105,13 +106,9 @@ async def _serve(settings: config.KeeperConfig) -> None:
     look = _look_on(server, settings)
 
     def ready() -> None:
-        log.info(
-            "keeper %s serves %s: %.2f GiB of memory, policy %s",
-            server.identity[:8],
-            settings.socket,
-            server.keeper.arena.nbytes / 2**30,
-            settings.policy,
-        )
+        about = {"keeper": server.identity[:8], "socket": settings.socket, "policy": settings.policy}
+        about["memory"] = f"{server.keeper.arena.nbytes / 2**30:.2f} GiB"
+        log.info("keeper %(keeper)s serves %(socket)s: %(memory)s of memory, policy %(policy)s", about)
         if look is not None:
             look.announce()
 
@@ -124,7 +121,7 @@ async def _serve(settings: config.KeeperConfig) -> None:
             await look.close()
         if server.watch is not None:
             server.watch.close()
-    log.info("keeper %s has stopped", server.identity[:8])
+    log.info("keeper %(keeper)s has stopped", {"keeper": server.identity[:8]})
 
 
 def _look_on(server: KeeperServer, settings: config.KeeperConfig) -> Web | None:

@@ -134,17 +134,17 @@ class Chunks:
         np.subtract.at(self._taken, (self.namespace[records], self.kind[records]), 1)
         self._free.extend(records.tolist())
 
-    def committed(self, records: Records) -> npt.NDArray[np.bool_]:
-        """Which of the records are readable; -1 is not."""
-        if not len(self.state):
-            return np.zeros(len(records), np.bool_)
-        return np.asarray((records >= 0) & (self.state[records] == ChunkState.COMMITTED))
-
     def readable(self, keys: Keys) -> Records:
         """Records of those keys whose chunks are COMMITTED; -1 for the others."""
         records = self.table.find(keys)
         records[~self.committed(records)] = -1
         return records
+
+    def committed(self, records: Records) -> npt.NDArray[np.bool_]:
+        """Which of these are COMMITTED; -1 is not."""
+        flags: npt.NDArray[np.bool_] = records >= 0
+        flags[flags] = self.state[records[flags]] == ChunkState.COMMITTED
+        return flags
 
     def in_state(self, *states: ChunkState) -> Records:
         """Records that are in one of the states."""

@@ -20,7 +20,7 @@ from kvkeep.keeper.chains import check_distinct, one_kind, runs
 from kvkeep.keeper.chunks import Chunks, ChunkState
 from kvkeep.keeper.index import Keys, Records
 from kvkeep.keeper.leases import Claim, ClaimKind, Claims
-from kvkeep.keeper.namespaces import Counters, Namespace
+from kvkeep.keeper.namespaces import Answer, Counters, Namespace
 from kvkeep.keeper.policy import POLICIES, Policy, make_policy
 from kvkeep.keeper.tenants import Tenants, first_to_go
 from kvkeep.keeper.usable import usable_chunks
@@ -102,14 +102,15 @@ class Keeper:
 
     # Reading
 
-    def lookup(self, session: str, space: Namespace, keys: bytes, first: int = 0) -> Found:
+    def lookup(self, session: str, space: Namespace, keys: bytes, first: int = 0, epoch: int = 0) -> Found:
         """Lease the longest usable run of chunks first, first+1, … of a chain.
 
         `keys`: 16 bytes per chunk of the prompt, from its beginning. The `first` chunks are in the
         engine already: they are marked as used, since a chain is worth only what is held from its
-        start. Once per request: ARC and S3-FIFO take a second touch for reuse.
+        start. Once per request, since ARC and S3-FIFO take a second touch for reuse: `epoch` is that of
+        its lookup before, and what was brought or used since then is not marked again.
         """
-        self._clock += 1
+        epoch = epoch or self.now()
         chains = [
             self.chunks.table.find(group_keys(keys, space.fingerprint, group))
             for group in range(len(space.groups))
@@ -120,15 +121,14 @@ class Keeper:
         usable = usable_chunks(held, windows)
         for counters in (self.counters, space.counters):
             counters.lookups += 1
-            counters.asked_chunks += len(records[0])
-            counters.hit_chunks += usable
         positions = [np.flatnonzero(chain[: first + usable] >= 0) for chain in chains]
         used = [chain[places] for chain, places in zip(chains, positions, strict=True)]
         check_distinct(np.concatenate(used))
         for chain, places in zip(used, positions, strict=True):
-            self._touch(chain, places, self._clock)
+            new = self.chunks.epoch[chain] < epoch
+            self._touch(chain[new], places[new], epoch)
         if not usable:
-            return Found(0, 0, self._clock, [])
+            return Found(0, 0, epoch, [])
         starts = [0 if window is None else max(0, usable - window) for window in windows]
         leased = [found[start:usable] for found, start in zip(records, starts, strict=True)]
         together = np.concatenate(leased)
@@ -136,7 +136,13 @@ class Keeper:
             np.concatenate([np.full(start, -1, np.int64), self.chunks.offset[needed]])
             for needed, start in zip(leased, starts, strict=True)
         ]
-        return Found(self.hold(session, together, space.readers), usable, self._clock, offsets)
+        return Found(self.hold(session, together, space.readers), usable, epoch, offsets)
+
+    def answered(self, space: Namespace, tenant: bytes, answer: Answer) -> None:
+        """A request that looked up waits for no tier, or no more. Whatever counts requests counts here."""
+        for counters in (self.counters, space.counters):
+            counters.add(answer)
+        self.tenants.asked(tenant, answer.asked, answer.found)
 
     def hold(self, session: str, records: Records, ranks: int = 1) -> int:
         """Lease readable chunks until so many ranks have released them; the lease's number.
@@ -176,15 +182,14 @@ class Keeper:
         older than the request can be evicted (of its tenant, above the quota) are refused, never waited for.
         """
         check_distinct(np.frombuffer(keys, "<u8")[::2])  # half a key tells chunks apart as surely
-        epoch = min(epoch or self.now(), self._clock)
+        epoch = min(epoch, self._clock) or self.now()
         offsets, written, owner = list[Records](), [np.zeros(0, np.int64)], self.tenants.number(tenant)
         try:
             for group, flags in enumerate(wanted):
                 placed = np.full(len(keys) // 16, -1, np.int64)
                 named = group_keys(keys, space.fingerprint, group)
                 found = self.chunks.table.find(named)
-                # A chunk that somebody else wrote is this request's too: a parent must not be older than
-                # the children that are placed behind it.
+                # What somebody else wrote is used too: no parent may be older than what is placed behind it.
                 known = np.flatnonzero(found >= 0)
                 self._touch(found[known], first + known, epoch)
                 new = np.flatnonzero((found < 0) & np.asarray(flags, np.bool_))
@@ -196,10 +201,9 @@ class Keeper:
         except BaseException:
             self._drop(np.concatenate(written), evicted=False)  # no claim would ever end them
             raise
-        together = np.concatenate(written)
-        if not len(together):
-            return Reserved(0, offsets)
-        return Reserved(self.claims.open(ClaimKind.RESERVATION, session, together, space.parts), offsets)
+        together, kind = np.concatenate(written), ClaimKind.RESERVATION
+        number = self.claims.open(kind, session, together, space.parts) if len(together) else 0
+        return Reserved(number, offsets)
 
     def commit(self, session: str, reservation: int, part: int) -> None:
         """A rank has written its part; with the last part the chunks become readable."""
@@ -249,8 +253,7 @@ class Keeper:
     def slot_bytes(self, records: Records) -> Records:
         """Length of each record's slot, in bytes."""
         sizes = np.array([kind.slot_bytes for kind in self.kinds] or [0], np.int64)
-        lengths: Records = sizes[self.chunks.kind[records]]
-        return lengths
+        return np.asarray(sizes[self.chunks.kind[records]])
 
     # Housekeeping
 
@@ -322,8 +325,7 @@ class Keeper:
             evictable[newcomers] = True
             victims = policy.victims(short, evictable)
             evictable[newcomers] = False
-            oldest_own = int(self.chunks.epoch[victims].min())
-            if self._take_slab(number, oldest_own):
+            if self._take_slab(number, oldest_own=int(self.chunks.epoch[victims].min())):
                 continue
             own = np.isin(victims, newcomers)
             coldest = self.chunks.coldest[number]

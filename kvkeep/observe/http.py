@@ -149,7 +149,8 @@ class Web:
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             with os.fdopen(os.open(self._token_file, flags, 0o600), "w") as file:
                 file.write(self._token + "\n")
-        log.info("web page and metrics at %s, the token for actions is in %s", url, self._token_file)
+        about = {"url": url, "token_file": self._token_file}
+        log.info("web page and metrics at %(url)s, the token for actions is in %(token_file)s", about)
         if not self._loopback and self._tls is None:
             log.warning(
                 "the token goes to %s in the clear: give cert= and key=, or put a TLS proxy in front", url
@@ -284,7 +285,8 @@ class Web:
             return _json({"error": f"not an action: {error}"}, 400)
         except RequestRefused as error:
             return _json({"error": str(error)}, 409)
-        log.info("%s %s, by HTTP: %s", request.path, body[:200].decode(errors="replace"), done)
+        about = {"action": request.path, "body": body[:200].decode(errors="replace"), "done": done}
+        log.info("%(action)s %(body)s, by HTTP: %(done)s", about)
         return _json(done)
 
     async def _move(self, action: Action) -> dict[str, int]:

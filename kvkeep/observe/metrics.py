@@ -4,7 +4,6 @@ twice. Written by hand: the client library took 3.2 ms of the event loop for wha
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,18 +13,17 @@ from typing import Any, NamedTuple, Protocol
 from kvkeep.keeper.keeper import Keeper
 from kvkeep.keeper.leases import ClaimKind
 from kvkeep.keeper.movers import Movers
-from kvkeep.keeper.namespaces import Namespace
 from kvkeep.keeper.pins import pinned_bytes
 from kvkeep.observe.histogram import Histogram
-from kvkeep.observe.watch import MOST_LABELS, Watch
+from kvkeep.observe.labels import MEMORY, Labels
+from kvkeep.observe.watch import Watch
 from kvkeep.tiers.base import Usage
+from kvkeep.tiers.meter import ERROR_KINDS
 
 __all__ = ["CONTENT_TYPE", "Exporter", "Served", "arena_bytes"]
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
-_OTHERS = "others"
-_MODEL_CHARACTERS = 60
 _ERROR_KINDS = ("protocol", "silent", "unread", "user", "refused")
 _GAUGES = {
     "prefaulted_bytes": "Bytes of the arena prepared ahead.",
@@ -38,18 +36,16 @@ _GAUGES = {
     "connections": "Connections now.",
 }
 _SPACE_COUNTERS = {
+    "asked_chunks": "Chunks that requests asked for beyond what their engine had.",
+    "missed_chunks": "Chunks of those asked for that were not found: to be computed.",
+    "local_chunks": "Chunks that the asking engine had in a cache of its own.",
     "stored_chunks": "Chunks that engines have saved, all KV-cache groups together.",
     "fetched_chunks": "Chunks read from a tier into the arena.",
     "refused_chunks": "Chunks for which there was no room.",
     "evicted_chunks": "Chunks given up for room.",
     "aborted_chunks": "Chunks reserved and never committed.",
 }
-_SPACE_HELP = {
-    "asked_chunks": "Chunks that requests asked for beyond what their engine had, once a request.",
-    "local_chunks": "Chunks that the asking engine had in a cache of its own.",
-    "hit_chunks": "Chunks of those asked for that were found, by the place that they came from.",
-    "used_bytes": "Bytes of slots that a namespace takes.",
-}
+_HITS_HELP = "Chunks of those asked for that were found, by the place that they came from."
 _TENANT_HELP = {
     "used_bytes": "Bytes of slots that a tenant takes.",
     "quota_bytes": "What a tenant may take, where there is a bound.",
@@ -60,7 +56,6 @@ _TENANT_HELP = {
     "evicted_chunks": "Chunks of a tenant given up for room.",
 }
 _TIER_FIGURES = {
-    "errors": "Verbs of a tier that failed.",
     "lost_chunks": "Chunks that were evicted from memory before a tier had them.",
     "asked": "Keys that a tier was asked about.",
     "found": "Keys of those that it had.",
@@ -131,9 +126,9 @@ class Exporter:
 
     def __init__(self, served: Served, watch: Watch, tiers: list[str], usage: Mapping[int, Usage]) -> None:
         self._served, self._watch = served, watch
-        self._names, self._usage = tiers, usage
+        self._usage = usage
         self._tiers = [_label("tier", name) for name in tiers]
-        self._spaces: list[str] = []
+        self._labels = Labels(served.keeper)
 
     def text(self) -> bytes:
         """All metrics."""
@@ -180,30 +175,22 @@ class Exporter:
             yield _family(f"peer_{name}{suffix}", kind, text, [""], [peers[name]])
 
     def _namespaces(self) -> Iterator[Family]:
-        keeper, watch = self._served.keeper, self._watch
-        own = keeper.namespaces[:MOST_LABELS]
-        self._spaces += [_label("namespace", _space_name(space)) for space in own[len(self._spaces) :]]
-        others = len(keeper.namespaces) > MOST_LABELS
-        labels = [*self._spaces, *([_label("namespace", _OTHERS)] if others else [])]
-        sums = [vars(space.counters) for space in own]
-        total = dataclasses.asdict(keeper.counters)
+        rows = self._labels.rows()
+        labels = [_label("namespace", row.name) for row in rows]
         for name, text in _SPACE_COUNTERS.items():
-            values = [row[name] for row in sums]
-            rest = total[name] - sum(values)
-            yield _family(f"{name}_total", "counter", text, labels, [*values, rest])
-        at = [*range(len(own)), MOST_LABELS]
-        for name, totals in (("asked_chunks", watch.asked), ("local_chunks", watch.local)):
-            yield _family(f"{name}_total", "counter", _SPACE_HELP[name], labels, [totals[i] for i in at])
-        places = list(zip(["memory", *self._names], [_label("tier", "memory"), *self._tiers], strict=True))
+            values = [row.figures[name] for row in rows]
+            yield _family(f"{name}_total", "counter", text, labels, values)
+        places = list(
+            zip([MEMORY, *range(len(self._tiers))], [_label("tier", MEMORY), *self._tiers], strict=True)
+        )
         hits = [
-            ("", f"{label},{tier}", float(watch.hits[number][place]))
-            for number, label in zip(at, labels, strict=False)
+            ("", f"{label},{tier}", float(row.figures[place]))
+            for row, label in zip(rows, labels, strict=True)
             for place, tier in places
         ]
-        yield Family("kvkeep_hit_chunks_total", "counter", _SPACE_HELP["hit_chunks"], hits)
-        used = keeper.usage()[1]
-        nbytes = [*used[: len(own)].tolist(), int(used[len(own) :].sum())]
-        yield _family("used_bytes", "gauge", _SPACE_HELP["used_bytes"], labels, nbytes)
+        yield Family("kvkeep_hit_chunks_total", "counter", _HITS_HELP, hits)
+        nbytes = [row.used_bytes for row in rows]
+        yield _family("used_bytes", "gauge", "Bytes of slots that a namespace takes.", labels, nbytes)
 
     def _tenants(self) -> Iterator[Family]:
         tenants = self._served.keeper.tenants
@@ -224,6 +211,14 @@ class Exporter:
             for result in ("hits", "misses", "damaged")
         ]
         yield Family("kvkeep_tier_reads_total", "counter", "Values that were read, by outcome.", reads)
+        errors = [
+            ("", f"{tier},{_label('kind', kind)}", row[f"errors_{kind}"])
+            for tier, row in zip(self._tiers, rows, strict=True)
+            for kind in ERROR_KINDS
+        ]
+        yield Family("kvkeep_tier_errors_total", "counter", "Verbs of a tier that failed, by why.", errors)
+        fetching = "Prompts whose chunks are looked for in tiers, or read."
+        yield _family("fetches", "gauge", fetching, [""], [movers.fetching])
         usage = [self._usage.get(number, Usage()) for number in range(len(rows))]
         gauges: dict[str, list[Any]] = {
             "up": [int(row["available"]) for row in rows],
@@ -252,10 +247,6 @@ def _process() -> Iterator[Family]:
     text = "Resident memory, what was touched of the arena included."
     yield Family("process_resident_memory_bytes", "gauge", text, [("", "", resident)])
     yield Family("process_cpu_seconds_total", "counter", "CPU time.", [("", "", time.process_time())])
-
-
-def _space_name(space: Namespace) -> str:
-    return f"{space.fingerprint.hex()[:8]} {space.label[:_MODEL_CHARACTERS]}"
 
 
 def _label(name: str, value: str) -> str:

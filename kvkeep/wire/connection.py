@@ -21,7 +21,7 @@ from kvkeep.identity import TENANT_BYTES
 from kvkeep.keeper.fetch import Stage
 from kvkeep.keeper.journal import Journal, states
 from kvkeep.keeper.movers import Asked
-from kvkeep.keeper.namespaces import Namespace
+from kvkeep.keeper.namespaces import Answer, Namespace
 from kvkeep.observe.watch import Seen
 from kvkeep.wire import messages as msg
 
@@ -60,7 +60,8 @@ class ServerConnection(asyncio.Protocol):
         _, uid, _ = struct.unpack("3i", peer)
         if uid not in (os.getuid(), 0):
             self._server.errors["user"] += 1
-            log.warning("refused a connection of user %d: this keeper serves user %d", uid, os.getuid())
+            about = {"user": uid, "own": os.getuid()}
+            log.warning("refused a connection of user %(user)d: this keeper serves user %(own)d", about)
             self._refuse(f"this keeper belongs to user {os.getuid()}, you are {uid}")
             return
         self._deadline = asyncio.get_running_loop().call_later(_HELLO_DEADLINE, self._too_late)
@@ -107,7 +108,8 @@ class ServerConnection(asyncio.Protocol):
     def _detach(self, session: str) -> None:
         self._keeper.detach(session)
         if self._server.movers is not None and not self._keeper.claims.alive(session):
-            self._server.movers.session_ended(session)
+            for ticket in self._server.movers.session_ended(session):
+                self._gave_up(ticket)
 
     def data_received(self, data: bytes) -> None:
         self._buffer += data
@@ -115,7 +117,7 @@ class ServerConnection(asyncio.Protocol):
             self._parse()
         except ProtocolError as error:
             self._server.errors["protocol"] += 1
-            log.warning("dropped a client: %s", error)
+            log.warning("dropped a client: %(error)s", {"error": error, "session": self._session})
             self._refuse(str(error))
         except Exception:
             self.close()  # as asyncio does, but with its claims
@@ -155,8 +157,8 @@ class ServerConnection(asyncio.Protocol):
             case msg.Poll():
                 return msg.Progress(bytes(self._stage(session, ticket) for ticket in request.tickets))
             case msg.Forget():
-                if self._server.movers is not None:
-                    self._server.movers.forget(session, request.ticket)
+                if self._server.movers and self._server.movers.forget(session, request.ticket):
+                    self._gave_up(request.ticket)
             case msg.Reserve():
                 return self._reserve(session, request)
             case msg.Commit():
@@ -187,32 +189,35 @@ class ServerConnection(asyncio.Protocol):
         space, keys, movers = self._space(request.namespace), _keys(request.keys), self._server.movers
         tenant = _tenant(request.tenant)
         _check_size(len(keys) // 16 * len(space.groups))
-        found = self._keeper.lookup(session, space, keys, request.first)
-        ticket, landed = 0, Counter[int]()
+        asked = max(0, len(keys) // 16 - request.first)
+        waited = movers.forget(session, request.ticket) if movers and request.ticket else None
+        epoch = 0 if waited is None else waited.epoch
+        found = self._keeper.lookup(session, space, keys, request.first, epoch)
+        ticket = 0
         if movers is not None:
-            if request.ticket:
-                landed = movers.forget(session, request.ticket)
-            elif found.chunks < len(keys) // 16 - request.first:
+            if not request.ticket and found.chunks < asked:
                 terms = (request.recompute, request.patience, tenant)
                 ticket = movers.fetch(Asked(session, space, keys, request.first, *terms), found)
             movers.kick()
+        tiers = Counter[int]() if waited is None else waited.given(found)
+        answer = Answer(min(request.first, len(keys) // 16), asked, found.chunks, tiers)
         if not ticket:  # else this request asks again
-            asked = len(keys) // 16 - request.first
-            self._keeper.tenants.asked(tenant, asked, found.chunks)
-        if self._server.recorder is not None:
-            self._server.recorder.looked_up(
-                space.number, keys, request.first, found.epoch, ticket, request.ticket
-            )
+            self._keeper.answered(space, tenant, answer)
+        if self._server.recorder is not None and waited is None:
+            self._server.recorder.looked_up(space.number, keys, request.first, found.epoch)
         if self._server.watch is not None:
-            seen = Seen(
-                session, space, keys, request.first, found, request.ticket, ticket, landed, request.trace
-            )
+            settles = 0 if waited is None else waited.ticket
+            seen = Seen(session, space, keys, answer, settles, ticket, found.lease, request.trace)
             # Noted once the answer is out: the engine waits for that.
             took = time.perf_counter() - began
             asyncio.get_running_loop().call_soon(self._server.watch.looked_up, seen, took)
         return msg.Found(
             found.lease, found.chunks, found.epoch, [_int64(row) for row in found.offsets], ticket
         )
+
+    def _gave_up(self, ticket: int) -> None:
+        if self._server.watch is not None:
+            self._server.watch.gave_up(ticket)
 
     def _stage(self, session: str, ticket: int) -> Stage:
         movers = self._server.movers
@@ -308,7 +313,8 @@ class ServerConnection(asyncio.Protocol):
         self._transport.write(frame)
         if self._transport.get_write_buffer_size() > _MAX_BACKLOG:
             self._server.errors["unread"] += 1
-            log.warning("dropped a client that does not read its answers")
+            about = {"session": self._session}
+            log.warning("dropped a client that does not read its answers: %(session)s", about)
             self.close()
 
     def _refuse(self, reason: str) -> None:

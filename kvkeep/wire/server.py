@@ -171,15 +171,13 @@ class KeeperServer:
         while movers.unwritten and time.monotonic() < deadline:
             if time.monotonic() - told > 1.0:
                 told = time.monotonic()
-                log.info("writing %d chunks to the tiers before the end", movers.unwritten)
+                about = {"chunks": movers.unwritten}
+                log.info("writing %(chunks)d chunks to the tiers before the end", about)
             movers.tick()
             await asyncio.sleep(0.02)
         if movers.unwritten:
-            log.warning(
-                "ended with %d chunks unwritten: give --drain more than %g s",
-                movers.unwritten,
-                self.config.drain,
-            )
+            about = {"chunks": movers.unwritten, "drain": self.config.drain}
+            log.warning("ended with %(chunks)d chunks unwritten: give --drain more than %(drain)g s", about)
         movers.close()
 
     async def _until_done(self) -> None:

@@ -10,7 +10,8 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
-FILES = sorted(path for path in DEPLOY.rglob("*.y*ml"))
+FILES = sorted(path for path in DEPLOY.rglob("*.yaml"))
+"""Kubernetes' and the charts'; what Prometheus itself reads is .yml, and promtool's to check."""
 HELM = "Helm values"
 
 Object = dict[str, Any]

@@ -116,6 +116,22 @@ _REFERENCE = _object("pluginRef", pluginRef=_TEXT)
 _SCORED = _object("pluginRef", pluginRef=_TEXT, weight=_WEIGHT)
 _SOURCE = _object("pluginRef extractors", pluginRef=_TEXT, extractors=_list(_REFERENCE))
 
+# prometheus-operator, pkg/apis/monitoring/v1/podmonitor_types.go: the fields that we use.
+_SECRET_KEY = _object("name key", name=_TEXT, key=_TEXT)
+_METRICS_ENDPOINT = _object(
+    "port",
+    port=_TEXT,
+    path=_TEXT,
+    interval=_TEXT,
+    authorization=_object("credentials", credentials=_SECRET_KEY),
+)
+_POD_MONITOR = _object(
+    "selector podMetricsEndpoints",
+    jobLabel=_TEXT,
+    selector=_SELECTOR,
+    podMetricsEndpoints=_list(_METRICS_ENDPOINT),
+)
+
 SHAPES = {
     "Deployment": _workload("Deployment", "replicas", replicas=_WHOLE),
     "DaemonSet": _workload("DaemonSet", "", updateStrategy=_UPDATE),
@@ -125,6 +141,13 @@ SHAPES = {
         kind={"const": "NetworkPolicy"},
         metadata=NAMES,
         spec=_POLICY,
+    ),
+    "PodMonitor": _object(
+        "apiVersion kind metadata spec",
+        apiVersion={"const": "monitoring.coreos.com/v1"},
+        kind={"const": "PodMonitor"},
+        metadata=NAMES,
+        spec=_POD_MONITOR,
     ),
     "DynamoGraphDeployment": _object(
         "apiVersion kind metadata spec",

@@ -281,6 +281,25 @@ def test_workloads_select_their_own_pods() -> None:
             assert spec["selector"]["matchLabels"].items() <= spec["template"]["metadata"]["labels"].items()
 
 
+def test_monitors_select_pods_with_their_port_and_token() -> None:
+    monitors = [manifest.body["spec"] for manifest in ALL if manifest.kind == "PodMonitor"]
+    assert len(monitors) == 2
+    for monitor in monitors:
+        labels = monitor["selector"]["matchLabels"].items()
+        (pod,) = [
+            manifest.body["spec"]["template"]["spec"]
+            for manifest in ALL
+            if manifest.kind in ("Deployment", "DaemonSet")
+            and labels <= manifest.body["spec"]["template"]["metadata"]["labels"].items()
+        ]
+        ports = {port["name"] for container in pod["containers"] for port in container["ports"]}
+        secrets = {one["secret"]["secretName"] for one in pod["volumes"] if "secret" in one}
+        for endpoint in monitor["podMetricsEndpoints"]:
+            assert endpoint["port"] in ports
+            if "authorization" in endpoint:
+                assert endpoint["authorization"]["credentials"]["name"] in secrets
+
+
 def test_schedulers_follow_the_events_of_their_engines() -> None:
     found = [(manifest, config) for manifest in ALL for config in picker_configs(manifest)]
     assert len(found) == 2

@@ -1,6 +1,7 @@
 """The keeper's books balance, and a hit is what was stored, after any sequence of operations."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
@@ -14,7 +15,7 @@ from kvkeep.errors import ConfigError, RequestRefused
 from kvkeep.identity import group_keys, tenant_of
 from kvkeep.keeper.chunks import ChunkState
 from kvkeep.keeper.keeper import Keeper
-from kvkeep.keeper.namespaces import Namespace
+from kvkeep.keeper.namespaces import Answer, Namespace
 from kvkeep.keeper.pins import MOST_PINNED, chain_records, pin, pinned_bytes, space_records, unpin
 from kvkeep.keeper.policy import POLICIES
 from kvkeep.terms import REFUSED, GroupSpec, Reserved
@@ -784,10 +785,12 @@ def test_counters_count() -> None:
     keeper, space, room = small_keeper()
     save(keeper, space, chain_keys(0, room))
     held(keeper, space, chain_keys(0, room))
-    held(keeper, space, chain_keys(2, 5))
     save(keeper, space, chain_keys(2, 5))
+    keeper.answered(space, b"", Answer(3, room, room, Counter({1: 2})))
+    keeper.answered(space, b"t", Answer(0, 5, 0, Counter()))
     counters = keeper.counters
-    assert (counters.hit_chunks, counters.asked_chunks) == (room, room + 5)
+    assert (counters.hit_chunks, counters.asked_chunks, counters.local_chunks) == (room, room + 5, 3)
+    assert counters.tier_chunks == {1: 2}
     assert (counters.stored_chunks, counters.evicted_chunks) == (room + 5, 5)
     assert counters.stored_bytes == (room + 5) * 2 * PAGE
     assert vars(space.counters)["hit_chunks"] == room

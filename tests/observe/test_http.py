@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import re
 import select
@@ -18,6 +19,7 @@ import pytest
 
 from kvkeep.config import KeeperConfig
 from kvkeep.errors import ConfigError
+from kvkeep.observe import logs
 from kvkeep.observe.http import Web
 from kvkeep.tls import client_context
 from kvkeep.wire.server import KeeperServer
@@ -52,7 +54,7 @@ def test_where_tokens_came_from(busy) -> None:
     assert newest["local"] == 2
     assert newest["chunks"] == 15
     assert newest["local"] + newest["memory"] + newest["tiers"][tier] == 14  # one chunk longer than before
-    assert not any(request["waiting"] for request in state["requests"])
+    assert not any(request["state"] for request in state["requests"])
     assert sum(state["arena"].values()) == state["keeper"]["memory_bytes"]
     assert state["arena"]["held"] == state["keeper"]["used_bytes"]
     assert state["tiers"][0]["found"] > 0
@@ -398,7 +400,17 @@ def test_json_logs(keeper_process) -> None:
     assert {line["logger"] for line in lines} == {"kvkeep.keeper"}
     assert lines[0]["message"].startswith("keeper ")
     assert lines[-1]["level"] == "warning"
-    assert lines[-1]["event"] == "dropped a client: %s"
+    assert lines[-1]["event"] == "dropped a client: %(error)s"
+    assert lines[-1]["message"] == f"dropped a client: {lines[-1]['error']}"
+    assert (lines[0]["policy"], lines[0]["socket"]) == ("lru", keeper.socket)
+
+
+def test_fields_of_a_log_line_cannot_take_the_place_of_ours() -> None:
+    record = logging.LogRecord(
+        "a", logging.INFO, "f", 1, "%(level)s of %(tier)s", ({"level": 7, "tier": Path("x")},), None
+    )
+    line = json.loads(logs._Json().format(record))
+    assert (line["level"], line["message"], line["tier"]) == ("info", "7 of x", "x")
 
 
 def test_a_refused_configuration_leaves_nothing(tmp_path: Path) -> None:

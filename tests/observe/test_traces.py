@@ -6,10 +6,12 @@ import pytest
 
 from kvkeep.cli import main
 from tests.observe.collector import CALLER, PARENT, TRACE, Collector, collecting
-from tests.observe.traffic import Engine, traffic
+from tests.observe.traffic import CHUNK, Engine, keys_of, traffic
 
 pytest.importorskip("opentelemetry.sdk", reason="pip install 'kvkeep[otel]'")
 
+OTHER = "aa" * 16
+GIVEN_UP = f"00-{OTHER}-{CALLER}-01"
 UNSAMPLED = f"00-{TRACE[::-1]}-{CALLER}-00"
 
 
@@ -33,6 +35,8 @@ def test_spans_join_the_requests_trace(
     engine.request(0, 12, trace=UNSAMPLED)
     engine.request(1, 12, trace=PARENT)
     engine.request(1, 12, trace="nonsense")
+    given_up = engine.connection.lookup(engine.space, keys_of(5, 3), patience=1e6, trace=GIVEN_UP)
+    engine.connection.forget(given_up.ticket)
     keeper.process.terminate()
     keeper.process.wait(20)
     spans = collector.of(TRACE)
@@ -42,6 +46,16 @@ def test_spans_join_the_requests_trace(
     assert all(span.start_time_unix_nano <= span.end_time_unix_nano for span in spans)
     (fetch,) = [span for span in spans if span.name == "kvkeep.fetch"]
     assert [a.value.int_value for a in fetch.attributes] == [12]
+    settling = max(spans, key=lambda span: (span.name == "kvkeep.lookup", span.start_time_unix_nano))
+    about = {a.key: a.value.int_value or a.value.string_value for a in settling.attributes}
+    assert about.pop("kvkeep.namespace").startswith("SmolLM2")
+    assert not about.pop("kvkeep.local_chunks")
+    assert about == {f"kvkeep.{what}_chunks": n for what, n in (("asked", 12), ("hit", 12))} | {
+        "kvkeep.hit_bytes": 12 * CHUNK
+    }
+    ended = {span.name: {a.key for a in span.attributes} for span in collector.of(OTHER)}
+    assert ended.keys() == {"kvkeep.lookup", "kvkeep.fetch"}
+    assert ended["kvkeep.fetch"] == {"kvkeep.gave_up"}
     assert "kvkeep" in collector.services
     assert not collector.of(TRACE[::-1])
 

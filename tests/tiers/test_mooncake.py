@@ -19,6 +19,7 @@ try:
 except ImportError as error:
     pytest.skip(f"{error}: apt-get install libibverbs1 libnuma1 libcurl4", allow_module_level=True)
 
+from kvbench.memory import Bed
 from kvbench.raw_mooncake import RawMooncake
 from kvkeep.errors import ConfigError, TierUnavailable
 from kvkeep.tiers.base import Got, Key, Put, Tier, key_name
@@ -115,12 +116,14 @@ def test_attached_memory_is_sent_from_where_it_lies(place: MoonPlace, monkeypatc
 
 
 def test_the_raw_baseline_moves_what_the_tier_moves(place: MoonPlace) -> None:
-    raw = RawMooncake(TierURL(f"mooncake://{place.master.address}?hostname=127.0.0.1"), MIB, 8)
+    url = TierURL(f"mooncake://{place.master.address}?hostname=127.0.0.1")
+    raw = RawMooncake(url, bed := Bed(MIB, 8, 2))
     for _ in range(2):
         assert raw.put() > 0
         assert raw.get() > 0
         raw.forget()
     raw.close()
+    bed.close()
 
 
 def test_values_longer_than_a_landing_are_refused(place: MoonPlace) -> None:
