@@ -31,8 +31,8 @@ from kvkeep.config import KeeperConfig
 from kvkeep.errors import ConfigError, RequestRefused, TierUnavailable
 from kvkeep.identity import KEY_BYTES
 from kvkeep.keeper.index import Records
-from kvkeep.keeper.moves import move_down, move_up, tier_named
 from kvkeep.keeper.namespaces import Namespace
+from kvkeep.keeper.operator_moves import move_down, move_up, tier_named
 from kvkeep.keeper.pins import chain_records, held_chunks, pin, space_records, unpin
 from kvkeep.keeper.tenants import parse_tenant
 from kvkeep.observe.listen import Door
