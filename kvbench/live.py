@@ -13,7 +13,8 @@ from blake3 import blake3
 
 from kvbench.trace import Trace
 from kvkeep.identity import KEY_BYTES, fingerprint
-from kvkeep.wire.client import Connection, Found
+from kvkeep.terms import Found
+from kvkeep.wire.client import Connection
 from kvkeep.wire.messages import Reservation
 
 __all__ = ["CHUNK_BYTES", "Live", "live_replay"]

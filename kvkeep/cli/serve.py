@@ -12,7 +12,7 @@ import signal
 from typing import TYPE_CHECKING
 
 from kvkeep import config
-from kvkeep.errors import ConfigError
+from kvkeep.errors import ConfigError, KVKeepError
 from kvkeep.observe.logs import set_up
 from kvkeep.observe.traces import Traces, otlp
 from kvkeep.observe.watch import Watch, tier_names
@@ -54,16 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--record", metavar="FILE", help="record requests for `kvkeep bench simulate`: ids and lengths only"
     )
-    parser.add_argument("--http", metavar="HOST:PORT", help="serve metrics, health and a web page there")
     parser.add_argument(
-        "--http-token", metavar="FILE", help="token for actions (default: made, in a file beside the socket)"
-    )
-    parser.add_argument(
-        "--http-tls",
-        nargs="+",
-        metavar="FILE",
-        help="TLS for --http: certificate, key, and the CA of clients whose certificates do as well as the "
-        "token (default: no TLS)",
+        "--http",
+        metavar="ADDRESS:PORT",
+        help="serve metrics, health and a web page there, e.g. 0.0.0.0:9400?token_file=FILE; for TLS "
+        "cert=FILE, key=FILE, and ca=FILE of clients whose certificates do as well as the token",
     )
     parser.add_argument(
         "--tenant-quota",
@@ -79,6 +74,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serve; returns 0 after SIGTERM or SIGINT, or when the last client of an embedded keeper left."""
+    try:
+        return _run(args)
+    except KVKeepError as error:
+        if args.linger is not None:  # an engine has started it, and reads this
+            print(error)
+        raise
+
+
+def _run(args: argparse.Namespace) -> int:
     names = [field.name for field in dataclasses.fields(config.KeeperConfig)]
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
     settings = config.load(config.KeeperConfig, {"socket": config.default_socket(), **given})

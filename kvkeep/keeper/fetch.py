@@ -21,9 +21,10 @@ from kvkeep.identity import group_keys
 from kvkeep.keeper.flush import MOVERS, Move, moves_of
 from kvkeep.keeper.index import Keys, Records
 from kvkeep.keeper.keeper import Keeper
-from kvkeep.keeper.leases import ClaimKind, Found
+from kvkeep.keeper.leases import ClaimKind
 from kvkeep.keeper.namespaces import Namespace
 from kvkeep.keeper.usable import usable_chunks
+from kvkeep.terms import Found
 
 __all__ = ["Batch", "Fetch", "Fetches", "Need", "Stage"]
 

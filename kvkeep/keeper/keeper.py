@@ -16,20 +16,21 @@ from kvkeep.errors import ConfigError, RequestRefused
 from kvkeep.identity import group_keys
 from kvkeep.keeper.arena import Arena, SlotClass
 from kvkeep.keeper.books import check_books
-from kvkeep.keeper.chains import check_distinct, runs
+from kvkeep.keeper.chains import check_distinct, one_kind, runs
 from kvkeep.keeper.chunks import Chunks, ChunkState
 from kvkeep.keeper.index import Keys, Records
-from kvkeep.keeper.leases import REFUSED, Claim, ClaimKind, Claims, Found, Reserved
-from kvkeep.keeper.namespaces import Answer, Counters, GroupSpec, Namespace
+from kvkeep.keeper.leases import Claim, ClaimKind, Claims
+from kvkeep.keeper.namespaces import Answer, Counters, Namespace
 from kvkeep.keeper.policy import POLICIES, Policy, make_policy
 from kvkeep.keeper.tenants import Tenants, first_to_go
 from kvkeep.keeper.usable import usable_chunks
+from kvkeep.terms import REFUSED, Found, GroupSpec, Reserved
 
 if TYPE_CHECKING:
     from kvkeep.keeper.flush import FlushQueue
     from kvkeep.keeper.journal import Journal
 
-__all__ = ["Found", "Keeper", "Reserved"]
+__all__ = ["Keeper"]
 
 
 class Keeper:
@@ -182,25 +183,27 @@ class Keeper:
         """
         check_distinct(np.frombuffer(keys, "<u8")[::2])  # half a key tells chunks apart as surely
         epoch = min(epoch, self._clock) or self.now()
-        offsets, written, owner = [], [], self.tenants.number(tenant)
-        for group, flags in enumerate(wanted):
-            placed = np.full(len(keys) // 16, -1, np.int64)
-            named = group_keys(keys, space.fingerprint, group)
-            found = self.chunks.table.find(named)
-            # A chunk that somebody else wrote is this request's too: a parent must not be older than
-            # the children that are placed behind it.
-            known = np.flatnonzero(found >= 0)
-            self._touch(found[known], first + known, epoch)
-            new = np.flatnonzero((found < 0) & np.asarray(flags, np.bool_))
-            if len(new):
-                records = self.place(space, group, named[new], first + new, epoch, owner)
-                placed[new] = np.where(records >= 0, self.chunks.offset[records], REFUSED)
-                written.append(records[records >= 0])
-            offsets.append(placed)
-        together = np.concatenate(written) if written else np.zeros(0, np.int64)
-        if not len(together):
-            return Reserved(0, offsets)
-        return Reserved(self.claims.open(ClaimKind.RESERVATION, session, together, space.parts), offsets)
+        offsets, written, owner = list[Records](), [np.zeros(0, np.int64)], self.tenants.number(tenant)
+        try:
+            for group, flags in enumerate(wanted):
+                placed = np.full(len(keys) // 16, -1, np.int64)
+                named = group_keys(keys, space.fingerprint, group)
+                found = self.chunks.table.find(named)
+                # What somebody else wrote is used too: no parent may be older than what is placed behind it.
+                known = np.flatnonzero(found >= 0)
+                self._touch(found[known], first + known, epoch)
+                new = np.flatnonzero((found < 0) & np.asarray(flags, np.bool_))
+                if len(new):
+                    records = self.place(space, group, named[new], first + new, epoch, owner)
+                    placed[new] = np.where(records >= 0, self.chunks.offset[records], REFUSED)
+                    written.append(records[records >= 0])
+                offsets.append(placed)
+        except BaseException:
+            self._drop(np.concatenate(written), evicted=False)  # no claim would ever end them
+            raise
+        together, kind = np.concatenate(written), ClaimKind.RESERVATION
+        number = self.claims.open(kind, session, together, space.parts) if len(together) else 0
+        return Reserved(number, offsets)
 
     def commit(self, session: str, reservation: int, part: int) -> None:
         """A rank has written its part; with the last part the chunks become readable."""
@@ -250,8 +253,7 @@ class Keeper:
     def slot_bytes(self, records: Records) -> Records:
         """Length of each record's slot, in bytes."""
         sizes = np.array([kind.slot_bytes for kind in self.kinds] or [0], np.int64)
-        lengths: Records = sizes[self.chunks.kind[records]]
-        return lengths
+        return np.asarray(sizes[self.chunks.kind[records]])
 
     # Housekeeping
 
@@ -294,8 +296,8 @@ class Keeper:
         """Note one request's use of chunks of one group, at `positions` of its chain."""
         if not len(records):
             return
+        policy = self.policies[one_kind(self.chunks.kind[records])]
         self.chunks.epoch[records] = np.maximum(self.chunks.epoch[records], epoch)
-        policy = self.policies[int(self.chunks.kind[records[0]])]
         for run in runs(positions):
             policy.touch(records[run], epoch, int(positions[run.start]))
         for queue in self.queues:
@@ -323,8 +325,7 @@ class Keeper:
             evictable[newcomers] = True
             victims = policy.victims(short, evictable)
             evictable[newcomers] = False
-            oldest_own = int(self.chunks.epoch[victims].min())
-            if self._take_slab(number, oldest_own):
+            if self._take_slab(number, oldest_own=int(self.chunks.epoch[victims].min())):
                 continue
             own = np.isin(victims, newcomers)
             coldest = self.chunks.coldest[number]

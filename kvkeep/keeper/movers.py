@@ -19,10 +19,11 @@ from kvkeep.errors import RequestRefused, TierUnavailable
 from kvkeep.keeper.fetch import Batch, Fetch, Fetches, Need, Stage
 from kvkeep.keeper.flush import MOVERS, Flush, FlushQueue, Move
 from kvkeep.keeper.index import Records
-from kvkeep.keeper.keeper import Found, Keeper
+from kvkeep.keeper.keeper import Keeper
 from kvkeep.keeper.namespaces import Namespace
 from kvkeep.keeper.pins import held_chunks
 from kvkeep.keeper.probes import Lane, Probes
+from kvkeep.terms import Found
 from kvkeep.tiers.base import Got, Put
 from kvkeep.tiers.open import Opened, WriteWhen
 

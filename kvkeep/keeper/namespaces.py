@@ -7,17 +7,9 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from kvkeep.identity import SPACE_BYTES
+from kvkeep.terms import GroupSpec
 
-__all__ = ["Answer", "Counters", "GroupSpec", "Namespace"]
-
-
-class GroupSpec(NamedTuple):
-    """One KV-cache group of a namespace."""
-
-    slot_bytes: int
-    """Bytes of one chunk, all parts together."""
-    window_chunks: int | None
-    """Chunks that a sliding window looks back on; None for full attention."""
+__all__ = ["Answer", "Counters", "Namespace"]
 
 
 class Answer(NamedTuple):

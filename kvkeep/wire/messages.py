@@ -14,6 +14,7 @@ import msgspec
 
 from kvkeep.errors import ProtocolError
 from kvkeep.identity import TENANT_BYTES
+from kvkeep.terms import GroupSpec
 
 __all__ = [
     "MAX_FRAME",
@@ -26,7 +27,6 @@ __all__ = [
     "Commit",
     "Forget",
     "Found",
-    "GroupSpec",
     "Hello",
     "Lookup",
     "Namespace",
@@ -75,15 +75,6 @@ class Hello(_Message):
     session: Name
     arena: bool
     """Whether to send the arena's file descriptor along with the answer."""
-    device: bool = False
-    """Whether a device writes into the arena for this client, and may go on for a moment when it is dead."""
-
-
-class GroupSpec(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
-    """One KV-cache group: bytes per chunk, and the window in chunks (None: full attention)."""
-
-    slot_bytes: Annotated[int, msgspec.Meta(ge=1, le=2**40)]
-    window_chunks: Annotated[int, msgspec.Meta(ge=1, le=2**31)] | None
 
 
 class OpenNamespace(_Message):
@@ -208,7 +199,7 @@ class Namespace(_Message):
 
 
 class Found(_Message):
-    """See kvkeep.keeper.keeper.Found; offsets as int64 per group."""
+    """See kvkeep.terms.Found; offsets as int64 per group."""
 
     lease: Natural
     chunks: Natural

@@ -102,7 +102,7 @@ def test_many_keepers_of_which_one_is_gone(
 ) -> None:
     token = tmp_path / "token"
     token.write_text("of-all-keepers-0123456789\n")
-    more = [Kept(keeper_process("--http", "127.0.0.1:0", "--http-token", str(token))) for _ in range(2)]
+    more = [Kept(keeper_process("--http", f"127.0.0.1:0?token_file={token}")) for _ in range(2)]
     more[1].save(PROMPT)
     gone = "127.0.0.1:1"
     where = [word for one in (*(k.address for k in more), gone) for word in ("--http", one)]
@@ -125,7 +125,7 @@ def test_without_the_token(kept: Kept, ids: str, capsys: pytest.CaptureFixture[s
 def test_keepers_that_speak_tls(
     keeper_process, pem: Pem, ids: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    one = Kept(keeper_process("--http", "127.0.0.1:0", "--http-tls", *pem.server))
+    one = Kept(keeper_process("--http", f"127.0.0.1:0?{pem.options}"))
     one.save(PROMPT)
     there = ["--http", one.address]
     assert main(["health", *there, "--tls", pem.ca]) == 0
@@ -175,7 +175,7 @@ def test_without_tiers_there_is_nowhere_to_move(
 def test_clear_by_tenant_on_many(keeper_process, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     token = tmp_path / "token"
     token.write_text("of-all-keepers-0123456789\n")
-    both = [Kept(keeper_process("--http", "127.0.0.1:0", "--http-token", str(token))) for _ in range(2)]
+    both = [Kept(keeper_process("--http", f"127.0.0.1:0?token_file={token}")) for _ in range(2)]
     for one in both:
         one.save([7] * 2 * CHUNK_TOKENS, salt="acme")
         one.save(PROMPT)

@@ -17,6 +17,7 @@ import pytest
 from kvkeep import config
 from kvkeep.cli.main import _COMMANDS
 from kvkeep.errors import ConfigError
+from kvkeep.tiers.url import TierURL
 from kvroute.options import read_options
 from tests.deploy.manifests import (
     FILES,
@@ -221,11 +222,10 @@ def test_a_keeper_can_serve(pod: Pod, keeper: Object) -> None:
     grace = pod.spec.get("terminationGracePeriodSeconds", 30)
     assert not given.tiers or grace > given.drain
     if given.http is not None:
-        host, _, port = given.http.rpartition(":")
-        assert host == "0.0.0.0", "the kubelet asks at the pod's address"
-        assert given.http_token is not None
-        assert volume_at(pod, keeper, given.http_token)[0]["readOnly"]
-        (named,) = [p["name"] for p in keeper["ports"] if p["containerPort"] == int(port)]
+        url = TierURL(f"http://{given.http}")
+        assert url.host == "0.0.0.0", "the kubelet asks at the pod's address"
+        assert volume_at(pod, keeper, url.take("token_file", str, "none"))[0]["readOnly"]
+        (named,) = [p["name"] for p in keeper["ports"] if p["containerPort"] == url.port]
         probes = {kind: keeper[f"{kind}Probe"]["httpGet"] for kind in ("startup", "liveness")}
         assert probes == {
             "startup": {"path": "/readyz", "port": named},
@@ -294,6 +294,7 @@ def test_monitors_select_pods_with_their_port_and_token() -> None:
             manifest.body["spec"]["template"]["spec"]
             for manifest in ALL
             if manifest.file.startswith("kubernetes/")
+            and "template" in manifest.body.get("spec", {})
             and labels <= manifest.body["spec"]["template"]["metadata"]["labels"].items()
         ]
         assert found

@@ -10,8 +10,9 @@ import pytest
 from kvkeep.identity import group_keys
 from kvkeep.keeper.fetch import Batch, Fetch, Fetches, Stage
 from kvkeep.keeper.keeper import Keeper
-from kvkeep.keeper.namespaces import GroupSpec, Namespace
+from kvkeep.keeper.namespaces import Namespace
 from kvkeep.keeper.policy import POLICIES
+from kvkeep.terms import GroupSpec
 from tests.keeper.test_keeper import PAGE, SLABS, SLOTS, SMALL, chain_keys, opened, save
 
 FULL = [GroupSpec(PAGE, None)]

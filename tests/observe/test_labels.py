@@ -3,8 +3,9 @@
 from collections import Counter
 
 from kvkeep.keeper.keeper import Keeper
-from kvkeep.keeper.namespaces import Answer, GroupSpec, Namespace
+from kvkeep.keeper.namespaces import Answer, Namespace
 from kvkeep.observe.labels import MEMORY, MOST_LABELS, Labels
+from kvkeep.terms import GroupSpec
 from tests.observe.traffic import keys_of
 
 PAGE = 4096

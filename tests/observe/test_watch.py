@@ -7,8 +7,9 @@ from collections import Counter
 import numpy as np
 
 from kvkeep.keeper.keeper import Keeper
-from kvkeep.keeper.namespaces import Answer, GroupSpec
+from kvkeep.keeper.namespaces import Answer
 from kvkeep.observe.watch import Seen, Watch
+from kvkeep.terms import GroupSpec
 from tests.observe.traffic import keys_of
 
 PAGE = 4096

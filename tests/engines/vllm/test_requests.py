@@ -148,3 +148,13 @@ def test_an_adapter_that_was_replaced_under_a_running_engine(
     assert adapted(9)
     assert adapted(9, other) == b"", "another path does not make it read again"
     assert len(warned) == 2
+
+
+@pytest.mark.parametrize("token", [-1, 2**31, None])
+def test_a_token_id_that_is_none_costs_that_request_its_cache(token: int | None) -> None:
+    odd: list[int] = [*TOKENS[1:], token]  # type: ignore[list-item]
+    request = Request("r", odd, SamplingParams(max_tokens=1), None)
+    one = Tracked(request, fingerprint({"model": "m"}), CHUNK)
+    assert one.keys(0, COUNT - 1)
+    assert one.keys(0, COUNT) == b""
+    assert not one.cacheable

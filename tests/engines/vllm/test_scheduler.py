@@ -25,8 +25,8 @@ from vllm.v1.engine.core import EngineCore
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 from vllm.v1.request import RequestStatus
 
-from kvkeep.engines import link
-from kvkeep.engines.vllm import joined, worker
+from kvkeep.engines import search
+from kvkeep.engines.vllm import worker
 from kvkeep.engines.vllm.geometry import Geometry
 from kvkeep.errors import KeeperUnavailable
 from tests.engines.vllm.ledger import BLOCK, BLOCKS, Ledger, answer, slowly
@@ -172,7 +172,7 @@ def test_every_text_finds_its_own(
     monkeypatch.setattr(Ledger, "runner", runner)
     monkeypatch.setattr(Ledger, "load_errors", random.Random(1) if failing else None)
     monkeypatch.setattr(Ledger, "nonsense", 0)
-    monkeypatch.setattr(link, "_RETRY_FIRST", 0.001)
+    monkeypatch.setattr(search, "_RETRY_FIRST", 0.001)
     monkeypatch.setattr(worker, "load_beside", slowly(random.Random(2), failing))
     with engine(tiny_model, keeper.socket, monkeypatch, overlapped, load_by) as core:
         talk = Talk(core, seed=3, pause=0.002 if failing else 0)
@@ -285,9 +285,8 @@ def turns(
     """An engine without a keeper, which looks for one often."""
     for name, value in (("hybrid", False), ("runner", "v1"), ("load_errors", None)):
         monkeypatch.setattr(Ledger, name, value)
-    for module in (link, joined):
-        monkeypatch.setattr(module, "_RETRY_FIRST", 0.001)
-        monkeypatch.setattr(module, "_RETRY_MOST", 0.01)
+    monkeypatch.setattr(search, "_RETRY_FIRST", 0.001)
+    monkeypatch.setattr(search, "_RETRY_MOST", 0.01)
     socket = str(keeper_process.directory() / "keeper.sock")
     with engine(tiny_model, socket, monkeypatch, False, "layers") as core:
         yield Turns(core, keeper_process, socket)
