@@ -79,7 +79,7 @@ def vllm_command(python: str, model: str, port: int, args: Sequence[str] = ()) -
 
 
 class VllmServer(ServerProcess):
-    """`python -m vllm.entrypoints.openai.api_server` on a free port of `host`; `on`: as of `servers.keeper`."""
+    """`python -m vllm.entrypoints.openai.api_server` on a free port of `host`; `on`: see `servers.keeper`."""
 
     def __init__(
         self,
