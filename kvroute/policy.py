@@ -28,7 +28,7 @@ _PREFIX_CHARACTERS = 2048
 _OVERLOAD = 1.25  # times the mean load, beyond which a hash's engine is passed over
 _EXPECTED_BLOCK = 64
 _MOST_PROMISED = 500_000  # blocks
-_ENDED_AT_ONCE = 16  # promises
+_ENDED_AT_ONCE = 4  # promises
 _CHARACTERS = 4  # of a token, about
 
 

@@ -153,7 +153,7 @@ class Subscriber:
         sub.setsockopt(zmq.MAXMSGSIZE, _MOST_BYTES)
         sub.setsockopt(zmq.RECONNECT_IVL_MAX, 5000)
         sub.setsockopt(zmq.HEARTBEAT_IVL, 1000)
-        sub.setsockopt(zmq.HEARTBEAT_TIMEOUT, 3000)
+        sub.setsockopt(zmq.HEARTBEAT_TIMEOUT, 10_000)  # while our queue is full, none is heard
         sub.setsockopt_string(zmq.SUBSCRIBE, topic)
         return sub
 
