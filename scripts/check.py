@@ -62,6 +62,7 @@ MAY_USE: dict[str, tuple[str, ...]] = {
     "kvkeep.cli": ("kvkeep",),
     "kvbench": ("kvbench", "kvkeep", "torch"),
     "kvroute": ("kvroute", *_LOW, "kvkeep.observe"),
+    "benchmarks.offloading": ("kvkeep", "torch", "vllm"),  # runs within an engine
     "benchmarks": ("kvbench", "kvroute", "kvkeep", "transformers"),  # as a user would: engines are processes
     **dict.fromkeys(
         ("benchmarks.gpu", "benchmarks.transformers_ttft"), ("kvbench", "kvkeep", "torch", "transformers")
