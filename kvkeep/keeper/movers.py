@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -20,10 +19,11 @@ from kvkeep.errors import RequestRefused, TierUnavailable
 from kvkeep.keeper.fetch import Batch, Fetch, Fetches, Need, Stage
 from kvkeep.keeper.flush import MOVERS, Flush, FlushQueue, Move
 from kvkeep.keeper.index import Records
-from kvkeep.keeper.keeper import Found, Keeper
+from kvkeep.keeper.keeper import Keeper
 from kvkeep.keeper.namespaces import Namespace
 from kvkeep.keeper.pins import held_chunks
 from kvkeep.keeper.probes import Lane, Probes
+from kvkeep.terms import Found
 from kvkeep.tiers.base import Got, Put
 from kvkeep.tiers.open import Opened, WriteWhen
 
@@ -118,13 +118,13 @@ class Movers:
         """How far a fetch is."""
         return self._fetches.stage(session, ticket)
 
-    def forget(self, session: str, ticket: int) -> Counter[int]:
-        """The request has taken what landed, or waits no more; by tier, how many chunks that was."""
+    def forget(self, session: str, ticket: int) -> Fetch | None:
+        """The request has taken what landed, or waits no more. See `Fetches.forget`."""
         return self._fetches.forget(session, ticket)
 
-    def session_ended(self, session: str) -> None:
-        """A session is gone."""
-        self._fetches.session_ended(session)
+    def session_ended(self, session: str) -> list[int]:
+        """A session is gone; the tickets that it had."""
+        return self._fetches.session_ended(session)
 
     def _ask(self, fetch: Fetch, held: int, recompute: float) -> None:
         keys = fetch.question()
@@ -214,6 +214,11 @@ class Movers:
                 self._probing[tier] = True
                 self._writers[tier].submit(lambda tier=tier: self._probe(tier))  # type: ignore[misc]
         self.kick()
+
+    @property
+    def fetching(self) -> int:
+        """Prompts whose chunks are looked for in tiers, or read."""
+        return len(self._fetches)
 
     @property
     def unwritten(self) -> int:

@@ -62,7 +62,7 @@ class Calls:
                 self._changed.wait_for(lambda: future.done() or self._closed, timeout)
         if not future.done():
             self._check()
-            raise TierUnavailable(f"{self._name}: no answer within {timeout:g} s")
+            raise TierUnavailable(f"{self._name}: no answer within {timeout:g} s") from TimeoutError()
         try:
             return future.result()
         except _LIBRARY_ERRORS as error:

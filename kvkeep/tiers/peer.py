@@ -24,7 +24,7 @@ from kvkeep.tiers import peer_wire as wire
 from kvkeep.tiers.base import Buffer, Capabilities, Got, Key, Put, Tier
 from kvkeep.tiers.landing import groups
 from kvkeep.tiers.peer_batch import BUSY, Batch, Reads
-from kvkeep.tiers.peer_nixl import Agent, load
+from kvkeep.tiers.peer_nixl import Agent, allow
 from kvkeep.tiers.peer_wire import PORT, Channel
 from kvkeep.tiers.threads import Threads
 from kvkeep.tiers.url import TierURL
@@ -305,8 +305,9 @@ def open_peer(url: TierURL) -> PeerTier:
     if not secure and (ca or cert or key):
         raise ConfigError(f"{url}: ca, cert and key are for TLS: leave tls=no out")
     tls = client_context(ca, cert, key) if secure else None
+    plain = url.take_flag("plain", False)
     if nixl:
-        load()
+        allow(device, plain)
     address = Address(url.host, url.port or PORT, token, tls)
     try:
         address.dial(min(timeout, _GREET_SECONDS)).close()

@@ -241,6 +241,40 @@ def test_a_slow_failure_of_a_read_is_not_tried_again(broken: Broken) -> None:
     assert broken.calls == 1
 
 
+def _raise(error: Exception) -> None:
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("cause", "kind"),
+    [
+        (TimeoutError(), "timeout"),
+        (ConnectionRefusedError(), "connection"),
+        (OSError(28, "full"), "system"),
+        (ValueError(), "other"),
+        (TierUnavailable("no"), "other"),
+    ],
+)
+def test_failures_are_counted_by_kind(cause: Exception, kind: str) -> None:
+    class Failing(Wrapper):
+        def contains(self, keys):
+            try:
+                _raise(cause)
+            except Exception as error:  # the same one each time, as a client that keeps it may raise it
+                raise RuntimeError from error
+
+    guard, _ = guarded(Failing(MemoryTier({})))
+    tier = Metered(guard)
+    for _ in range(4):
+        with pytest.raises(TierUnavailable):
+            tier.contains([bytes(24)])
+    figures = tier.figures()
+    told = {name: count for name, count in figures.items() if name.startswith("errors_") and count}
+    assert figures["errors"] == 4
+    assert told.pop("errors_off") >= 1, "the breaker is open"
+    assert sum(told.values()) == told[f"errors_{kind}"] >= 1
+
+
 def test_the_seal_binds_key_length_and_every_byte() -> None:
     (key, other), (value,) = keys_of(2), buffers_of([PAGE], 1)
     before = bytes(value[:-SEAL_BYTES])
