@@ -15,7 +15,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from kvkeep.errors import ConfigError, TierUnavailable
 from kvkeep.tiers.base import Buffer, Capabilities, Got, Key, Listing, Put, Tier, Usage, unchecked
@@ -42,7 +42,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _PUBLISH_TRIES = 100
 _CLOSE_WAIT = 30.0
 _TELL_EVERY = 60.0
-_LOOKS_ALONE = 16  # so many short calls are timed before threads are asked to help
+_LOOKS_ALONE = 16  # so many looks of `contains` are timed before threads are asked to help
 _SLOW_LOOK = 50e-6
 _AHEAD = 2  # threads that open and close files while the others read or write theirs
 
@@ -116,7 +116,14 @@ class FsTier(Tier, Listing):
 
         with self._verb():
             os.stat(self._root + "/kvkeep.json")  # access() takes a mount that is gone for a miss
-            self._shortly(range(len(keys)), look)
+            began, alone = time.perf_counter(), min(len(keys), _LOOKS_ALONE)
+            for place in range(alone):
+                look(place)
+            if time.perf_counter() - began > alone * _SLOW_LOOK:  # a network: round trips overlap
+                self._threads.each(range(alone, len(keys)), look)
+            else:
+                for place in range(alone, len(keys)):
+                    look(place)
         return found
 
     def get(self, keys: Sequence[Key], buffers: Sequence[Buffer]) -> list[Got]:
@@ -129,7 +136,7 @@ class FsTier(Tier, Listing):
         results = [Put.REFUSED] * len(keys)
         if not keys or self._members is None:
             return results
-        members = self._members
+        now, members = time.time_ns(), self._members
         with self._verb(), self._space.writing() as may_write:
             if not may_write:
                 return results
@@ -137,7 +144,7 @@ class FsTier(Tier, Listing):
 
             def store(place: int) -> None:
                 spare = promise.spares.pop(place, None)
-                if self._store(keys[place], buffers[place], spare):
+                if self._store(keys[place], buffers[place], now - 1000 * place, spare):
                     results[place] = Put.STORED
 
             left = promise.places
@@ -151,10 +158,8 @@ class FsTier(Tier, Listing):
                 self._space.drop(promise.spares.values())
                 unused = [len(buffers[place]) for place in promise.places if results[place] is Put.REFUSED]
                 self._space.settle(sum(map(footprint, unused)), len(unused))
-            stored = [place for place in promise.places if results[place] is Put.STORED]
-            self._use(keys, stored)
             if self._fsync:
-                self._sync_names([keys[place] for place in stored])
+                self._sync_names([keys[place] for place in promise.places if results[place] is Put.STORED])
         return results
 
     def delete(self, keys: Sequence[Key]) -> None:
@@ -210,11 +215,11 @@ class FsTier(Tier, Listing):
         results = [Got.MISS] * len(keys)
         if not keys:
             return results
-        errors = list[OSError]()
+        now, errors = time.time_ns(), list[OSError]()
 
         def read(place: int) -> None:
             try:
-                results[place] = self._read(keys[place], buffers[place])
+                results[place] = self._read(keys[place], buffers[place], now - 1000 * place if used else None)
             except OSError as error:
                 if error.errno not in (errno.EIO, errno.ESTALE):
                     raise
@@ -229,17 +234,18 @@ class FsTier(Tier, Listing):
             self._threads.each(range(len(keys)), read)
             if errors and Got.HIT not in results:
                 raise errors[0]
-            if used:
-                self._use(keys, [place for place, got in enumerate(results) if got is Got.HIT])
         return results
 
-    def _read(self, key: Key, into: Buffer) -> Got:
+    def _read(self, key: Key, into: Buffer, used_at: int | None) -> Got:
         path = value_path(self._root, key)
         try:
             with opened(path, os.O_RDONLY, self.direct and is_aligned(into)) as (fd, direct):
                 seen = os.fstat(fd)
                 if seen.st_size != len(into):
                     return Got.DAMAGED
+                if used_at is not None:  # before it is read: so it is no victim while we read it
+                    with contextlib.suppress(OSError):
+                        os.utime(fd, ns=(used_at, used_at))
                 whole = transfer(self._preadv, fd, into, direct) == len(into)
         except FileNotFoundError:
             return Got.MISS
@@ -249,37 +255,15 @@ class FsTier(Tier, Listing):
             return Got.MISS
         return Got.HIT if whole else Got.DAMAGED
 
-    def _use(self, keys: Sequence[Key], places: Sequence[int]) -> None:
-        """Note that these were used just now, the earlier ones last. Behind the batch: beside its reads and
-        writes such calls would each cost its thread a turn at the interpreter."""
-        now = time.time_ns()
-
-        def touch(place: int) -> None:
-            with contextlib.suppress(OSError):
-                os.utime(value_path(self._root, keys[place]), ns=(now - 1000 * place,) * 2)
-
-        self._shortly(places, touch)
-
-    def _shortly(self, places: Sequence[int], work: Callable[[int], None]) -> None:
-        """Short calls into the file system: here, or where they are round trips of a network side by side."""
-        began, alone = time.perf_counter(), places[:_LOOKS_ALONE]
-        for place in alone:
-            work(place)
-        if time.perf_counter() - began > len(alone) * _SLOW_LOOK:
-            self._threads.each(places[len(alone) :], work)
-        else:
-            for place in places[len(alone) :]:
-                work(place)
-
     # Writing
 
-    def _store(self, key: Key, value: Buffer, spare: str | None) -> bool:
+    def _store(self, key: Key, value: Buffer, used_at: int, spare: str | None) -> bool:
         """Store one value for which there is room in the books; False: the medium has none."""
         assert self._members is not None
         self.seal_value(key, value)
         temporary, stored = spare or self._members.new_name(), False
         try:
-            write_file(temporary, value, self._pwritev, self.direct, self._fsync, new=spare is None)
+            write_file(temporary, value, self._pwritev, self.direct, used_at, self._fsync, new=spare is None)
             self._publish(temporary, value_path(self._root, key))
             stored = True
         except OSError as error:

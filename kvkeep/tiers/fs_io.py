@@ -91,14 +91,15 @@ def in_turn(name: str, depth: int) -> Callable[..., int]:
 
 
 def write_file(
-    path: str, value: Buffer, write: Callable[..., int], direct: bool, sync: bool, new: bool
+    path: str, value: Buffer, write: Callable[..., int], direct: bool, used_at: int, sync: bool, new: bool
 ) -> None:
-    """Write a `new` file, or over one of the same length, by `os.pwritev`. Raises OSError, also if only a
-    part was taken."""
+    """Write a file whose mtime is `used_at` ns by `os.pwritev`: a `new` one, or over one of the same length.
+    Raises OSError, also if only a part was taken."""
     flags = os.O_WRONLY | (os.O_CREAT | os.O_EXCL if new else 0)
     with opened(path, flags, direct and is_aligned(value)) as (fd, past_cache):
         if transfer(write, fd, value, past_cache) != len(value):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.utime(fd, ns=(used_at, used_at))
         if sync:
             os.fdatasync(fd)
 
