@@ -163,12 +163,10 @@ def _forget(link: Link, key: Key) -> None:
 
 def open_infinistore(url: TierURL) -> InfiniStoreTier:
     """A tier from `infinistore://host:port?…`; see docs/tiers-infinistore.md. Raises ConfigError."""
-    timeout = url.take_seconds("timeout", 10.0)
+    timeout = url.take_timeout(10.0)
     concurrency = url.take_count("concurrency", 4)
     if not url.host or url.path not in ("", "/") or url.user is not None:
         raise ConfigError(f"{url}: write it as infinistore://host:port; it has no users")
-    if timeout <= 0:
-        raise ConfigError(f"{url}: timeout must be more than 0")
     address = (url.host, url.port or _PORT)
     try:
         tier = InfiniStoreTier(*address, timeout, concurrency)

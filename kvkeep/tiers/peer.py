@@ -291,7 +291,7 @@ def _why(error: Exception) -> str:
 def open_peer(url: TierURL) -> PeerTier:
     """A tier from `peer://host:port?…`; see docs/tiers-peer.md. Raises ConfigError on what a retry does not
     mend. A peer that does not answer is waited for: of two keepers, one is the first to start."""
-    timeout = url.take_seconds("timeout", 5.0)
+    timeout = url.take_timeout(5.0)
     nixl = url.take_choice("transport", ("tcp", "nixl"), "tcp") == "nixl"
     device = url.take("device", str, "lo")
     connections = 1 if nixl else url.take_count("connections", 2)
@@ -300,8 +300,6 @@ def open_peer(url: TierURL) -> PeerTier:
     secure = url.take_flag("tls", ca is not None or cert is not None)
     if not url.host or url.path not in ("", "/") or url.user is not None or len(url.hosts) > 1:
         raise ConfigError(f"{url}: write it as peer://host:{PORT}; the token goes into a file (token_file=)")
-    if timeout <= 0:
-        raise ConfigError(f"{url}: timeout must be more than 0")
     if not secure and (ca or cert or key):
         raise ConfigError(f"{url}: ca, cert and key are for TLS: leave tls=no out")
     tls = client_context(ca, cert, key) if secure else None

@@ -43,9 +43,7 @@ _REMEDIES = (  # by what the error says; the first that fits
 
 def nodes_of(url: TierURL) -> Nodes:
     """The servers that `url` names; nothing is asked yet. Raises ConfigError."""
-    timeout = url.take_seconds("timeout", 2.0)
-    if timeout <= 0:
-        raise ConfigError(f"{url}: timeout must be more than 0 seconds")
+    timeout = url.take_timeout(2.0)
     unix, tls = url.scheme == "redis+unix", url.scheme == "rediss"
     transport = _tls(url) if tls else {}
     account = _account(url)

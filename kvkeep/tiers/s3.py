@@ -282,7 +282,7 @@ def open_s3(url: TierURL) -> S3Tier:
     options = S3Options(
         bucket=url.netloc.rpartition("@")[2],  # as written: a URL's host is in lower case
         prefix=url.path.strip("/"),
-        timeout=url.take_seconds("timeout", 5.0),
+        timeout=url.take_timeout(5.0),
         part=url.take_bytes("part", 16 << 20) or 0,
         concurrency=url.take_count("concurrency", 16),
     )
@@ -290,8 +290,6 @@ def open_s3(url: TierURL) -> S3Tier:
         raise ConfigError(f"{url}: write it as s3://bucket/prefix; a host and port go into endpoint=")
     if options.part < _LEAST_PART:
         raise ConfigError(f"{url}: part must be {_LEAST_PART >> 20} MiB or more, as S3 asks")
-    if options.timeout <= 0:
-        raise ConfigError(f"{url}: timeout must be more than 0")
     try:
         store = S3Store(options.bucket, **store_arguments(url, options))
         tier = S3Tier(store, options)
