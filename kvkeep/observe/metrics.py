@@ -172,7 +172,8 @@ class Exporter:
             labels = _labels(namespace=row.name)
             for name in ("asked", "missed", "local", "stored", "fetched", "refused", "evicted", "aborted"):
                 yield f"kvkeep_{name}_chunks_total", labels, row.figures[f"{name}_chunks"]
-            for number, tier in ((MEMORY, MEMORY), *enumerate(self._tiers)):
+            sources: list[tuple[str | int, str]] = [(MEMORY, MEMORY), *enumerate(self._tiers)]
+            for number, tier in sources:
                 yield "kvkeep_hit_chunks_total", _labels(namespace=row.name, tier=tier), row.figures[number]
             yield "kvkeep_used_bytes", labels, row.used_bytes
 

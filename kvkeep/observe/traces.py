@@ -58,7 +58,7 @@ class Traces:
         """A lookup took so long, found so many bytes and ends now; `tiers`: chunks by where they came from
         while the request waited."""
         now, answer = time.time_ns(), seen.answer
-        about = {
+        about: dict[str, str | int] = {
             "kvkeep.namespace": seen.space.label,
             "kvkeep.local_chunks": answer.local,
             "kvkeep.asked_chunks": answer.asked,

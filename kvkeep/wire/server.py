@@ -176,8 +176,8 @@ class KeeperServer:
             movers.tick()
             await asyncio.sleep(0.02)
         if movers.unwritten:
-            about = {"chunks": movers.unwritten, "drain": self.config.drain}
-            log.warning("ended with %(chunks)d chunks unwritten: give --drain more than %(drain)g s", about)
+            left = {"chunks": movers.unwritten, "drain": self.config.drain}
+            log.warning("ended with %(chunks)d chunks unwritten: give --drain more than %(drain)g s", left)
         movers.close()
 
     async def _until_done(self) -> None:
