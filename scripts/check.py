@@ -23,7 +23,7 @@ PACKAGE_LINES = {
     "kvkeep/engines/vllm": 3_000,
     "kvkeep/engines/transformers": 1_500,
     "kvbench": 6_000,
-    "kvroute": 3_550,
+    "kvroute": 3_700,
 }
 FILE_LINES, FUNCTION_LINES = 400, 50
 USUAL_FUNCTION_LINES, USUAL_SHARE = 35, 0.9  # nine functions of ten stay under this
@@ -62,6 +62,7 @@ MAY_USE: dict[str, tuple[str, ...]] = {
     "kvkeep.cli": ("kvkeep",),
     "kvbench": ("kvbench", "kvkeep", "torch"),
     "kvroute": ("kvroute", *_LOW, "kvkeep.observe"),
+    "benchmarks.offloading": ("kvkeep", "torch", "vllm"),  # runs within an engine
     "benchmarks": ("kvbench", "kvroute", "kvkeep", "transformers"),  # as a user would: engines are processes
     **dict.fromkeys(
         ("benchmarks.gpu", "benchmarks.transformers_ttft"), ("kvbench", "kvkeep", "torch", "transformers")

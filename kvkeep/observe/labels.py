@@ -76,12 +76,14 @@ class Labels:
 
     def _own(self, number: int) -> Figures:
         figures = _figures(self._keeper.namespaces[number].counters)
-        figures.subtract(self._before[number])
+        if self._before[number]:
+            figures.subtract(self._before[number])
         return figures
 
 
 def _figures(counters: Counters) -> Figures:
-    figures: Figures = Counter({name: n for name, n in vars(counters).items() if isinstance(n, int)})
+    figures: Figures = Counter(vars(counters))
+    del figures["tier_chunks"]
     figures["missed_chunks"] = counters.asked_chunks - counters.hit_chunks
     figures[MEMORY] = counters.hit_chunks - counters.tier_chunks.total()
     figures.update(counters.tier_chunks)

@@ -69,7 +69,7 @@ function drawMemory({ arena, keeper, history }) {
   show("memory",
     bar(uses.map(([use, name]) => [arena[use], name, `${use}: ${size(arena[use])}`])),
     element("div", { class: "legend" }, ...legend(uses.map(([use, name]) => [`${use} ${size(arena[use])}`, name]))),
-    chart("memory in use", history.slice(1).map((sample, i) => [history[i][0], sample[0], [sample[4]]]),
+    chart("memory in use", steps(history).map(([from, to]) => [from[0], to[0], [to[4]]]),
       [["in use", "memory"]], keeper.memory_bytes, size),
     terms([
       ["of", size(keeper.memory_bytes)], ["prepared", percent(keeper.prefaulted_bytes, keeper.memory_bytes)],
@@ -86,11 +86,11 @@ function drawKeeper({ keeper }) {
     ["leases", count(keeper.leases)], ["reservations", count(keeper.reservations)],
     ["protocol errors", count(keeper.protocol_errors)], ["process", keeper.pid],
     ["socket", element("span", { class: "name" }, keeper.socket)],
-    ["other keepers may read", peers ? `at ${peers.address}` : "no (--peers)"],
-    ...(peers ? [["read by them now", `${count(peers.connections)} connections, ${size(peers.lent_bytes)} lent`],
-      ["given to them", `${count(peers.given_chunks)} of ${count(peers.asked)} chunks, ${size(peers.given_bytes)}`],
-      ["dropped", count(peers.dropped)]] : []),
-    ["recording of requests", recorded ? element("span", { class: recorded.recording ? "" : "bad" },
+    ["peers", peers ? `may read at ${peers.address}` : "may not read (--peers)"],
+    ...(peers ? [["peers now", `${count(peers.connections)} connections, ${size(peers.lent_bytes)} lent`],
+      ["given to peers", `${count(peers.given_chunks)} chunks of ${count(peers.asked)}, ${size(peers.given_bytes)}`],
+      ["peers dropped", count(peers.dropped)]] : []),
+    ["recording", recorded ? element("span", { class: recorded.recording ? "" : "bad" },
       recorded.recording ? "on" : "ended: its file cannot be written") : "off (--record)"],
     ...(recorded ? [["recorded", `${count(recorded.lines)} requests, ${count(recorded.dropped)} left out`],
       ["to", element("span", { class: "name" }, recorded.file)]] : []),
@@ -100,13 +100,13 @@ function drawKeeper({ keeper }) {
 function drawTenants({ keeper }) {
   $("tenants").parentElement.hidden = !keeper.tenants.length;
   show("tenants", table([
-    ["tenant", "", (t) => element("code", {}, t.tenant)],
+    ["tenant", "name", (t) => element("code", {}, t.tenant)],
     ["of its quota", "bars", (t) => (t.quota_bytes === null ? element("span", { class: "faint" }, "no quota")
       : bar([[t.used_bytes, "memory", size(t.used_bytes)]], t.quota_bytes))],
     ["used", "num", (t) => size(t.used_bytes)], ["quota", "num wide", (t) => size(t.quota_bytes)],
     ["hit ratio", "num", (t) => percent(t.hit_chunks, t.asked_chunks)],
     ["stored", "num wide", (t) => count(t.stored_chunks)], ["evicted", "num wide", (t) => count(t.evicted_chunks)],
-    ["refused", "num", (t) => count(t.refused_chunks)],
+    ["refused", "num wide", (t) => count(t.refused_chunks)],
   ], keeper.tenants, ""));
 }
 
@@ -117,7 +117,7 @@ function drawTiers({ tiers }) {
     ["full", "bars", (t) => t.capacity_bytes
       ? bar([[t.used_bytes, `tier${tiers.indexOf(t) % 4}`, size(t.used_bytes)]], t.capacity_bytes) : "–"],
     ["used", "num", (t) => size(t.used_bytes)], ["of", "num wide", (t) => size(t.capacity_bytes)],
-    ["had", "num", (t) => percent(t.found, t.asked)], ["read", "num wide", (t) => size(t.got_bytes)],
+    ["hit ratio", "num", (t) => percent(t.found, t.asked)], ["read", "num wide", (t) => size(t.got_bytes)],
     ["GB/s", "num wide", (t) => t.read_GBps ?? "–"], ["written", "num wide", (t) => size(t.put_bytes)],
     ["waiting", "num wide", (t) => count(t.waiting_chunks)], ["lost", "num wide", (t) => count(t.lost_chunks)],
     ["damaged", "num wide", (t) => count(t.damaged)], ["errors", "num", (t) => count(t.errors)],
@@ -125,9 +125,22 @@ function drawTiers({ tiers }) {
   show("tiers", table(columns, tiers, "Memory only: no tier is configured (--tier)."));
 }
 
-/** Bars over the last hour. `steps` are [from, to, values], values stacked in the order of `kinds`. */
-function chart(name, steps, kinds, most, format) {
-  if (!steps.length) return element("p", { class: "faint" }, `The first point of ${name} comes in 15 s.`);
+/** What lies between samples, or between every second, third, … of many: pairs of them, 60 at most. */
+function steps(history) {
+  const every = Math.ceil((history.length - 1) / 60) || 1;
+  const kept = history.filter((_, i) => (history.length - 1 - i) % every === 0);
+  return kept.slice(1).map((sample, i) => [kept[i], sample]);
+}
+
+/** The next larger number that begins with 1, 2 or 5. */
+function round(number) {
+  const power = 10 ** Math.floor(Math.log10(number));
+  return power * [1, 2, 5, 10].find((digit) => digit * power >= number);
+}
+
+/** Bars over the last hour: [from, to, values], values stacked in the order of `kinds`. */
+function chart(name, bars, kinds, most, format) {
+  if (!bars.length) return element("p", { class: "faint" }, `The first point of ${name} comes in 15 s.`);
   const [width, height, left, low, high] = [Math.max(240, $("history").clientWidth), 130, 62, 112, 8];
   const make = (tag, attributes, text = "") => {
     const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
@@ -136,7 +149,7 @@ function chart(name, steps, kinds, most, format) {
     return made;
   };
   const svg = make("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `${name} over time` });
-  const end = steps.at(-1)[1], start = Math.max(end - 3600, Math.min(steps[0][0], end - 300));
+  const end = bars.at(-1)[1], start = Math.max(end - 3600, Math.min(bars[0][0], end - 300));
   const x = (at) => left + (width - left - 4) * (Math.max(at, start) - start) / (end - start);
   const y = (value) => low - (low - high) * Math.min(1, value / (most || 1));
   for (const share of [0, 0.5, 1]) {
@@ -150,7 +163,7 @@ function chart(name, steps, kinds, most, format) {
       svg.append(make("text", { x: x(at), y: height - 3, class: "middle" }, clock(at).slice(0, 5)));
     }
   }
-  for (const [from, to, values] of steps) {
+  for (const [from, to, values] of bars) {
     let below = 0;
     const told = kinds.map(([label], i) => `${label} ${format(values[i])}`).join(", ");
     values.forEach((value, i) => {
@@ -168,16 +181,15 @@ function chart(name, steps, kinds, most, format) {
 function drawHistory({ history }) {
   const kinds = [["memory", "memory"], ["tiers", "tier0"], ["computed", "computed"]];
   const shares = [], rates = [];
-  for (let i = 1; i < history.length; i++) {
-    const [from, asked, memory, tiers] = history[i].slice(0, 4).map((value, at) => value - history[i - 1][at]);
-    const step = [history[i - 1][0], history[i][0]];
-    shares.push([...step, asked > 0 ? [memory / asked, tiers / asked] : [0, 0]]);
-    rates.push([...step, [memory, tiers, asked - memory - tiers].map((chunks) => chunks / from)]);
+  for (const [from, to] of steps(history)) {
+    const [seconds, asked, memory, tiers] = to.map((value, at) => value - from[at]);
+    shares.push([from[0], to[0], asked > 0 ? [memory / asked, tiers / asked] : [0, 0]]);
+    rates.push([from[0], to[0], [memory, tiers, asked - memory - tiers].map((chunks) => chunks / seconds)]);
   }
   const last = history.at(-1), first = history[0];
   const asked = history.length > 1 ? last[1] - first[1] : 0;
   $("ratio").textContent = asked ? percent(last[2] - first[2] + last[3] - first[3], asked) : "–";
-  const busiest = Math.max(1, ...rates.map(([, , values]) => values.reduce((a, b) => a + b, 0)));
+  const busiest = round(Math.max(1, ...rates.map(([, , values]) => values.reduce((a, b) => a + b, 0))));
   const perSecond = (chunks) => `${chunks < 10 ? Number(chunks.toFixed(1)) : count(Math.round(chunks))}/s`;
   show("history",
     element("div", { class: "legend" }, ...legend(kinds)),
@@ -236,7 +248,7 @@ function drawNamespaces({ keeper }) {
     ["namespace", "name", (s) => element("span", {}, s.label, " ", element("code", { class: "faint" },
       s.fingerprint.slice(0, 8)))],
     ["size", "num", (s) => size(s.used_bytes)], ["chunks", "num wide", (s) => count(s.chunks)],
-    ["hit ratio", "num", (s) => percent(s.hit_chunks, s.asked_chunks)],
+    ["hit ratio", "num wide", (s) => percent(s.hit_chunks, s.asked_chunks)],
     ["lookups", "num wide", (s) => count(s.lookups)], ["", "num", actions],
   ], keeper.namespaces, "No engine has come yet."));
 }
@@ -292,5 +304,6 @@ $("token").addEventListener("change", refresh);
 $("clear").addEventListener("click", () => act("clear", {}, "Forget everything that is held?"));
 $("drain").addEventListener("click", () =>
   act("drain", {}, "Write what the tiers lack, and end this keeper? Engines go on without it."));
+document.title = `kvkeep ${location.host}`;
 refresh();
 setInterval(refresh, EVERY);

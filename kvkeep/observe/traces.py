@@ -1,10 +1,11 @@
 """Spans of what the keeper does for a request, as children of the span that the engine was sent.
 
-The engine passes the request's `traceparent` on with its lookup; without one there is no span.
+The engine passes `traceparent` and `tracestate` of a request on with its lookup; without, there is no span.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Traces", "otlp"]
 
-_MOST_OPEN = 4096
+_MOST_OPEN, _CLOSE_WAIT = 4096, 5.0
 
 
 def otlp(endpoint: str) -> SpanExporter:
@@ -45,7 +46,8 @@ class Traces:
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
-        self._provider = TracerProvider(resource=Resource.create({"service.name": "kvkeep"}))
+        resource = Resource.create({"service.name": "kvkeep"})
+        self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer("kvkeep")
         # By ticket and by lease; the oldest are dropped unfinished, as are those of clients that vanish.
@@ -56,7 +58,7 @@ class Traces:
         """A lookup took so long, found so many bytes and ends now; `tiers`: chunks by where they came from
         while the request waited."""
         now, answer = time.time_ns(), seen.answer
-        about = {
+        about: dict[str, str | int] = {
             "kvkeep.namespace": seen.space.label,
             "kvkeep.local_chunks": answer.local,
             "kvkeep.asked_chunks": answer.asked,
@@ -88,14 +90,18 @@ class Traces:
             load.end()
 
     def close(self) -> None:
-        """Export what has ended; bounded by the exporter's timeout."""
-        self._provider.shutdown()
+        """Export what has ended, for _CLOSE_WAIT seconds at most: the library tries a collector that is gone
+        again for each batch."""
+        closing = threading.Thread(target=self._provider.shutdown, name="kvkeep-traces", daemon=True)
+        closing.start()
+        closing.join(_CLOSE_WAIT)
 
     def _start(self, name: str, trace: str, at: int, about: Mapping[str, str | int] | None = None) -> Span:
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-        parent = TraceContextTextMapPropagator().extract({"traceparent": trace})
-        return self._tracer.start_span(name, parent, attributes=about, start_time=at)
+        parent, _, state = trace.partition(" ")
+        context = TraceContextTextMapPropagator().extract({"traceparent": parent, "tracestate": state})
+        return self._tracer.start_span(name, context, attributes=about, start_time=at)
 
     @staticmethod
     def _keep(spans: OrderedDict[int, Span], number: int, span: Span) -> None:

@@ -129,7 +129,7 @@ class Connection:
 
         `recompute`: seconds that the engine takes to compute a chunk (0: not known; -1: memory only).
         `patience`: seconds that its request may wait to hear whether tiers have anything (0: no ticket).
-        `ticket`: of an earlier lookup, whose fetch this one settles. `trace`: the request's `traceparent`.
+        `ticket`: of an earlier lookup, whose fetch this one settles. `trace`: see `messages.Lookup`.
         `tenant`: `identity.tenant_of` its cache_salt.
         """
         request = msg.Lookup(namespace, keys, first, recompute, patience, ticket, trace, tenant)

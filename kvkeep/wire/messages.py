@@ -104,8 +104,9 @@ class Lookup(_Message):
     takes longer."""
     ticket: Natural = 0
     """A ticket that this lookup settles: its request takes what has landed, and waits no more. 0: none."""
-    trace: Annotated[str, msgspec.Meta(max_length=64)] = ""
-    """The request's trace, as in W3C's header `traceparent`; empty: none."""
+    trace: Annotated[str, msgspec.Meta(max_length=640)] = ""
+    """The request's trace, as in W3C's header `traceparent`, and behind a space, where there is one, in
+    `tracestate`; empty: none."""
     tenant: Tenant = b""
 
 

@@ -16,7 +16,7 @@ DIGESTS = {
     4: "4d5eaaabeb9fd6c2",
     5: "dd7e8e2dd6434075",
     6: "8bb39810cf5ee102",
-    7: "9f6bfa9fe833f4d5",
+    7: "755c55103f3682b8",
 }
 
 

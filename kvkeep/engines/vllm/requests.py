@@ -23,6 +23,7 @@ __all__ = ["Tracked"]
 
 log = logging.getLogger("kvkeep.vllm")
 
+_MOST_STATE = 512  # characters that W3C wants tracestate to be handed on with; a longer one may be left out
 _first_seen: dict[int, str] = {}
 """Digest of each adapter's files when its number was first used here; empty once they were found replaced."""
 
@@ -40,7 +41,9 @@ class Tracked:
         self.cacheable = True
         self.tenant = tenant_of(request.cache_salt)
         # vLLM passes its trace on where it traces itself (--otlp-traces-endpoint).
-        self.trace = (request.trace_headers or {}).get("traceparent", "")[:64]
+        headers = request.trace_headers or {}
+        parent, state = headers.get("traceparent", "")[:64], headers.get("tracestate", "")
+        self.trace = f"{parent} {state}" if parent and 0 < len(state) <= _MOST_STATE else parent
         params = request.kv_transfer_params if hands_over else None
         self.awaited = Awaited.of(params)
         self.handed_over = handed_over(params)
