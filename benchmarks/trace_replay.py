@@ -1,11 +1,13 @@
 """A public trace against a real engine, and whether `kvkeep bench simulate` foretells what its keeper gives.
 
     python benchmarks/trace_replay.py TRACE [--scale 0.0625] [--rate 1.5] [--requests 400] [--json FILE]
+        [--sample 20] [--memory 2GiB] [--disk 4GiB]
 
 SmolLM2 without a prefix cache of its own, so that all reuse is the keeper's; a keeper with less memory than
-the trace fills, which records (`--record`); `kvkeep bench serve trace` sends the requests as they came. Then
-the recording is simulated with the same memory and policy. Both ratios are chunks that were found to chunks
-that were asked for.
+the trace fills (and with `--disk` a directory below it), which records; `kvkeep bench serve trace` sends the
+requests as they came. Then two simulations with the same sizes and policy: of the recording, and of
+the trace itself, its lengths scaled alike, which knows nothing of the run. Each ratio is of what was asked
+for: chunks that were found, or the trace's blocks.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from kvbench.engine import VllmServer, connector_args, fastest_dtype  # noqa: E402
-from kvbench.servers import figures, keeper  # noqa: E402
+from kvbench.servers import await_prepared, figures, keeper  # noqa: E402
+from kvbench.trace import read_requests  # noqa: E402
 
 console = Console(stderr=True, highlight=False)
 MODEL = ROOT / "demo" / "models" / "smollm2"
@@ -39,6 +42,23 @@ def command(*words: object) -> dict[str, Any]:
     return found
 
 
+def write(args: argparse.Namespace, path: Path, scale: float) -> Path:
+    """The requests that are sent, as a trace of its own, with lengths and blocks at a scale.
+
+    Of the trace they are those whose first block is one of `sample`: whole families of prompts, so that what
+    repeats, repeats as often, and from the beginning on.
+    """
+    lines = []
+    for one in read_requests(args.trace):
+        if not one.hash_ids or one.hash_ids[0] % args.sample:
+            continue
+        sizes = {"input_length": round(one.input_length * scale), "block_tokens": round(512 * scale)}
+        line = {"timestamp": one.timestamp, "output_length": one.output_length, "hash_ids": one.hash_ids}
+        lines.append(json.dumps({**line, **sizes}) + "\n")
+    path.write_text("".join(lines[: args.requests]))
+    return path
+
+
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Replay, then simulate."""
     flags = ["--dtype", fastest_dtype(), *ENGINE]
@@ -46,25 +66,46 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         out, socket = Path(folder), f"{folder}/keeper.sock"
         record = out / "requests.jsonl"
         recorded = ["--record", str(record), "--policy", args.policy]
-        with keeper(socket, args.memory, [], out / "keeper.log", args=recorded):
+        tiers = [f"fs://{folder}/kv?capacity={args.disk}"] if args.disk != "0" else []
+        with keeper(socket, args.memory, tiers, out / "keeper.log", args=recorded):
+            await_prepared(socket)
             engine = VllmServer(MODEL, [*flags, *connector_args(socket=socket)], log=out / "engine.log")
             with engine:
-                load = ["serve", "trace", "--data", args.trace, "--scale", args.scale, "--rate", args.rate]
-                load += ["--requests", args.requests, "--ignore-eos", "--url", engine.url, "--model", "model"]
+                sent = write(args, out / "sent.jsonl", 1.0)
+                load = ["serve", "trace", "--data", sent, "--scale", args.scale, "--rate", args.rate]
+                load += ["--ignore-eos", "--url", engine.url, "--model", "model"]
                 served = command(*load, "--output", out / "load")
-            counters = figures(socket)["counters"]
-        simulated = command(
-            "simulate", record, "--memory", args.memory, "--disk", "0", "--policies", args.policy
-        )
-    (case,) = simulated["results"]
+            state = figures(socket)
+        sizes = ["--memory", args.memory, "--disk", args.disk, "--policies", args.policy]
+        seen = command("simulate", record, *sizes)
+        size = ["--bytes-per-token", seen["block_bytes"] / seen["block_tokens"]]
+        size += ["--chunk-tokens", seen["chunk_tokens"]]
+        told = command("simulate", write(args, out / "scaled.jsonl", args.scale), *sizes, *size)
+    counters = state["counters"]
     live = counters["hit_chunks"] / counters["asked_chunks"]
-    kept = ("requests", "errors", "prompt_tokens", "output_tokens", "kept_schedule", "ttft_s", "itl_s")
+    kept = (
+        "requests",
+        "errors",
+        "prompt_tokens",
+        "output_tokens",
+        "kept_schedule",
+        "seconds",
+        "ttft_s",
+        "itl_s",
+    )
+    found: dict[str, Any] = {"live_hit_ratio": round(live, 4)}
+    for name, one in (("recording", seen), ("trace", told)):
+        (case,) = one["results"]
+        found[f"{name}_hit_ratio"] = round(case["hit_ratio"], 4)
+        found[f"{name}_of_disk"] = round(case["disk_hit_ratio"], 4)
+        found[f"{name}_points_apart"] = round(100 * (case["hit_ratio"] - live), 2)
+        found[f"{name}_room_for_everything"] = round(one["best_hit_ratio"], 4)
+        found[f"{name}_distinct_bytes"] = one["distinct_bytes"]
     return {
-        "live_hit_ratio": round(live, 4),
-        "simulated_hit_ratio": round(case["hit_ratio"], 4),
-        "points_apart": round(100 * (case["hit_ratio"] - live), 2),
-        "room_for_everything": round(simulated["best_hit_ratio"], 4),
+        **found,
+        "chunk_tokens": seen["chunk_tokens"],
         "counters": counters,
+        "tiers": state["tiers"],
         "load": {name: served[name] for name in kept},
     }
 
@@ -76,7 +117,9 @@ def main() -> int:
     parser.add_argument("--scale", type=float, default=0.0625, help="of the trace's lengths")
     parser.add_argument("--rate", type=float, default=1.5, help="requests per second")
     parser.add_argument("--requests", type=int, default=400, help="from the trace's beginning")
+    parser.add_argument("--sample", type=int, default=1, help="one of so many families of prompts")
     parser.add_argument("--memory", default="2GiB", help="of the keeper")
+    parser.add_argument("--disk", default="0", help="of the directory below it, 0: none")
     parser.add_argument("--policy", default="lru")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()

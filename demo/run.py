@@ -8,14 +8,10 @@ lived on. Prints a table, writes result.json and result.png beside itself.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kvbench.engine import Answer, VllmServer, connector_args, fastest_dtype
-from kvkeep.wire.client import Connection
+from kvbench.servers import figures, keeper
 
 HERE = Path(__file__).parent
 MODELS = {"smollm2": "SmolLM2-135M-Instruct", "gemma3": "Gemma 3 270M"}
@@ -36,25 +32,6 @@ began = time.monotonic()
 def say(text: str) -> None:
     """One line of progress with the time since the start."""
     console.print(f"[dim]{time.monotonic() - began:6.1f} s[/dim]  {text}")
-
-
-@contextlib.contextmanager
-def keeper(socket: str, log: Path) -> Iterator[None]:
-    """`kvkeep serve` as a child process."""
-    command = [sys.executable, "-m", "kvkeep.cli", "serve", "--socket", socket, "--memory", "2GiB"]
-    with log.open("wb") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
-    try:
-        for _ in range(200):
-            if Path(socket).exists() or process.poll() is not None:
-                break
-            time.sleep(0.05)
-        if process.poll() is not None:
-            raise SystemExit(f"the keeper did not start: {log.read_text()}")
-        yield
-    finally:
-        process.terminate()
-        process.wait(10)
 
 
 def ask(engine: VllmServer, model: str, text: str, question: str) -> Answer:
@@ -111,7 +88,7 @@ def run(model: str, out: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="kvkeep-demo-") as folder:
         socket = f"{folder}/keeper.sock"
         say("kvkeep: starting a keeper, and vLLM with one flag more")
-        with keeper(socket, out / "keeper.log"):
+        with keeper(socket, "2GiB", [], out / "keeper.log"):
             args += connector_args(socket=socket)
             with VllmServer(HERE / "models" / model, args, log=out / "engine-on.log") as engine:
                 cold = first_answer(engine, model, text)
@@ -123,9 +100,7 @@ def run(model: str, out: Path) -> dict[str, Any]:
             with VllmServer(HERE / "models" / model, args, log=out / "engine-restarted.log") as engine:
                 warm_up(engine)
                 restarted = round_of_questions(engine, model, text, reset=True)
-            connection = Connection.open(socket, "demo")
-            held = connection.status()["used_bytes"]
-            connection.close()
+            held = figures(socket)["used_bytes"]
     expected = [answer.text for answer in local]
     return {
         "model": MODELS[model],

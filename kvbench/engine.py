@@ -17,15 +17,19 @@ from typing import Any, NamedTuple
 import httpx
 
 from kvbench.process import EngineFailed, ServerProcess, free_port, tail
+from kvkeep.config import environment
 
 __all__ = [
     "CPU_ENVIRONMENT",
+    "OFFLOADING",
     "Answer",
     "EngineFailed",
     "VllmServer",
     "connector_args",
     "cores_by_role",
     "fastest_dtype",
+    "lmcache_args",
+    "offloading",
     "vllm_command",
 ]
 
@@ -35,6 +39,10 @@ CPU_ENVIRONMENT = {
     "VLLM_SERVER_DEV_MODE": "1",  # for POST /reset_prefix_cache
     "VLLM_CPU_OMP_THREADS_BIND": "0-1",
 }
+
+
+OFFLOADING = Path(__file__).parents[1] / "benchmarks" / "offloading"
+"""What makes vLLM's own offloading run on a CPU; a source tree has it."""
 
 
 class Answer(NamedTuple):
@@ -62,12 +70,24 @@ def cores_by_role(cores: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
 
 def connector_args(role: str = "kv_both", **options: Any) -> list[str]:
     """vLLM's flag that switches kvkeep on in a `kv_role`, with options of `EngineConfig`."""
-    transfer = {
-        "kv_connector": "KVKeepConnector",
-        "kv_connector_module_path": "kvkeep.engines.vllm",
-        "kv_role": role,
-        "kv_connector_extra_config": options,
-    }
+    return _transfer("KVKeepConnector", options, role, kv_connector_module_path="kvkeep.engines.vllm")
+
+
+def lmcache_args(port: int) -> list[str]:
+    """vLLM's flag that switches LMCache on, with its server on this port."""
+    return _transfer("LMCacheMPConnector", {"lmcache.mp.host": "tcp://127.0.0.1", "lmcache.mp.port": port})
+
+
+def offloading(memory: int) -> tuple[list[str], dict[str, str]]:
+    """vLLM's flag that switches its own offloading on, to `memory` bytes of a CPU; and its environment."""
+    options = {"spec_name": "CpuEngineOffloadingSpec", "spec_module_path": "cpu_offloading"}
+    places = [str(OFFLOADING), *environment(["PYTHONPATH"]).values()]
+    args = _transfer("OffloadingConnector", {**options, "cpu_bytes_to_use": memory})
+    return args, {"PYTHONPATH": ":".join(places)}
+
+
+def _transfer(connector: str, options: dict[str, Any], role: str = "kv_both", **more: str) -> list[str]:
+    transfer = {"kv_connector": connector, **more, "kv_role": role, "kv_connector_extra_config": options}
     return ["--kv-transfer-config", json.dumps(transfer)]
 
 
@@ -79,7 +99,7 @@ def vllm_command(python: str, model: str, port: int, args: Sequence[str] = ()) -
 
 
 class VllmServer(ServerProcess):
-    """`python -m vllm.entrypoints.openai.api_server` on a free loopback port."""
+    """`python -m vllm.entrypoints.openai.api_server` on a free port of `host`; `on`: see `servers.keeper`."""
 
     def __init__(
         self,
@@ -89,12 +109,14 @@ class VllmServer(ServerProcess):
         log: Path,
         environ: Mapping[str, str] | None = None,
         python: str = sys.executable,
+        host: str = "127.0.0.1",
+        on: Sequence[str] = (),
     ) -> None:
         port = free_port()
-        self.url = f"http://127.0.0.1:{port}"
+        self.url = f"http://{host}:{port}"
         log.unlink(missing_ok=True)
         super().__init__(
-            vllm_command(python, str(model), port, args),
+            [*on, *vllm_command(python, str(model), port, [*args, "--host", host])],
             self._healthy,
             log=log,
             name="vLLM",

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from kvbench.keeper import own_keeper
+from kvbench.servers import own_keeper
 from kvkeep.errors import ConfigError, KeeperUnavailable
 from kvkeep.identity import KEY_BYTES, ChainHasher, fingerprint
 from kvkeep.wire.client import Connection

@@ -18,7 +18,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from kvbench.replay import Replayer
-from kvbench.trace import FORMAT, Trace, TraceError, read_trace
+from kvbench.trace import FORMAT, Trace, read_trace
 from kvkeep.keeper.policy import DEFAULT_POLICY, POLICIES, make_policy
 from kvkeep.keeper.policy.base import Ids
 
@@ -102,12 +102,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Replay the trace and print the hit ratios; return the exit status (2: the trace is unusable)."""
-    try:
-        trace = read_trace(args.trace)
-    except TraceError as error:
-        print(f"kvkeep bench policy: {error}", file=sys.stderr)
-        return 2
+    """Replay the trace and print the hit ratios; returns 0. Raises TraceError where it is unusable."""
+    trace = read_trace(args.trace)
     cells = [(policy, fraction) for policy in [*args.policies, BELADY] for fraction in args.capacities]
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("", total=len(cells))

@@ -25,9 +25,11 @@ _SAMPLE, _OLDEST = 256, 8  # as in kvkeep.tiers.fs_space
 
 
 class Replay(NamedTuple):
-    """What one replay counted, in blocks; and the time spent in the policy, in ns."""
+    """What one replay counted, in blocks (but for `hit_tokens`); and the time spent in the policy, in ns."""
 
     hits: int
+    hit_tokens: int
+    """What the hits spare the engine: a prompt's last block may hold fewer tokens than the others."""
     disk_hits: int
     """Those of the hits that were read from disk."""
     saved: int
@@ -115,23 +117,29 @@ class Replayer:
         self._marked = np.zeros(records, np.bool_)
         self._stored = np.zeros(records, np.bool_)  # the keeper's belief: the disk may have dropped it since
         self._epoch = 0
-        self._hits = self._disk_hits = self._saved = self._disk_read = self._policy_ns = 0
+        self._hits = self._hit_tokens = self._disk_hits = self._saved = self._disk_read = self._policy_ns = 0
 
     def run(self, trace: Trace, request_done: Callable[[], object] = lambda: None) -> Replay:
         """Replay all requests, one after the other."""
-        for chain, asked, local in zip(trace.chains, trace.asked, trace.local, strict=True):
-            self._request(chain, asked, local)
+        requests = zip(trace.chains, trace.asked, trace.local, trace.lengths, strict=True)
+        for chain, asked, local, length in requests:
+            end = self._request(chain, asked, local)
+            self._hit_tokens += min(length, end * trace.block_tokens) - min(
+                length, local * trace.block_tokens
+            )
             request_done()
         written = self._disk.written if self._disk is not None else 0
-        return Replay(self._hits, self._disk_hits, self._saved, self._disk_read, written, self._policy_ns)
+        found = (self._hits, self._hit_tokens, self._disk_hits, self._saved, self._disk_read)
+        return Replay(*found, written, self._policy_ns)
 
-    def _request(self, chain: Ids, asked: int, local: int) -> None:
-        leased = self._look_up(chain, asked, local)
+    def _request(self, chain: Ids, asked: int, local: int) -> int:
+        """Look up, fetch, save; returns where the hits end."""
+        self._epoch += 1
+        leased = self._look_up(chain, asked, local, 0, NO_IDS)
         end = local + len(leased)
         if self._disk is not None and end < asked:
             fetched = self._fetch(self._disk, chain[:asked], local, end)
-            # As an engine does that was told to wait, also where nothing came.
-            leased = self._look_up(chain, asked, local)
+            leased = self._look_up(chain, asked, local, end, fetched)
             end = local + len(leased)
             self._evictable[fetched] = True
             self._evictable[leased] = False
@@ -139,13 +147,15 @@ class Replayer:
         self._hits += len(leased)
         self._save(chain, end if len(leased) else 0)
         self._evictable[leased] = True
+        return end
 
-    def _look_up(self, chain: Ids, asked: int, local: int) -> Ids:
-        """Use and lease what is held behind the engine's own blocks; returns those records."""
-        self._epoch += 1
+    def _look_up(self, chain: Ids, asked: int, local: int, used: int, brought: Ids) -> Ids:
+        """Use and lease what is held behind the engine's own blocks; returns those records. What the request
+        has used before (its first `used` blocks) or brought is not used a second time."""
         records = self._record_of[chain[:asked]]
         end = local + _leading(records[local:] >= 0)
-        self._touch(records[:end], np.flatnonzero(records[:end] >= 0))
+        places = np.flatnonzero(records[:end] >= 0)
+        self._touch(records, places[(places >= used) & ~self._among(records[places], brought)])
         self._evictable[records[local:end]] = False
         return records[local:end]
 

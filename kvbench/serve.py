@@ -9,7 +9,7 @@ import json
 import math
 import random
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,17 @@ from kvbench.load.client import Endpoint, Server
 from kvbench.load.pictures import draw_cdf, draw_rates
 from kvbench.load.probe import probe, warm_up
 from kvbench.load.progress import Progress
-from kvbench.load.record import Record, write_csv
+from kvbench.load.record import csv_rows
 from kvbench.load.schedule import ARRIVALS, Run, due_times
 from kvbench.load.summary import parse_slo, summarize
 from kvbench.workloads import WORKLOADS, Given, Prose, Scale, Workload
+from kvkeep.config import environment
 from kvkeep.errors import ConfigError
 
 __all__ = ["add_arguments", "run"]
 
 _INTERRUPTED_EXIT = 130
+_KEY = "KVKEEP_API_KEY"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--url", default="http://127.0.0.1:8000", help="the server (default: %(default)s)")
     add("--model", default="", help="name of the model (default: the first that the server has)")
     add("--chat", action="store_true", help="ask /v1/chat/completions, not /v1/completions")
-    add("--key", help="API key, if the server wants one")
+    key = environment([_KEY]).get(_KEY)
+    add("--key", type=_key, default=key, help=f"API key, or @FILE that has it (default: ${_KEY})")
     add("--timeout", type=_positive, default=600.0, help="seconds per request (default: 600)")
     add("--rate", type=_rates, help="requests per second; several with commas: a run for each")
     add("--arrivals", choices=ARRIVALS, default="poisson", help="gaps between requests (default: poisson)")
@@ -66,7 +69,10 @@ def run(args: argparse.Namespace) -> int:
     try:
         for rate in rates:
             folder = args.output and (args.output if len(rates) == 1 else args.output / f"rate-{rate:g}")
-            summaries.append(asyncio.run(_measure(args, workload, rate, folder, console)))
+            try:
+                summaries.append(asyncio.run(_measure(args, workload, rate, folder, console)))
+            except OSError as error:  # the server's are in the records
+                raise ConfigError(f"cannot write to {folder}: {error.strerror}") from error
             if summaries[-1]["partial"]:
                 break
     finally:  # a server that was gone at the next rate takes nothing from those before
@@ -90,8 +96,10 @@ async def _measure(
         requests = workload.build(given)[: args.requests]
         times = due_times(requests, rate, args.arrivals, draw)
         warmed = await warm_up(server, prose, requests, args.warm_up)
-        with Progress(console, f"{workload.name} at {rate:g}/s", len(requests)) as progress:
-            one = Run(server, requests, times, prose, progress.show)
+        rows = csv_rows(folder / "requests.csv") if folder else contextlib.nullcontext(lambda record: None)
+        progress = Progress(console, f"{workload.name} at {rate:g}/s", len(requests))
+        with progress, rows as keep:  # as they end, so that a run that is killed leaves them
+            one = Run(server, requests, times, prose, progress.show, keep)
             with _stops(one):
                 records = await one()
         summary = {"workload": workload.name, **summarize(records, rate, args.slo, one.stopped)}
@@ -99,7 +107,9 @@ async def _measure(
     summary |= {"warm_up": warmed, "lengths_by": counted, "url": args.url, "model": server.model}
     summary |= {"api": "chat" if args.chat else "completions", "ignore_eos": args.ignore_eos}
     if folder:
-        _write(folder, summary, records, console)
+        (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        with _pictures(console):
+            draw_cdf(folder / "cdf.png", records, f"{workload.name}, {len(records)} requests")
     return summary
 
 
@@ -115,17 +125,6 @@ def _stops(one: Run) -> Iterator[None]:
     finally:
         for number in signals:
             loop.remove_signal_handler(number)
-
-
-def _write(folder: Path, summary: dict[str, Any], records: Sequence[Record], console: Console) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_csv(folder / "requests.csv", records)
-        (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    except OSError as error:
-        raise ConfigError(f"cannot write to {folder}: {error.strerror}") from error
-    with _pictures(console):
-        draw_cdf(folder / "cdf.png", records, f"{summary['workload']}, {len(records)} requests")
 
 
 @contextlib.contextmanager
@@ -194,6 +193,15 @@ def _positive(text: str) -> float:
         if 0 < (number := float(text)) < math.inf:
             return number
     raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+
+
+def _key(text: str) -> str:
+    if not text.startswith("@"):
+        return text
+    try:
+        return Path(text[1:]).read_text().strip()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot read {text[1:]}: {error.strerror}") from error
 
 
 def _count(text: str) -> int:

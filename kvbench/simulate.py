@@ -1,7 +1,7 @@
 """`kvkeep bench simulate TRACE`: how much memory and disk a workload needs, from a trace of its requests.
 
 Replays the trace through a model of the keeper (kvbench.replay) for each memory, disk and policy, and says
-what that would have hit, moved and saved. `kvbench.live` does the same with a real keeper.
+what that would have hit, moved and saved. `benchmarks/simulator.py` does the same with a real keeper.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from rich.progress import Progress
 from kvbench.policy import policies
 from kvbench.replay import Disk, Replayer
 from kvbench.simulate_report import Answer, Result, Summary, as_json, as_table, save_plot
-from kvbench.trace import FORMAT, Trace, TraceError, read_trace
+from kvbench.trace import FORMAT, Trace, read_trace
 from kvkeep.config import parse_bytes
 from kvkeep.errors import ConfigError
 from kvkeep.keeper.arena import ALIGNMENT, MIN_SLABS, Arena
@@ -149,8 +149,9 @@ def simulate(
         for blocks in (replay.hits, replay.saved, replay.disk_read, replay.disk_written)
     )
     reading = loaded / (speeds.memory_gbps * 1e9) + read / (speeds.disk_gbps * 1e9)
-    saved = replay.hits * sizes.block_tokens / speeds.prefill_tokens_per_s - reading
-    computed = trace.input_tokens - sum(trace.local) * sizes.block_tokens
+    saved = replay.hit_tokens / speeds.prefill_tokens_per_s - reading
+    lengths = zip(trace.lengths, trace.local, strict=True)
+    computed = sum(max(0, length - local * sizes.block_tokens) for length, local in lengths)
     prefill = computed / speeds.prefill_tokens_per_s
     return Result(
         cell.policy,
@@ -208,13 +209,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Simulate all cases and print them; return the exit status (2: the trace is unusable)."""
+    """Simulate all cases and print them; returns 0. Raises TraceError where the trace is unusable."""
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
-        try:
-            trace = _read(args.trace, progress)
-        except TraceError as error:
-            print(f"kvkeep bench simulate: {error}", file=sys.stderr)
-            return 2
+        trace = _read(args.trace, progress)
         sizes = Sizes.choose(trace, args.bytes_per_token, args.chunk_tokens, args.model)
         speeds = Speeds(args.prefill_tokens_per_s, args.memory_gbps, args.disk_gbps)
         cells = list(_cells(args, trace.unique * sizes.block_bytes, sizes.least))

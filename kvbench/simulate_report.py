@@ -1,12 +1,15 @@
 """What `kvkeep bench simulate` shows: a table, one JSON object, a picture, and one sentence."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from rich import box
 from rich.table import Table
 
+from kvbench.load.pictures import panes
 from kvbench.trace import Trace
+from kvkeep.cli.status import size
 from kvkeep.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -72,15 +75,6 @@ class Summary(NamedTuple):
     answer: Answer
 
 
-def size(nbytes: float) -> str:
-    """A size for people, in binary units."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if nbytes < 1024:
-            return f"{nbytes:.3g} {unit}"
-        nbytes /= 1024
-    return f"{nbytes:.3g} TiB"
-
-
 def as_json(summary: Summary, results: list[Result]) -> dict[str, object]:
     """The object that `--json` prints; docs/sizing.md says what each name means."""
     trace, sizes = summary.trace, summary.sizes
@@ -141,27 +135,33 @@ def as_table(summary: Summary, results: list[Result]) -> Table:
 
 
 def save_plot(path: Path, summary: Summary, results: list[Result]) -> None:
-    """Draw hit ratio over memory, a line per disk and policy. Raises ConfigError where it cannot."""
+    """Draw hits, bytes and TTFT saved over memory, a line per disk and policy. Raises ConfigError where it
+    cannot."""
+    panels: dict[str, Callable[[Result], float]] = {
+        "hit ratio": lambda one: one.hit_ratio,
+        "GiB loaded; dashed: read from disk": lambda one: one.loaded_bytes / 2**30,
+        "TTFT saved, share": lambda one: one.ttft_saved_ratio,
+    }
     try:
-        from matplotlib.figure import Figure
+        figure, axes = panes(len(panels), summary.path.name)
     except ImportError as error:
-        raise ConfigError("--plot needs matplotlib: pip install 'kvkeep[demo]'") from error
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.add_subplot()
+        raise ConfigError("--plot needs matplotlib: pip install 'kvkeep[bench]'") from error
     for policy, disk in dict.fromkeys((result.policy, result.disk_bytes) for result in results):
-        line = sorted(
-            (result.memory_bytes / 2**30, result.hit_ratio)
-            for result in results
-            if (result.policy, result.disk_bytes) == (policy, disk)
-        )
+        its = [one for one in results if (one.policy, one.disk_bytes) == (policy, disk)]
+        its.sort(key=lambda one: one.memory_bytes)
+        memory = [one.memory_bytes / 2**30 for one in its]
         name = f"{policy}, {size(disk)} of disk" if disk else f"{policy}, memory only"
-        axes.plot(*zip(*line, strict=True), marker="o", label=name)
-    axes.axhline(summary.best_hit_ratio, linestyle=":", color="gray", label="room for everything")
-    axes.set(xscale="log", xlabel="memory, GiB", ylabel="hit ratio", title=summary.path.name)
-    axes.set_ylim(bottom=0)
-    axes.grid(visible=True, alpha=0.3)
-    axes.legend()
+        for axis, of in zip(axes, panels.values(), strict=True):
+            axis.plot(memory, list(map(of, its)), marker="o", label=name)
+        if disk:
+            read = [one.disk_read_bytes / 2**30 for one in its]
+            axes[1].plot(memory, read, "--", color=axes[1].lines[-1].get_color())
+    axes[0].axhline(summary.best_hit_ratio, linestyle=":", color="gray", label="room for everything")
+    for axis, title in zip(axes, panels, strict=True):
+        axis.set(xscale="log", xlabel="memory, GiB", ylabel=title)
+        axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
+    axes[0].legend()
     try:
-        figure.savefig(path, dpi=150)
+        figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot write the picture {path}: {error}") from error

@@ -13,6 +13,7 @@ from typing import Annotated, NamedTuple
 import msgspec
 import numpy as np
 
+from kvkeep.errors import ConfigError
 from kvkeep.keeper.policy.base import Ids
 
 __all__ = ["FORMAT", "Trace", "TraceError", "TraceRequest", "read_requests", "read_trace"]
@@ -21,7 +22,7 @@ FORMAT = "JSON lines with timestamp, input_length, output_length and hash_ids (a
 _MOONCAKE_TOKENS = 512
 
 
-class TraceError(Exception):
+class TraceError(ConfigError):
     """The trace cannot be replayed; the message says what to do about it."""
 
 
@@ -35,8 +36,8 @@ class Trace(NamedTuple):
     """Per request, how many leading blocks of its chain it looks up; what follows is only saved."""
     local: list[int]
     """Per request, how many leading blocks the engine had itself."""
-    input_tokens: int
-    """Of all prompts together."""
+    lengths: list[int]
+    """Per request, tokens of its prompt: the last of its blocks may hold fewer than a block's."""
     block_tokens: int = _MOONCAKE_TOKENS
     block_bytes: int | None = None
     """Of one block's KV; None: the trace does not say."""
@@ -45,7 +46,8 @@ class Trace(NamedTuple):
     def of(cls, chains: list[Ids], unique: int) -> "Trace":
         """A trace of whole prompts, in blocks of 512 tokens."""
         lengths = [len(chain) for chain in chains]
-        return cls(chains, unique, lengths, [0] * len(chains), _MOONCAKE_TOKENS * sum(lengths))
+        tokens = [_MOONCAKE_TOKENS * blocks for blocks in lengths]
+        return cls(chains, unique, lengths, [0] * len(chains), tokens)
 
     @property
     def blocks(self) -> int:
@@ -79,7 +81,7 @@ def read_trace(path: Path, line_read: Callable[[int], object] = lambda nbytes: N
 
 
 def read_requests(path: Path, line_read: Callable[[int], object] = lambda nbytes: None) -> list[TraceRequest]:
-    """Read a trace's requests, in the file's order. TraceError if it is missing or malformed.
+    """Read a trace's requests, in the order of their times. TraceError if it is missing or malformed.
 
     `line_read` is told the length of each line, for those who show progress.
     """
@@ -97,7 +99,7 @@ def read_requests(path: Path, line_read: Callable[[int], object] = lambda nbytes
         raise TraceError(
             f"cannot read the trace {path}: {error.strerror}. Give the path of a file of {FORMAT}."
         ) from error
-    return requests
+    return sorted(requests, key=lambda request: request.timestamp)
 
 
 def _dense(requests: list[TraceRequest]) -> Trace:
@@ -110,7 +112,7 @@ def _dense(requests: list[TraceRequest]) -> Trace:
         len(unique),
         [len(request.hash_ids) for request in requests],
         [request.local for request in requests],
-        sum(request.input_length for request in requests),
+        [request.input_length for request in requests],
         requests[0].block_tokens,
         requests[0].block_bytes,
     )

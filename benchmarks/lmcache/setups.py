@@ -7,19 +7,28 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kvbench.engine import VllmServer, connector_args
+from kvbench.engine import VllmServer, connector_args, lmcache_args, offloading
 from kvbench.process import ServerProcess, free_port
-from kvbench.servers import LMCACHE_ENVIRONMENT, keeper, lmcache_args, lmcache_server
+from kvbench.servers import LMCACHE_ENVIRONMENT, await_prepared, keeper, lmcache_server
 
 HERE = Path(__file__).parent
 OUT = HERE / "out"
 PEER = HERE / ".venv" / "bin"
 CHUNK = 256  # LMCache's; kvkeep's is the fewest blocks of about 1 MiB: here one block of 128
 CACHE_GIB = 2
+CLOCKS = {
+    "kvkeep": [
+        f"vllm:kvkeep_{name}_total"
+        for name in ("saved_bytes", "save_seconds", "loaded_bytes", "load_seconds")
+    ],
+    "offloading": [
+        f"vllm:kv_offload_{name}_total" for name in ("store_bytes", "store_time", "load_bytes", "load_time")
+    ],
+}
 
 
 @dataclass
@@ -32,7 +41,7 @@ class Setup:
     token_bytes: int
     cache: ServerProcess | None = None
     cache_log: Path | None = None
-    environ: dict[str, str] = field(default_factory=dict)
+    environ: Mapping[str, str] = field(default_factory=dict)
     engine: VllmServer | None = None
     starts: int = 0
 
@@ -59,11 +68,9 @@ class Setup:
 
     def moved(self) -> dict[str, float]:
         """Sums of the cache's own clocks since the start."""
-        if self.name == "kvkeep" and self.engine is not None:
-            names = ("saved_bytes", "save_seconds", "loaded_bytes", "load_seconds")
-            figures = [self.engine.metric(f"vllm:kvkeep_{name}_total") for name in names]
-            return dict(zip(("store_bytes", "store_s", "load_bytes", "load_s"), figures, strict=True))
         sums = dict.fromkeys(("store_bytes", "store_s", "load_bytes", "load_s"), 0.0)
+        if self.name in CLOCKS and self.engine is not None:
+            return dict(zip(sums, map(self.engine.metric, CLOCKS[self.name]), strict=True))
         if self.cache_log is not None:
             pattern = r"(Stored|Retrieved) (\d+) tokens in ([\d.]+) seconds"
             for verb, tokens, seconds in re.findall(pattern, self.cache_log.read_text(errors="replace")):
@@ -74,29 +81,34 @@ class Setup:
 
 
 @contextlib.contextmanager
-def set_ups(args: list[str], token_bytes: int) -> Iterator[list[Setup]]:
-    """All three, engines not started yet."""
-    port, http, peer_log = free_port(), free_port(), OUT / "lmcache-server.log"
-    peer_log.unlink(missing_ok=True)  # its lines are what `moved` adds up
+def set_ups(names: Sequence[str], args: list[str], token_bytes: int) -> Iterator[list[Setup]]:
+    """The named ones, engines not started yet."""
     with tempfile.TemporaryDirectory(prefix="kvkeep-bench-") as folder, contextlib.ExitStack() as stack:
-        path = str(Path(folder) / "keeper.sock")
-        cache = stack.enter_context(keeper(path, f"{CACHE_GIB}GiB", [], OUT / "keeper.log"))
-        peer = stack.enter_context(
-            lmcache_server(PEER, port, http, peer_log, gib=CACHE_GIB, chunk_tokens=CHUNK)
-        )
-        ours, theirs = sys.executable, str(PEER / "python")
-        setups = [
-            Setup("alone", ours, args, token_bytes),
-            Setup("kvkeep", ours, args + connector_args(socket=path), token_bytes, cache),
-            Setup(
-                "lmcache", theirs, args + lmcache_args(port), token_bytes, peer, peer_log, LMCACHE_ENVIRONMENT
-            ),
-        ]
+        setups = [_set_up(name, args, token_bytes, folder, stack) for name in names]
         try:
             yield setups
         finally:
             for setup in setups:
                 setup.stop()
+
+
+def _set_up(name: str, args: list[str], token_bytes: int, folder: str, stack: contextlib.ExitStack) -> Setup:
+    ours = sys.executable
+    if name == "kvkeep":
+        path = f"{folder}/keeper.sock"
+        cache = stack.enter_context(keeper(path, f"{CACHE_GIB}GiB", [], OUT / "keeper.log"))
+        await_prepared(path)
+        return Setup(name, ours, args + connector_args(socket=path), token_bytes, cache)
+    if name == "offloading":
+        flag, environ = offloading(CACHE_GIB << 30)
+        return Setup(name, ours, args + flag, token_bytes, environ=environ)
+    if name == "lmcache":
+        log, port = OUT / "lmcache-server.log", free_port()
+        log.unlink(missing_ok=True)  # its lines are what `moved` adds up
+        server = lmcache_server(PEER, port, free_port(), log, gib=CACHE_GIB, chunk_tokens=CHUNK)
+        cache, more = stack.enter_context(server), lmcache_args(port)
+        return Setup(name, str(PEER / "python"), args + more, token_bytes, cache, log, LMCACHE_ENVIRONMENT)
+    return Setup(name, ours, args, token_bytes)
 
 
 def busy_seconds() -> float:

@@ -63,7 +63,7 @@ def start_engine(
 ) -> Iterator[Engine]:
     """The plan's engine with more arguments and variables. Raises EngineFailed where it does not start."""
     port = free_port()
-    given = list(plan.engine_args)
+    given = ["--enable-prompt-tokens-details", *plan.engine_args]
     if "--dtype" not in given:
         given += ["--dtype", fastest_dtype()]
     command = vllm_command(python or plan.python or sys.executable, plan.model, port, [*given, *args])

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from kvbench.compare.plan import Plan
 from kvbench.compare.records import Case, Run, Summary
 
-__all__ = ["FIGURES", "Figure", "Range", "Reading", "Row", "digits", "rows"]
+__all__ = ["ANSWERED", "FIGURES", "KNEE", "Figure", "Range", "Reading", "Row", "digits", "rows"]
 
 
 class Figure(NamedTuple):
@@ -51,17 +51,34 @@ def digits(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-FIGURES = (
-    Figure("TTFT, mean", "s", lambda one: one.ttft_s.mean),
-    Figure("TTFT, p50", "s", lambda one: one.ttft_s.p50),
-    Figure("TTFT, p95", "s", lambda one: one.ttft_s.p95),
-    Figure("ITL, mean", "s", lambda one: one.itl_s.mean),
-    Figure("ITL, p95", "s", lambda one: one.itl_s.p95),
-    Figure("ITL, p99", "s", lambda one: one.itl_s.p99),
-    Figure("latency, p50", "s", lambda one: one.latency_s.p50),
-    Figure("latency, p95", "s", lambda one: one.latency_s.p95),
-    Figure("output tokens/s", "", lambda one: one.output_tokens_per_s, lower_is_better=False),
+KNEE = 0.95
+"""A set-up keeps up with a rate where it answers this share of what is offered, or more."""
+
+
+def _time(title: str, name: str, which: str) -> Figure:
+    return Figure(f"{title}, {which}", "s", lambda one: getattr(getattr(one, name), which))
+
+
+def _share(part: float | None, whole: float | None) -> float | None:
+    return part / whole if whole and part is not None else None
+
+
+ANSWERED = Figure(
+    "answered of offered", "", lambda one: _share(one.requests_per_s, one.rate), lower_is_better=False
 )
+FIGURES = (
+    *(_time("TTFT", "ttft_s", which) for which in ("mean", "p50", "p95", "p99")),
+    *(_time("ITL", "itl_s", which) for which in ("mean", "p95", "p99")),
+    _time("TPOT", "tpot_s", "mean"),
+    *(_time("latency", "latency_s", which) for which in ("p50", "p95")),
+    Figure("output tokens/s", "", lambda one: one.output_tokens_per_s, lower_is_better=False),
+    ANSWERED,
+    Figure("good requests/s", "", lambda one: (one.goodput or {}).get("requests_per_s"), False),
+    Figure("cached of prompt tokens", "", lambda one: _share(one.cached_tokens, one.prompt_tokens), False),
+)
+_VERDICT = 6
+"""Rounds from which all ratios on one side are a verdict: chance puts six there in 3 of 100 comparisons,
+three in 1 of 4."""
 
 
 class Reading(Enum):
@@ -70,6 +87,8 @@ class Reading(Enum):
     FIRST = "compared with"
     BETTER = "better"
     WORSE = "worse"
+    EACH_BETTER = "better in each round"
+    EACH_WORSE = "worse in each round"
     SAME = "covers 1"
     ONCE = "one round"
     NONE = "nothing to compare"
@@ -90,8 +109,8 @@ class Row(NamedTuple):
 
 
 def rows(plan: Plan, runs: Iterable[Run]) -> list[Row]:
-    """The table, by rate, figure and set-up. Runs that were not whole are left out."""
-    whole = {(run.case, run.round): run.summary for run in runs if not run.why and run.summary is not None}
+    """The table, by rate, figure and set-up. Of runs that were whole, and whose load was sent in time."""
+    whole = {(run.case, run.round): run.summary for run in runs if run.summary and run.counts}
     first, found = plan.names()[0], []
     for rate in plan.rates:
         for figure in FIGURES:
@@ -115,4 +134,7 @@ def _reading(figure: Figure, ratios: list[float]) -> Reading:
         return Reading.ONCE if ratios else Reading.NONE
     if min(ratios) <= 1.0 <= max(ratios):
         return Reading.SAME
-    return Reading.BETTER if (max(ratios) < 1.0) == figure.lower_is_better else Reading.WORSE
+    better = (max(ratios) < 1.0) == figure.lower_is_better
+    if len(ratios) < _VERDICT:
+        return Reading.EACH_BETTER if better else Reading.EACH_WORSE
+    return Reading.BETTER if better else Reading.WORSE

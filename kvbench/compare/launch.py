@@ -7,19 +7,19 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote, urlsplit
 
 from kvbench.compare.engines import Running, http_server, prefill_and_decode, start_engine
 from kvbench.compare.plan import Plan, SetUp
-from kvbench.engine import connector_args
+from kvbench.engine import OFFLOADING, connector_args, lmcache_args, offloading
 from kvbench.process import EngineFailed, ServerProcess, free_port, tail
 from kvbench.servers import (
     LMCACHE_ENVIRONMENT,
+    await_prepared,
     keeper,
-    lmcache_args,
     lmcache_server,
     valkey,
     valkey_binary,
@@ -35,9 +35,11 @@ class _Beside(NamedTuple):
     """What belongs to a built-in set-up beside the engine."""
 
     args: list[str]
-    servers: list[ServerProcess]
+    servers: Sequence[ServerProcess] = ()
     python: str = ""
     environ: Mapping[str, str] = {}
+    place: str = ""
+    """Where a keeper's socket lies, once the engine is up."""
 
 
 def fill(text: str, values: Mapping[str, object]) -> str:
@@ -54,6 +56,8 @@ def lacks(setup: str | SetUp, plan: Plan) -> str:
     if setup == "lmcache" and not (Path(plan.lmcache) / "bin" / "lmcache").is_file():
         remedy = "make it with benchmarks/lmcache/setup.sh, or name its environment as `lmcache`"
         return f"no LMCache in {plan.lmcache}: {remedy}"
+    if setup == "offloading" and not OFFLOADING.is_dir():
+        return f"no {OFFLOADING}, which makes vLLM's offloading run on a CPU: use a source tree of kvkeep"
     return ""
 
 
@@ -77,6 +81,8 @@ def launch(setup: str | SetUp, plan: Plan, folder: Path) -> Iterator[Running]:
         log, python = folder / "server.log", beside.python
         started = start_engine(plan, beside.args, setup, log, beside.environ, python)
         engine = stack.enter_context(started)
+        for socket in Path(beside.place).rglob("*.sock") if beside.place else ():
+            await_prepared(str(socket))
         yield Running(engine.url, "model", [engine.server, *beside.servers], engine.command)
 
 
@@ -130,13 +136,16 @@ def _run_hook(kind: str, command: list[str], folder: Path, environ: Mapping[str,
 
 
 @contextlib.contextmanager
-def _engine(plan: Plan, folder: Path, data: Path) -> Iterator[_Beside]:
-    yield _Beside([], [])
-
-
-@contextlib.contextmanager
 def _embedded(plan: Plan, folder: Path, data: Path) -> Iterator[_Beside]:
-    yield _Beside(connector_args(memory=plan.memory), [])
+    # Of this engine's own, so that its private keeper can be found.
+    with tempfile.TemporaryDirectory(prefix="kvkeep-", ignore_cleanup_errors=True) as place:
+        args = connector_args(memory=plan.memory)
+        yield _Beside(args, environ={"XDG_RUNTIME_DIR": place}, place=place)
+
+
+def _offloading(plan: Plan, folder: Path, data: Path) -> contextlib.nullcontext[_Beside]:
+    args, environ = offloading(parse_bytes(plan.memory))
+    return contextlib.nullcontext(_Beside(args, environ=environ))
 
 
 @contextlib.contextmanager
@@ -145,7 +154,7 @@ def _keeper(plan: Plan, folder: Path, tier: str) -> Iterator[_Beside]:
     with tempfile.TemporaryDirectory(prefix="kvkeep-") as place:
         socket = f"{place}/keeper.sock"
         with keeper(socket, plan.memory, [tier], folder / "keeper.log", drain_s=0) as server:
-            yield _Beside(connector_args(socket=socket), [server])
+            yield _Beside(connector_args(socket=socket), [server], place=place)
 
 
 @contextlib.contextmanager
@@ -174,8 +183,9 @@ def _lmcache(plan: Plan, folder: Path, data: Path) -> Iterator[_Beside]:
 
 
 _BESIDE: dict[str, Callable[[Plan, Path, Path], contextlib.AbstractContextManager[_Beside]]] = {
-    "engine": _engine,
+    "engine": lambda plan, folder, data: contextlib.nullcontext(_Beside([])),
     "embedded": _embedded,
+    "offloading": _offloading,
     "keeper-disk": _keeper_disk,
     "keeper-redis": _keeper_redis,
     "lmcache": _lmcache,

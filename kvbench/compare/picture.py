@@ -24,7 +24,7 @@ _WIDTH = 0.8  # of a rate's place, for its set-ups
 
 def draw(plan: Plan, runs: Iterable[Run], title: str) -> bytes:
     """PNG."""
-    whole = [(run.case, run.summary) for run in runs if not run.why and run.summary is not None]
+    whole = [(run.case, run.summary) for run in runs if run.summary and run.counts]
     with mpl.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
         canvas = Canvas(figsize=(9.6, 4.2), layout="constrained")
         canvas.suptitle(title, parse_math=False)

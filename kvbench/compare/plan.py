@@ -22,6 +22,7 @@ __all__ = ["BUILT_IN", "LOAD", "Plan", "SetUp", "read"]
 BUILT_IN = {
     "engine": "vLLM with its own prefix caching",
     "embedded": "vLLM and kvkeep, with a private keeper in memory",
+    "offloading": "vLLM and its own offloading to host memory, made to run on a CPU",
     "keeper-disk": "vLLM and kvkeep, with a keeper in memory and a directory below it",
     "keeper-redis": "vLLM and kvkeep, with a keeper in memory and Valkey on loopback below it",
     "lmcache": "vLLM and LMCache in its multiprocess mode with shared memory",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
@@ -36,7 +36,13 @@ class Summary(msgspec.Struct, frozen=True):
     itl_s: Spread
     latency_s: Spread
     output_tokens_per_s: float | None
+    tpot_s: Spread = Spread()
     lateness_s: Spread = Spread()
+    rate: float | None = None
+    requests_per_s: float | None = None
+    prompt_tokens: int = 0
+    cached_tokens: int | None = None
+    goodput: dict[str, Any] | None = None
     short_answers: int = 0
     kept_schedule: bool = True
     partial: bool = False
@@ -61,11 +67,20 @@ class Run(msgspec.Struct, frozen=True):
     """The server's command line."""
     why: str = ""
     summary: Summary | None = None
+    load: float = 0.0
+    """Processes that wanted to run in the minute before it."""
+    stolen: float = 0.0
+    """Share of this machine's cores that its host gave to others under load."""
 
     @property
     def case(self) -> Case:
         """Set-up and rate."""
         return Case(self.rate, self.setup)
+
+    @property
+    def counts(self) -> bool:
+        """Whether its figures are the set-up's: it was whole, and the load was sent in time."""
+        return not self.why and self.summary is not None and self.summary.kept_schedule
 
 
 class _Head(msgspec.Struct):

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from kvbench.compare.figures import Range, Reading, Row, digits, rows
+from kvbench.compare.figures import ANSWERED, KNEE, Range, Reading, Row, digits, rows
 from kvbench.compare.picture import draw
 from kvbench.compare.plan import BUILT_IN, Plan, SetUp
 from kvbench.compare.records import Ledger, Run
@@ -89,7 +89,27 @@ def in_short(plan: Plan, table: list[Row]) -> list[str]:
             if mine:
                 said = "; ".join(f"at {row.rate:g}/s {_said(row)}" for row in mine)
                 found.append(f"{title}, {name} against {first}: {said}.")
+    for name, shares in _answered(plan, table).items():
+        said = ", ".join(f"{digits(share)} at {rate:g}/s" for rate, share in shares.items())
+        knee = _knee(shares)
+        last = f"its knee is {knee:g}/s" if knee else "it keeps up with none of these rates"
+        found.append(f"{name} answered of what was offered: {said}; {last}.")
     return found
+
+
+def _answered(plan: Plan, table: list[Row]) -> dict[str, dict[float, float]]:
+    """By set-up and rate, the median share of what was offered that was answered."""
+    mine = [row for row in table if row.figure is ANSWERED and row.values]
+    found = {
+        name: {row.rate: row.values.median for row in mine if row.setup == name and row.values}
+        for name in plan.names()
+    }
+    return {name: shares for name, shares in found.items() if shares}
+
+
+def _knee(shares: Mapping[float, float]) -> float | None:
+    """The highest rate that a set-up keeps up with."""
+    return max((rate for rate, share in shares.items() if share >= KNEE), default=None)
 
 
 def remarks(runs: Iterable[Run], skipped: Mapping[str, str]) -> list[str]:
@@ -103,7 +123,7 @@ def remarks(runs: Iterable[Run], skipped: Mapping[str, str]) -> list[str]:
             failed = f"{run.summary.errors} of {run.summary.requests} requests failed"
             found.append(f"{where}: {failed}; its figures are of the others.")
         if not run.summary.kept_schedule:
-            found.append(f"{where}: the load was not sent in time, see the table of runs.")
+            found.append(f"{where}: the load was not sent in time; its figures are left out.")
     return found
 
 
@@ -115,8 +135,10 @@ def _said(row: Row) -> str:
     word, ratio = "higher", row.ratio
     if ratio.median < 1:
         word, ratio = "lower", Range(1 / ratio.median, 1 / high, 1 / low)
-    once = row.reading is Reading.ONCE
-    return f"{digits(ratio.median) if once else ratio.text()} times {word}{', one round' if once else ''}"
+    if row.reading is Reading.ONCE:
+        return f"{digits(ratio.median)} times {word}, one round"
+    each = " in each round" if row.reading.name.startswith("EACH") else ""
+    return f"{ratio.text()} times {word}{each}"
 
 
 def _by_figure(table: list[Row]) -> list[tuple[float, list[tuple[str, list[Row]]]]]:
@@ -177,4 +199,5 @@ def _data(ledger: Ledger, table: list[Row]) -> dict[str, Any]:
         }
         for row in table
     ]
-    return {"workload": ledger.plan.workload, "machines": ledger.machines, "table": figures}
+    knees = {name: _knee(shares) for name, shares in _answered(ledger.plan, table).items()}
+    return {"workload": ledger.plan.workload, "machines": ledger.machines, "knees": knees, "table": figures}

@@ -1,7 +1,8 @@
-"""The rounds: each runs every case once, beginning with another set-up, so that drift falls on all alike."""
+"""The rounds: each runs every case once, in an order of its own, so that drift falls on all alike."""
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import signal
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from kvbench.compare.engines import Running
 from kvbench.compare.launch import fill, lacks, launch
-from kvbench.compare.machine import now
+from kvbench.compare.machine import now, stolen_s
 from kvbench.compare.plan import Plan, SetUp
 from kvbench.compare.records import Case, Ledger, Run, Summary, read_summary
 from kvbench.process import EngineFailed, ended, signal_group, tail, without_passwords
@@ -26,12 +27,14 @@ _LAST_WORDS_S = 20.0
 
 
 def order(plan: Plan) -> Iterator[tuple[int, Case]]:
-    """Round and case of all runs: A B C, then B C A, …, at each rate in turn."""
+    """Round and case of all runs: A B C, C B A, then B C A, A C B, …, at each rate in turn: over two rounds
+    each set-up runs as often before any other as after it."""
     names = plan.names()
     for turn in range(1, plan.rounds + 1):
-        at = (turn - 1) % len(names)
+        at = (turn - 1) // 2 % len(names)
+        its = (names[at:] + names[:at])[:: 1 if turn % 2 else -1]
         for rate in plan.rates:
-            yield from ((turn, Case(rate, name)) for name in names[at:] + names[:at])
+            yield from ((turn, Case(rate, name)) for name in its)
 
 
 def skipped(plan: Plan) -> dict[str, str]:
@@ -63,15 +66,19 @@ def _run(ledger: Ledger, turn: int, case: Case, setup: str | SetUp) -> tuple[Run
     folder = ledger.place(turn, case)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    began, began_at, started, command, summary, why = time.monotonic(), now(), False, "", None, ""
+    began, began_at, busy = time.monotonic(), now(), round(os.getloadavg()[0], 2)
+    started, command, summary, why, stolen = False, "", None, "", 0.0
     try:
         with launch(setup, ledger.plan, folder) as running:
             started, command = True, without_passwords(running.engine)
+            before, at = stolen_s(), time.monotonic()
             summary = _load(ledger.plan, turn, case, running, folder)
+            cores = (time.monotonic() - at) * (os.cpu_count() or 1)
+            stolen = round((stolen_s() - before) / cores, 4)
     except KVKeepError as error:
         why = str(error)
-    seconds = round(time.monotonic() - began, 1)
-    return Run(turn, case.rate, case.setup, began_at, seconds, command, why, summary), started
+    took = round(time.monotonic() - began, 1)
+    return Run(turn, case.rate, case.setup, began_at, took, command, why, summary, busy, stolen), started
 
 
 def _load(plan: Plan, turn: int, case: Case, running: Running, folder: Path) -> Summary:

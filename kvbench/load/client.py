@@ -83,10 +83,11 @@ class Server:
         await self._session.close()
 
     async def connect(self) -> None:
-        """Find the model's name. Raises ConfigError if no such server answers."""
+        """Find the model's name, unless it was given. Raises ConfigError if no such server answers."""
+        if self._model:
+            return  # some servers have no list of models
         try:
-            models = await self._json("GET", "/v1/models", None)
-            self._model = self._model or str(models["data"][0]["id"])
+            self._model = str((await self._json("GET", "/v1/models", None))["data"][0]["id"])
         except (*_FAILURES, ValueError, LookupError, TypeError) as error:
             raise ConfigError(
                 f"no OpenAI-compatible server answers at {self._url} ({_said(error)}): "
@@ -94,10 +95,12 @@ class Server:
             ) from error
 
     async def alive(self) -> bool:
-        """Whether the server still answers."""
+        """Whether the server still answers, whatever it says."""
         try:
             await self._json("GET", "/v1/models", None)
-        except (*_FAILURES, ValueError):
+        except (aiohttp.ClientResponseError, ValueError):
+            return True
+        except _FAILURES:
             return False
         return True
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["INTERRUPTED", "Record", "write_csv"]
+__all__ = ["INTERRUPTED", "Record", "csv_rows"]
 
 INTERRUPTED = "interrupted"
 """`error` of a request that was cut off because the run was stopped: neither answered nor failed."""
@@ -84,12 +85,17 @@ _COLUMNS = (
 )
 
 
-def write_csv(path: Path, records: Iterable[Record]) -> None:
-    """Write a header and a row per request; `itl_s` holds all gaps of an answer, spaces between."""
-    with path.open("w", newline="", encoding="utf-8") as file:
+@contextlib.contextmanager
+def csv_rows(path: Path) -> Iterator[Callable[[Record], object]]:
+    """What adds a row to a new file, below a header; `itl_s` holds all gaps of an answer, spaces between.
+
+    A row is in the file when the call returns, whatever becomes of this process then.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8", buffering=1) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(_COLUMNS)
-        writer.writerows(map(_row, records))
+        yield lambda record: writer.writerow(_row(record))
 
 
 def _row(one: Record) -> list[str | int]:

@@ -42,16 +42,15 @@ def due_times(requests: Sequence[Request], rate: float, arrivals: str, draw: ran
     """Seconds from the start at which each request is due; the first at 0.
 
     Poisson arrivals are stretched to the asked rate, so that a run of few requests has it too. A trace has
-    times of its own: `rate` 0 leaves them, another stretches them to that mean.
+    times of its own: `rate` 0 leaves them, another stretches them to that mean; where they are all the same
+    there is nothing to stretch, and gaps are made.
     """
-    if requests and requests[0].at is not None:
-        times = [request.at or 0.0 for request in requests]
-        if not rate:
-            return times
-    elif arrivals == "poisson":
-        times = [0.0, *accumulate(draw.expovariate(1.0) for _ in requests[1:])]
-    else:
-        times = [float(number) for number in range(len(requests))]
+    times = [request.at or 0.0 for request in requests]
+    if not rate:
+        return times
+    if not any(times):
+        gaps = (draw.expovariate(1.0) if arrivals == "poisson" else 1.0 for _ in requests[1:])
+        times = list(accumulate(gaps, initial=0.0))[: len(requests)]
     span = times[-1] if times else 0.0
     return [at * (len(times) - 1) / (rate * span) for at in times] if span else times
 
@@ -66,13 +65,15 @@ class Run:
         times: Sequence[float],
         prose: Prose,
         on_change: Callable[[Run], None] = lambda run: None,
+        on_record: Callable[[Record], object] = lambda record: None,
     ) -> None:
         self.records: list[Record] = []
         self.sent = 0
         self.stopped = ""
         """Why it ended early; empty if it did not."""
         self.ttfts: list[float] = []
-        self._server, self._prose, self._on_change = server, prose, on_change
+        self._server, self._prose = server, prose
+        self._on_change, self._on_record = on_change, on_record
         self._requests, self._times = requests, times
         self._rounds = Counter(request.user for request in requests)
         self._said: dict[int, list[tuple[str, str]]] = {}
@@ -160,6 +161,7 @@ class Run:
                 answer.error,
             )
         )
+        self._on_record(self.records[-1])
         self._on_change(self)
 
     def _body(self, request: Request) -> bytes:

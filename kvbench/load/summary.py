@@ -14,7 +14,7 @@ from kvbench.load.record import INTERRUPTED, Record
 
 __all__ = ["Slo", "kept_schedule", "parse_slo", "spread", "summarize"]
 
-_LATE_SECONDS, _LATE_SHARE = 0.02, 0.1
+_LATE_SECONDS, _LATE_SHARE, _LATE_MOST = 0.02, 0.1, 0.1
 _FAILURES = 5
 _BOUNDS = ("ttft", "itl", "tpot", "latency")
 
@@ -59,8 +59,9 @@ def spread(values: Iterable[float]) -> dict[str, float | None]:
 
 
 def kept_schedule(records: Sequence[Record], rate: float) -> bool:
-    """Whether the generator sent in time: of 100 requests 99 within 20 ms, or a tenth of their interval."""
-    allowed = max(_LATE_SECONDS, _LATE_SHARE / rate if rate else 0.0)
+    """Whether the generator sent in time: of 100 requests 99 within 20 ms, or a tenth of their interval up to
+    100 ms."""
+    allowed = max(_LATE_SECONDS, min(_LATE_MOST, _LATE_SHARE / rate) if rate else 0.0)
     return bool(np.percentile([one.lateness_s for one in records] or [0.0], 99) <= allowed)
 
 

@@ -12,8 +12,9 @@ __all__ = ["LONG", "SHORT"]
 
 def _build(documents: int, tokens: int, least: int, answer: int, given: Given) -> list[Request]:
     scale = given.scale
-    length, questions = scale.tokens(tokens, least), scale.count(20)
-    asked = [number for number in range(scale.count(documents)) for _ in range(questions)]
+    length = scale.tokens(tokens, least)
+    # Twenty questions of each at any scale: fewer, and many requests would be first ones.
+    asked = [number for number in range(scale.count(documents)) for _ in range(20)]
     given.draw.shuffle(asked)
     return [
         Request(

@@ -7,6 +7,7 @@ not across its versions.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import random
 from collections.abc import Iterable, Iterator
 from functools import cache, lru_cache
@@ -48,15 +49,11 @@ class Prose:
         return "".join(part if isinstance(part, str) else self.passage(part) for part in parts)
 
     def windows(self, count: int, tokens: int) -> list[str]:
-        """Up to `count` pieces of about `tokens` tokens of running text, in the reference's own order."""
-        words = " ".join(paragraphs()).split(" ")
-        pieces, rest = [], iter(words)
-        for number in range(count):
-            opening = self._tag(f"window {number}")
-            if not (piece := _take(rest, opening, self._chars(tokens))):
-                break
-            pieces.append(piece)
-        return pieces
+        """`count` pieces of about `tokens` tokens of running text, in the reference's own order; where that
+        ends it begins anew."""
+        rest = itertools.cycle(" ".join(paragraphs()).split(" "))
+        openings = (self._tag(f"window {number}") for number in range(count))
+        return [_take(rest, opening, self._chars(tokens)) for opening in openings]
 
     def tokens(self, text: str) -> int:
         """About how many tokens a given text has, at least one."""
@@ -92,11 +89,9 @@ def paragraphs() -> list[str]:
 
 
 def _take(words: Iterator[str], opening: str, chars: int) -> str:
-    """`opening` and words up to `chars` characters; nothing if the words end before."""
+    """`opening` and words up to `chars` characters."""
     size, taken = len(opening), [opening]
     while size < chars:
-        if (word := next(words, None)) is None:
-            return ""
-        taken.append(word)
-        size += len(word) + 1
+        taken.append(next(words))
+        size += len(taken[-1]) + 1
     return " ".join(taken)

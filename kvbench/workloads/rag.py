@@ -13,7 +13,6 @@ _INSTRUCTION = "Answer the question from the passages that follow. Say so where 
 
 def _build(given: Given) -> list[Request]:
     scale, draw = given.scale, given.draw
-    # 150 times 512 tokens is what the text has.
     passages = given.prose.windows(scale.count(150), scale.tokens(512, 64))
     # Zipf's law: the n-th most popular passage is found 1/n as often as the first.
     weights = [1 / (rank + 1) for rank in range(len(passages))]

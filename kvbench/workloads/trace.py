@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvbench.trace import FORMAT, TraceError, TraceRequest, read_requests
+from kvbench.trace import FORMAT, TraceRequest, read_requests
 from kvbench.workloads.base import Given, Request, Scale, Workload
 from kvbench.workloads.prose import Passage
 from kvkeep.errors import ConfigError
@@ -14,13 +14,9 @@ _LEAST_BLOCK = 16
 
 def _build(given: Given) -> list[Request]:
     assert given.data is not None
-    try:
-        traced = read_requests(given.data)
-    except TraceError as error:
-        raise ConfigError(str(error)) from error
+    traced = read_requests(given.data)
     if not traced:
         raise ConfigError(f"the trace {given.data} is empty; expected: {FORMAT}")
-    traced.sort(key=lambda one: one.timestamp)
     began = traced[0].timestamp
     return [
         Request(

@@ -57,13 +57,13 @@ def _print(figures: dict[str, Any]) -> None:
     )
     used, total = figures["used_bytes"], figures["memory_bytes"]
     console.print(
-        f"memory   {_size(used)} of {_size(total)} used ({100 * used / total:.0f} %), "
+        f"memory   {size(used)} of {size(total)} used ({100 * used / total:.0f} %), "
         f"{100 * figures['prefaulted_bytes'] / total:.0f} % prepared, "
-        f"{100 * figures['huge_page_bytes'] / total:.0f} % huge pages, index {_size(figures['index_bytes'])}"
+        f"{100 * figures['huge_page_bytes'] / total:.0f} % huge pages, index {size(figures['index_bytes'])}"
     )
     console.print(
         f"hits     {_ratio(counters)} of the chunks asked for in {counters['lookups']} lookups; "
-        f"{counters['stored_chunks']} stored ({_size(counters['stored_bytes'])}), "
+        f"{counters['stored_chunks']} stored ({size(counters['stored_bytes'])}), "
         f"{counters['evicted_chunks']} evicted, {counters['refused_chunks']} refused"
     )
     console.print(
@@ -74,7 +74,7 @@ def _print(figures: dict[str, Any]) -> None:
     if (peers := figures.get("peers")) is not None:
         console.print(
             f"peers    at {peers['address']}: {peers['connections']} connections, "
-            f"{peers['given_chunks']} chunks given ({_size(peers['given_bytes'])}), "
+            f"{peers['given_chunks']} chunks given ({size(peers['given_bytes'])}), "
             f"{peers['dropped']} dropped"
         )
     table = Table("#", "namespace", "fingerprint", "chunks", "bytes", "hit ratio", "lookups")
@@ -84,7 +84,7 @@ def _print(figures: dict[str, Any]) -> None:
             space["label"],
             space["fingerprint"][:12],
             str(space["chunks"]),
-            _size(space["used_bytes"]),
+            size(space["used_bytes"]),
             _ratio(space),
             str(space["lookups"]),
         )
@@ -98,9 +98,9 @@ def _print(figures: dict[str, Any]) -> None:
 def _tenants(tenants: list[dict[str, Any]]) -> Table:
     table = Table(Column("tenant", no_wrap=True), "bytes", "quota", "hit ratio", "evicted", "refused")
     for row in tenants:
-        quota = "–" if row["quota_bytes"] is None else _size(row["quota_bytes"])
+        quota = "–" if row["quota_bytes"] is None else size(row["quota_bytes"])
         counts = [str(row[f"{name}_chunks"]) for name in ("evicted", "refused")]
-        table.add_row(row["tenant"], _size(row["used_bytes"]), quota, _ratio(row), *counts)
+        table.add_row(row["tenant"], size(row["used_bytes"]), quota, _ratio(row), *counts)
     return table
 
 
@@ -112,8 +112,8 @@ def _tiers(tiers: list[dict[str, Any]]) -> Table:
             tier["url"],
             _state(tier),
             f"{tier['hits']} of {tier['hits'] + tier['misses'] + tier['damaged']}",
-            _size(tier["got_bytes"]) + (f" at {rate:.2f} GB/s" if rate else ""),
-            _size(tier["put_bytes"]),
+            size(tier["got_bytes"]) + (f" at {rate:.2f} GB/s" if rate else ""),
+            size(tier["put_bytes"]),
             str(tier["waiting_chunks"]),
             str(tier["lost_chunks"]),
             str(tier["damaged"]),
@@ -133,7 +133,8 @@ def _ratio(counters: dict[str, int]) -> str:
     return f"{100 * counters['hit_chunks'] / asked:.1f} %" if asked else "–"
 
 
-def _size(nbytes: float) -> str:
+def size(nbytes: float) -> str:
+    """A size for people, in binary units."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if nbytes < 1024:
             return f"{nbytes:.4g} {unit}"

@@ -22,9 +22,10 @@ from kvkeep.errors import RequestRefused, TierUnavailable
 from kvkeep.keeper.fetch import Batch, Fetch, Fetches, Need, Stage
 from kvkeep.keeper.flush import MOVERS, Flush, FlushQueue, Move
 from kvkeep.keeper.index import Records
-from kvkeep.keeper.keeper import Found, Keeper
+from kvkeep.keeper.keeper import Keeper
 from kvkeep.keeper.namespaces import Namespace
 from kvkeep.keeper.probes import Lane, Probes
+from kvkeep.terms import Found
 from kvkeep.tiers.base import KEY_BYTES, Got, Put
 from kvkeep.tiers.open import Opened, WriteWhen
 
@@ -76,6 +77,7 @@ class Movers:
         self._memory = memory
         self._post = post
         self.fetches = Fetches(keeper)
+        """What is on its way up, by ticket."""
         self._probes = Probes(self.tiers, post)
         self._readers = [
             Lane(f"read{number}", opened.tier.capabilities.concurrency) for number, opened in enumerate(tiers)
@@ -142,8 +144,8 @@ class Movers:
     def _answered(self, search: _Search, keys: list[bytes], tiers: list[int]) -> None:
         if self._keeper.journal is not None:
             told = [at for at, tier in enumerate(tiers) if tier >= 0 or not search.later]
-            names, found = ([of[at] for at in told] for of in (keys, tiers))
-            self._keeper.journal.probed(search.fetch.space, names, found)
+            names = [keys[at] for at in told]
+            self._keeper.journal.probed(search.fetch.space, names, [tiers[at] for at in told])
         search.fetch.answer(tiers)
         self._ask(search)
 
@@ -170,8 +172,9 @@ class Movers:
             return True
         if any(self._reading[tier] or not self.tiers[tier].tier.stale for tier in slow):
             return False
-        search.fetch.attended = False
-        return True
+        if search.fetch.attended:
+            self._search(search.asked, search.fetch.epoch, [], search.tiers)
+        return not search.fetch.attended
 
     def _read(self, batch: Batch) -> None:
         opened = self.tiers[batch.tier]
@@ -304,7 +307,6 @@ class Movers:
                 "url": opened.url,
                 "available": opened.guard.available,
                 "writable": opened.guard.writable,
-                "errors": opened.guard.failures,
                 "last_error": opened.guard.last_error,
                 "write": opened.write.value,
                 "live": opened.tier.capabilities.live,

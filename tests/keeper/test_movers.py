@@ -21,8 +21,8 @@ from kvkeep.keeper.fetch import Stage
 from kvkeep.keeper.journal import MEMORY, Journal
 from kvkeep.keeper.keeper import Keeper
 from kvkeep.keeper.movers import Asked, Movers
-from kvkeep.keeper.moves import move_down
-from kvkeep.keeper.namespaces import GroupSpec
+from kvkeep.keeper.operator_moves import move_down
+from kvkeep.terms import GroupSpec
 from kvkeep.tiers.base import Key, Tier
 from kvkeep.tiers.faults import Faults, Faulty
 from kvkeep.tiers.guard import Guarded

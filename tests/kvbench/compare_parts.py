@@ -49,6 +49,8 @@ spread = lambda x: dict.fromkeys(("mean", "p50", "p90", "p95", "p99"), x)
 bad = figures["how"] == "overloaded"
 summary = {"workload": "fake", "requests": 10, "errors": 3 * bad, "ttft_s": spread(t), "itl_s": spread(0.25),
            "latency_s": spread(t + 2), "prompt_tokens_per_s": 100.0, "output_tokens_per_s": 8 / t,
+           "rate": float(rate), "requests_per_s": min(float(rate), 1 / figures["ttft"]),
+           "prompt_tokens": 400, "cached_tokens": 100, "goodput": {"requests": 5, "requests_per_s": 0.5},
            "lateness_s": spread(0.001), "kept_schedule": not bad, "partial": False}
 pathlib.Path(output, "summary.json").write_text(json.dumps(summary))
 pathlib.Path(output, "requests.csv").write_text("sent_s,ttft_s\\n0,1\\n")

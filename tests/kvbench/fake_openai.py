@@ -30,6 +30,7 @@ class Fake:
         app.router.add_get("/asked", self.asked)
         app.router.add_post("/tokenize", self.tokenize)
         app.router.add_post("/v1/completions", self.answer)
+        app.router.add_post("/listless/v1/completions", self.answer)
         app.router.add_post("/v1/chat/completions", self.answer)
         return app
 
@@ -47,7 +48,7 @@ class Fake:
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
-        self.bodies.append(body)
+        self.bodies.append({**body, "authorization": request.headers.get("Authorization")})
         fault, asked = body["model"], body["max_tokens"]
         probing = asked <= PROBE_TOKENS
         if fault == "no-stream":

@@ -21,6 +21,12 @@ VLLM = """#!{python}
 import http.server, json, os, sys
 for name in ("VLLM_CPU_KVCACHE_SPACE", "VLLM_CPU_OMP_THREADS_BIND", "LMCACHE_TRACK_USAGE"):
     print(name, os.environ.get(name), flush=True)
+print("places", os.environ.get("PYTHONPATH"), os.environ.get("XDG_RUNTIME_DIR"), flush=True)
+transfer = json.loads(sys.argv[-1]) if "--kv-transfer-config" in sys.argv else {{}}
+if "memory" in transfer.get("kv_connector_extra_config", ()):  # as our connector does
+    from kvkeep.config import EngineConfig
+    from kvkeep.wire.launch import embedded_socket, ensure_keeper
+    ensure_keeper(embedded_socket("bench"), EngineConfig(memory=64 << 20))
 
 class Healthy(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
@@ -72,12 +78,22 @@ def test_a_set_up_and_its_end(name: str, plan: Plan, tmp_path: Path) -> None:
         assert ("LMCACHE_TRACK_USAGE false" in said) == (name == "lmcache")
         transfer = json.loads(words[-1]) if "--kv-transfer-config" in words else {}
         options = transfer.get("kv_connector_extra_config", {})
-        assert len(running.servers) == {"engine": 1, "embedded": 1, "keeper-redis": 3}.get(name, 2)
+        servers = {"engine": 1, "embedded": 1, "offloading": 1, "keeper-redis": 3}
+        assert len(running.servers) == servers.get(name, 2)
+        (path, runtime) = next(line.split()[1:] for line in said.splitlines() if line.startswith("places"))
         if name == "embedded":
             assert options == {"memory": "64MiB"}
+            (socket,) = Path(runtime).rglob("*.sock")
+            assert figures(str(socket))["prefaulted_bytes"] == 64 << 20  # before the load starts
+        elif name == "offloading":
+            assert (options["cpu_bytes_to_use"], transfer["kv_connector"]) == (
+                64 << 20,
+                "OffloadingConnector",
+            )
+            assert Path(path.split(":")[0], options["spec_module_path"]).with_suffix(".py").is_file()
         elif name.startswith("keeper"):
             state = figures(options["socket"])
-            assert state["memory_bytes"] == 64 << 20
+            assert state["memory_bytes"] == state["prefaulted_bytes"] == 64 << 20
             (tier,) = state["tiers"]
             assert tier["url"].startswith("fs://" if name == "keeper-disk" else "redis://127.0.0.1:")
             assert "capacity=1GiB" in tier["url"] or name == "keeper-redis"

@@ -135,7 +135,7 @@ def test_ratios_are_of_rounds_that_both_have(tmp_path: Path) -> None:
     table = {(row.rate, row.figure.title, row.setup): row for row in rows(plan, runs)}
     row = table[1.0, "TTFT, p50", "b"]
     assert (row.values, row.ratio, row.rounds) == (Range(4.0, 2.0, 6.0), Range(1.75, 1.5, 2.0), 2)
-    assert row.reading is Reading.WORSE
+    assert row.reading is Reading.EACH_WORSE
     assert table[1.0, "TTFT, p50", "a"].values == Range(4.0, 1.0, 10.0)
     assert table[1.0, "ITL, mean", "b"].values is None
     assert table[2.0, "TTFT, p50", "b"].reading is Reading.NONE

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kvbench import lookup as bench
-from kvbench.keeper import own_keeper
+from kvbench.servers import own_keeper
 from kvkeep.cli import main
 from kvkeep.errors import KeeperUnavailable
 

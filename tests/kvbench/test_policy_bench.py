@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from kvbench import policy as bench
 from kvbench.replay import Replayer
 from kvbench.trace import Trace, TraceError, read_trace
+from kvkeep.cli.main import main
 from kvkeep.keeper.policy import DEFAULT_POLICY, POLICIES, make_policy
 
 SHARED = Path(__file__).parents[3] / "shared" / "traces"
@@ -83,7 +84,7 @@ def test_bad_trace(
     path.write_bytes(content)
     with pytest.raises(TraceError, match=complaint):
         read_trace(path)
-    assert run(str(path), "--json") == 2
+    assert main(["bench", "policy", str(path), "--json"]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert str(path) in err
@@ -91,9 +92,9 @@ def test_bad_trace(
 
 
 def test_missing_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(str(tmp_path / "nowhere.jsonl")) == 2
+    assert main(["bench", "policy", str(tmp_path / "nowhere.jsonl")]) == 2
     assert "cannot read the trace" in capsys.readouterr().err
-    assert run(str(tmp_path)) == 2
+    assert main(["bench", "policy", str(tmp_path)]) == 2
 
 
 @pytest.mark.parametrize(

@@ -147,6 +147,15 @@ def test_a_trace_has_times_of_its_own() -> None:
     assert due_times(requests, 0.25, "poisson", random.Random(1)) == [0.0, 2.0, 8.0]
 
 
+def test_a_trace_whose_times_are_all_the_same_has_the_asked_rate() -> None:
+    requests = [request(user, at=0.0) for user in range(3)]
+    assert due_times(requests, 0.0, "fixed", random.Random(1)) == [0.0, 0.0, 0.0]
+    assert due_times(requests, 0.25, "fixed", random.Random(1)) == [0.0, 4.0, 8.0]
+    assert due_times(requests, 0.25, "poisson", random.Random(1))[-1] == 8.0
+    assert due_times(requests[:1], 0.25, "poisson", random.Random(1)) == [0.0]
+    assert due_times([], 0.25, "poisson", random.Random(1)) == []
+
+
 def test_a_warm_up_pass_has_each_opening_once() -> None:
     other = (Message("system", ("Another.",)),)
     requests = [request(0), request(1), request(2, opening=other), request(3, opening=())]

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from kvbench.load.pictures import draw_cdf
 from kvbench.workloads import WORKLOADS
 from kvkeep.cli.main import main
 
@@ -80,7 +81,7 @@ def test_a_run(fake: Fake, bench: Callable[..., Any], tmp_path: Path) -> None:
     assert found["lengths_by"] == "tokenize"
     assert (found["planned"], found["partial"], found["warm_up"]) == (12, False, 0)
     assert found["goodput"]["requests"] == 12
-    table = rows(tmp_path / "out")
+    table = sorted(rows(tmp_path / "out"), key=lambda row: int(row["request"]))
     assert [row["request"] for row in table] == [str(number) for number in range(12)]
     assert {row["output_tokens"] for row in table} == {"8"}
     assert {len(row["itl_s"].split()) for row in table} == {7}
@@ -159,6 +160,7 @@ def test_what_fails_is_counted(
     assert (status, found["errors"], found["partial"]) == (1, 6, False)
     assert found["failures"] == failures
     assert found["ttft_s"]["mean"] is None
+    assert (tmp_path / "out" / "cdf.png").exists()
     assert f"6 requests failed: {next(iter(failures))}" in said
     assert {row["error"] for row in rows(tmp_path / "out")} == set(failures)
 
@@ -185,6 +187,46 @@ def test_a_server_that_dies_leaves_a_partial_result(
     answered = [row for row in rows(tmp_path / "out") if not row["error"]]
     assert len(answered) <= 2  # as many as this fault lets through
     assert found["output_tokens"] == 64 * len(answered)
+
+
+def test_a_run_that_is_killed_leaves_the_requests_that_had_ended(
+    fake: Fake, tmp_path: Path, wait_until: Callable[..., None]
+) -> None:
+    words = [sys.executable, "-m", "kvkeep.cli", "bench", "serve", "unique", "--url", fake.url]
+    words += ["--output", str(tmp_path), "--rate", "20", "--scale", "0.05"]
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as child:
+        try:
+            wait_until(lambda: (tmp_path / "requests.csv").exists() and len(rows(tmp_path)) > 2, 60)
+        finally:
+            child.kill()
+    assert {row["output_tokens"] for row in rows(tmp_path)} == {"8"}
+    assert not (tmp_path / "summary.json").exists()
+
+
+def test_a_key_that_is_not_on_the_command_line(
+    fake: Fake, bench: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "key").write_text("hunter2\n")
+    options = ("unique", *QUICK, "--requests", "1", "--scale", "0.05")
+    assert bench(*options, "--key", f"@{tmp_path}/key")[0] == 0
+    monkeypatch.setenv("KVKEEP_API_KEY", "hunter3")
+    assert bench(*options)[0] == 0
+    assert {body["authorization"] for body in fake.asked()} == {"Bearer hunter2", "Bearer hunter3"}
+    with pytest.raises(SystemExit):
+        bench(*options, "--key", "@nowhere")
+
+
+def test_a_server_without_a_list_of_models(fake: Fake, bench: Callable[..., Any]) -> None:
+    options = ("--model", "breaks", "--requests", "6", "--scale", "0.05", "--url", f"{fake.url}/listless")
+    status, found, _ = bench("unique", *QUICK, *options)
+    assert (status, found["errors"], found["model"]) == (1, 6, "breaks")
+    assert not found["partial"]  # a 404 is an answer
+
+
+def test_a_picture_of_nothing_draws_no_line(tmp_path: Path) -> None:
+    figure = draw_cdf(tmp_path / "cdf.png", [], "nothing")
+    assert [len(axis.lines) for axis in figure.axes] == [0, 0, 0]
+    assert {text.get_text() for axis in figure.axes for text in axis.texts} == {"nothing was answered"}
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.simulator import live_replay
 from kvbench import simulate as bench
-from kvbench.keeper import own_keeper
-from kvbench.live import live_replay
 from kvbench.replay import Disk, Replayer
+from kvbench.servers import own_keeper
 from kvbench.trace import Trace, TraceError, read_trace
+from kvkeep.cli.main import main
 from kvkeep.errors import ConfigError
 from kvkeep.keeper.policy import POLICIES, make_policy
 
@@ -108,10 +109,27 @@ def test_what_a_live_keeper_records_simulates_alike(trace: Trace, tmp_path: Path
 def test_local_blocks_and_answers() -> None:
     # The second request's engine has block 1 itself, and block 3 is the first one's answer.
     chains = [np.array([0, 1, 2]), np.array([0, 1, 2, 3])]
-    trace = Trace(chains, 4, [2, 4], [0, 1], 6 * 512)
+    trace = Trace(chains, 4, [2, 4], [0, 1], [1024, 2000])
     replay = Replayer(make_policy("lru", 8), trace, 8).run(trace)
     assert trace.blocks == 5
     assert (replay.hits, replay.saved) == (2 - 1 + 1, 4)
+    assert replay.hit_tokens == 1024  # blocks 1 and 2, both whole
+
+
+def test_a_block_that_is_not_full_saves_what_it_holds(tmp_path: Path) -> None:
+    # Prompts of 100 tokens in a block of 512: nine of ten are hits, and no more can be saved than there is.
+    trace = read_trace(write(tmp_path / "short.jsonl", [[7]] * 10, input_length=100))
+    sizes = bench.Sizes.choose(trace, 7, trace.block_tokens, None)
+    found = bench.simulate(trace, bench.Cell("lru", 64 * PAGE, 0), sizes, bench.Speeds(10_000.0, 1e6, 2.0))
+    assert found.hit_ratio == 0.9
+    assert found.ttft_saved_ratio == pytest.approx(0.9, abs=1e-4)
+    assert found.ttft_saved_s == pytest.approx(0.009, rel=1e-3)
+
+
+def test_requests_come_in_the_order_of_their_times(tmp_path: Path) -> None:
+    lines = [{"timestamp": at, "input_length": 512, "output_length": 1, "hash_ids": [at]} for at in (3, 1, 2)]
+    (tmp_path / "late.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [chain.tolist() for chain in read_trace(tmp_path / "late.jsonl").chains] == [[0], [1], [2]]
 
 
 def test_a_disk_keeps_to_its_room_and_what_is_used() -> None:
@@ -207,9 +225,9 @@ def test_a_bad_line_is_named(
     path.write_text(path.read_text() + json.dumps({**json.loads(path.read_text()), **more}) + "\n")
     with pytest.raises(TraceError, match=f"line 2: .*{complaint}"):
         read_trace(path)
-    assert run(str(path)) == 2
+    assert main(["bench", "simulate", str(path)]) == 2
     assert "line 2" in capsys.readouterr().err
-    assert run(str(tmp_path / "nowhere")) == 2
+    assert main(["bench", "simulate", str(tmp_path / "nowhere")]) == 2
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kvbench.load.record import INTERRUPTED, Record, write_csv
+from kvbench.load.record import INTERRUPTED, Record, csv_rows
 from kvbench.load.summary import kept_schedule, parse_slo, spread, summarize
 
 RECORDS = [
@@ -62,12 +62,15 @@ def test_lateness_is_judged_by_the_interval() -> None:
 
     assert kept_schedule(late(0.019), 1000.0)
     assert not kept_schedule(late(0.021), 1000.0)
-    assert kept_schedule(late(0.9), 0.1)  # of 10 s between requests
+    assert kept_schedule(late(0.09), 0.5)  # of 2 s between requests
+    assert not kept_schedule(late(0.11), 0.1)  # however long it is
     assert kept_schedule([], 1.0)
 
 
 def test_csv(tmp_path: Path) -> None:
-    write_csv(tmp_path / "requests.csv", RECORDS)
+    with csv_rows(tmp_path / "requests.csv") as write:
+        for record in RECORDS:
+            write(record)
     with (tmp_path / "requests.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["error"] for row in rows] == ["", "", "", "500: out of memory", INTERRUPTED]

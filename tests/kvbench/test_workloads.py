@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import statistics
 from pathlib import Path
@@ -72,6 +73,8 @@ def test_documents_at_their_published_size(
         assert len({prose.text(r.says) for r in asked}) == questions
     order = [r.document for r in requests]
     assert order != sorted(order)
+    small, _ = build(name, 0.01)
+    assert len(small) == 20 * math.ceil(documents / 10)  # as many questions of each, at any scale
 
 
 def test_mixed_has_long_prompts_among_streams() -> None:
@@ -205,6 +208,13 @@ def test_rag_retrieves_popular_passages_in_changing_order() -> None:
     text = prose.text(requests[0].says)
     assert text.count("Passage: ") == 5
     assert tokens(text, prose) == pytest.approx(5 * 512 + 40, rel=0.05)
+
+
+def test_rag_has_its_passages_whatever_a_token_is() -> None:
+    prose = Prose("wide tokens", chars_per_token=20.0)
+    passages = prose.windows(150, 512)
+    assert len(passages) == len({passage[:9] for passage in passages}) == 150
+    assert min(map(len, passages)) >= 512 * 20
 
 
 def test_agents_share_one_prefix_and_add_to_it() -> None:
