@@ -64,7 +64,7 @@ test: models
 	@status=0; \
 	$(MAKE) --no-print-directory check || { status=1; echo "test: 'make check' FAILED, see above" >&2; }; \
 	echo "test: pytest"; \
-	$(BIN)/python -m pytest tests -n $(JOBS) --dist loadfile $(PYTEST_ARGS) || { \
+	$(BIN)/python -m pytest tests -n $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS) || { \
 		echo "test: once more, alone, what FAILED beside others"; \
 		$(BIN)/python -m pytest tests --last-failed --last-failed-no-failures none $(PYTEST_ARGS) || status=1; }; \
 	exit $$status

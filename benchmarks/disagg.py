@@ -1,19 +1,18 @@
 """Prefill on one engine, decode on another: whether answers are one engine's, and what the hand-over takes.
 
-    python benchmarks/disagg.py [--prefills 1,2] [--hosts one,two] [--rate 10gbit] [--rounds 3] [--at-once]
-        [--json FILE]
+    python benchmarks/disagg.py [--prefills 1,2] [--hosts one,two] [--rate 10gbit] [--rounds 3] [--json FILE]
 
 Real engines with SmolLM2 in float32: those that prefill on the first half of the cores, the one that decodes
 on the other. `two` hosts: a keeper for each side, the decoder's in a network namespace, whence it asks the
-other one over a link of `--rate` (needs root). One request at a time, sent as a proxy does: to the engine
-that prefills, then with what it answered to the one that decodes. The same prompt once more finds all in that
-engine's own cache, and under another salt is computed there: what the answer is compared with.
+other one over a link of `--rate` (needs root). One request at a time, sent as a proxy does, in two ways by
+turns: to the engine that prefills, then with what it answered to the one that decodes; or to both at once, as
+`kvkeep route --at-once` does. The same prompt once more finds all in that engine's own cache, and under
+another salt is computed there: what the answer is compared with.
 
 From the end of the prefill to the first token: `waits` for chunks that are on their way, `lookup` (hashing
 and the keeper's answers), `load` (arena to KV cache), `engine` (what a hit in its own cache takes, API
-included), and the `rest` of what was measured. With `--at-once` both engines are asked together, as
-`kvkeep route --at-once` does; `waits` is then what is left of the wait, lookups included, behind the end of
-the prefill. Prefill is in steps of 512 tokens, so that chunks come while it goes on.
+included), and the `rest` of what was measured. At once, `waits` is what is left of the wait, lookups
+included, behind the end of the prefill. Prefill is in steps of 512 tokens, so that chunks come meanwhile.
 """
 
 from __future__ import annotations
@@ -61,6 +60,7 @@ class HandedOver(NamedTuple):
     """One request. Times in seconds; `first_token` counts from the prefill's end."""
 
     tokens: int
+    at_once: bool
     prefill: float
     first_token: float
     loaded: int
@@ -76,30 +76,31 @@ def prompt(seed: int, length: int) -> list[int]:
 class Fleet:
     """Engines that are up, and the proxy before them."""
 
-    def __init__(self, prefills: list[VllmServer], decode: VllmServer, at_once: bool) -> None:
+    def __init__(self, prefills: list[VllmServer], decode: VllmServer) -> None:
         self._prefills, self._decode, self._turn = prefills, decode, 0
-        self._at_once, self._pool = at_once, ThreadPoolExecutor(1)
+        self._pool = ThreadPoolExecutor(1)
 
-    def hand_over(self, tokens: list[int]) -> HandedOver:
+    def hand_over(self, tokens: list[int], at_once: bool) -> HandedOver:
         """Prefill on the next engine, decode, and compare."""
         engine = self._prefills[self._turn % len(self._prefills)]
         self._turn += 1
         before, began = self._counters(), time.perf_counter()
         prefilled = self._pool.submit(prefill, engine, tokens)
-        params = TO_DECODE if self._at_once else prefilled.result()[0]
+        params = TO_DECODE if at_once else prefilled.result()[0]
         asked = time.perf_counter()
         answer = self._decode.complete(tokens, ANSWER, kv_transfer_params=params)
         ended = prefilled.result()[1]
         after, first_token = self._counters(), asked + answer.ttft_s - ended
         parts = {part: sum(after[name] - before[name] for name in names) for part, names in PARTS.items()}
-        if self._at_once:  # looks, and waits for tiers, are within the wait for the other engine
+        if at_once:  # looks, and waits for tiers, are within the wait for the other engine
             waited = after[REMOTE_WAIT] - before[REMOTE_WAIT]
             parts |= {"waits": max(0.0, waited - (ended - asked)), "lookup": 0.0}
         parts["engine"] = self._decode.complete(tokens, 1).ttft_s
         parts["rest"] = first_token - sum(parts.values())
         alone = self._decode.complete(tokens, ANSWER, cache_salt=f"alone {self._turn}")
         loaded = int(after["loaded_tokens_total"] - before["loaded_tokens_total"])
-        return HandedOver(len(tokens), ended - began, first_token, loaded, parts, answer.text == alone.text)
+        equal = answer.text == alone.text
+        return HandedOver(len(tokens), at_once, ended - began, first_token, loaded, parts, equal)
 
     def _counters(self) -> dict[str, float]:
         names = [*(name for names in PARTS.values() for name in names), "loaded_tokens_total"]
@@ -131,7 +132,7 @@ def keepers(apart: bool, rate: str, folder: Path) -> Iterator[tuple[str, str]]:
         there.limit(rate)
         port, token = free_port(), Path(place) / "token"
         token.write_text(secrets.token_hex(32))
-        lends = ["--peers", f"{there.store}:{port}?token_file={token}"]
+        lends = ["--peers", f"{there.store}:{port}?token_file={token}&plain=yes"]
         stack.enter_context(keeper(near, "4GiB", [], folder / "near.log", drain_s=0, args=lends))
         tier = f"peer://{there.store}:{port}?token_file={token}"
         stack.enter_context(keeper(far, "4GiB", [tier], folder / "far.log", drain_s=0, on=there.command()))
@@ -139,7 +140,7 @@ def keepers(apart: bool, rate: str, folder: Path) -> Iterator[tuple[str, str]]:
 
 
 @contextlib.contextmanager
-def fleet(prefills: int, sockets: tuple[str, str], at_once: bool, folder: Path) -> Iterator[Fleet]:
+def fleet(prefills: int, sockets: tuple[str, str], folder: Path) -> Iterator[Fleet]:
     """Engines on the cores of their kind."""
     of_prefill, of_decode = cores_by_role(sorted(os.sched_getaffinity(0)))
     with contextlib.ExitStack() as stack:
@@ -157,33 +158,42 @@ def fleet(prefills: int, sockets: tuple[str, str], at_once: bool, folder: Path) 
                 environ={"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, its)), "VLLM_CPU_KVCACHE_SPACE": "2"},
             )
             engines.append(stack.enter_context(engine))
-        yield Fleet(engines[:-1], engines[-1], at_once)
+        yield Fleet(engines[:-1], engines[-1])
 
 
-def measure(prefills: int, apart: bool, at_once: bool, rate: str, rounds: int) -> list[HandedOver]:
-    """Each length `rounds` times, in turn, behind a first one that is left out."""
+def measure(prefills: int, apart: bool, rate: str, rounds: int) -> list[HandedOver]:
+    """Each length `rounds` times in both ways, by turns, behind first ones that are left out."""
     with (
         tempfile.TemporaryDirectory(dir=ROOT, prefix=".bench-") as out,
         keepers(apart, rate, Path(out)) as sockets,
-        fleet(prefills, sockets, at_once, Path(out)) as engines,
+        fleet(prefills, sockets, Path(out)) as engines,
     ):
-        engines.hand_over(prompt(0, 700))
-        seeds = iter(range(1, 10_000))
-        return [engines.hand_over(prompt(next(seeds), length)) for _ in range(rounds) for length in LENGTHS]
+        seeds = iter(range(10_000))
+        for way in (False, True):
+            engines.hand_over(prompt(next(seeds), 700), way)
+        turns = [(length, way) for _ in range(rounds) for length in LENGTHS for way in (False, True)]
+        return [engines.hand_over(prompt(next(seeds), length), way) for length, way in turns]
 
 
 def show(title: str, found: list[HandedOver]) -> None:
-    """A row per length: medians."""
+    """A row per length and way: medians."""
     names = [*PARTS, "engine", "rest"]
     table = Table(
-        "tokens", "prefill s", "first token ms", *(f"{name} ms" for name in names), "loaded", "equal"
+        "tokens",
+        "at once",
+        "prefill s",
+        "first token ms",
+        *(f"{name} ms" for name in names),
+        "loaded",
+        "equal",
     )
     table.title = title
-    for length in LENGTHS:
-        its = [one for one in found if one.tokens == length]
+    for length, way in ((length, way) for length in LENGTHS for way in (False, True)):
+        its = [one for one in found if (one.tokens, one.at_once) == (length, way)]
         median = statistics.median
         table.add_row(
             f"{length}",
+            "yes" if way else "no",
             f"{median(one.prefill for one in its):.2f}",
             f"{1e3 * median(one.first_token for one in its):.1f}",
             *(f"{1e3 * median(one.parts[name] for one in its):.1f}" for name in names),
@@ -200,7 +210,6 @@ def main() -> int:
     parser.add_argument("--hosts", default="one,two")
     parser.add_argument("--rate", default="10gbit", help="of the link between two hosts, as tc has it")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--at-once", action="store_true", help="ask the engine that decodes meanwhile")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     results: dict[str, Any] = {}
@@ -208,9 +217,8 @@ def main() -> int:
         for prefills in map(int, args.prefills.split(",")):
             title = f"{prefills}p1d, {where} host{'s' if where == 'two' else ''}"
             title += f", {args.rate}" if where == "two" else ""
-            title += ", at once" if args.at_once else ""
             try:
-                found = measure(prefills, where == "two", args.at_once, args.rate, args.rounds)
+                found = measure(prefills, where == "two", args.rate, args.rounds)
             except Unavailable as error:
                 console.print(f"{title}: {error}")
                 continue

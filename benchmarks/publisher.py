@@ -15,12 +15,14 @@ from kvroute.events import END_SEQUENCE, Event, pack
 class Publisher:
     """One engine's. Nothing happens by itself: `publish` sends, `serve` answers replay requests."""
 
-    def __init__(self, buffer: int = 10_000, port: int = 0, replay_port: int = 0, topic: str = "") -> None:
+    def __init__(
+        self, buffer: int = 10_000, port: int = 0, replay_port: int = 0, topic: str = "", rank: int = 0
+    ) -> None:
         self._context = zmq.Context()
         self.pub = self._bound(zmq.PUB, f"tcp://127.0.0.1:{port}")
         self.router = self._bound(zmq.ROUTER, f"tcp://127.0.0.1:{replay_port}")
         self.buffer: collections.deque[tuple[int, bytes]] = collections.deque(maxlen=buffer)
-        self.topic, self.sequence, self.asked = topic, 0, 0
+        self.topic, self.rank, self.sequence, self.asked = topic, rank, 0, 0
         self.skip: set[int] = set()
         """Messages that a replay leaves out, once each: what an overflow of its queue does."""
 
@@ -34,7 +36,7 @@ class Publisher:
 
     def publish(self, *events: Event, lost: bool = False) -> None:
         """Send one message, or have it lost on the way."""
-        frames = pack(self.topic, self.sequence, 1.0 + self.sequence, list(events))
+        frames = pack(self.topic, self.sequence, 1.0 + self.sequence, list(events), self.rank)
         if not lost:
             self.pub.send_multipart(frames)
         self.buffer.append((self.sequence, frames[2]))

@@ -35,6 +35,7 @@ from kvbench.workloads import WORKLOADS, Given, Prose, Request, Scale
 
 POLICIES = ("kv", "session", "prefix-hash", "round-robin")
 ROOM = 0.6  # of all text, that one engine has room for
+STREAM_ITL = 1.0  # seconds
 LOAD = 0.5  # of what three engines can do where nothing is held
 
 
@@ -47,28 +48,48 @@ class Served(NamedTuple):
 
 
 @contextlib.contextmanager
-def served(policy: str, engines: int, *shape: str, core: int | None = None) -> Iterator[Served]:
-    """Start them, and end them. `core`: where the router runs, alone."""
+def served(
+    policy: str,
+    engines: int,
+    *shape: str,
+    more: tuple[str, ...] = (),
+    core: int | None = None,
+    split: bool = False,
+) -> Iterator[Served]:
+    """Start them, and end them. `more`: options of the router; `core`: where it runs, alone; `split`: see
+    `routing`."""
     command = [sys.executable, "-m", "benchmarks.stand_in", "--engines", str(engines), *shape]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with contextlib.ExitStack() as stack:
         stand_ins = stack.enter_context(subprocess.Popen(command, **pipes))
         stack.callback(stand_ins.terminate)
         places = json.loads(stand_ins.stdout.readline())
+        url, pid = stack.enter_context(routing(policy, places, *more, split=split))
+        if core is not None:
+            os.sched_setaffinity(pid, {core})
+        yield Served(url, [place["url"] for place in places], pid)
+
+
+@contextlib.contextmanager
+def routing(
+    policy: str, places: list[dict[str, str]], *more: str, split: bool = False
+) -> Iterator[tuple[str, int]]:
+    """A router in front of engines: its address and process. `split`: the first engine prefills, the others
+    decode."""
+    with contextlib.ExitStack() as stack:
         log = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "log"
         words = [sys.executable, "-m", "kvkeep.cli", "route", "--listen", "127.0.0.1:0", "--policy", policy]
-        words += ["--max-requests", "20000"]
-        for place in places:
-            words += ["--backend", f"{place['url']},events={place['events']},replay={place['replay']}"]
+        words += ["--max-requests", "20000", *more]
+        for number, place in enumerate(places):
+            role = "backend" if not split else "decode" if number else "prefill"
+            words += [f"--{role}", f"{place['url']},events={place['events']},replay={place['replay']}"]
         router = stack.enter_context(subprocess.Popen(words, stderr=log.open("w")))
         stack.callback(router.terminate)
         while not (found := re.search(r"routing at (http://\S+)", log.read_text())):
             if router.poll() is not None:
                 raise SystemExit(log.read_text())
             time.sleep(0.02)
-        if core is not None:
-            os.sched_setaffinity(router.pid, {core})
-        yield Served(found[1], [place["url"] for place in places], router.pid)
+        yield found[1], router.pid
 
 
 # Policies
@@ -120,35 +141,38 @@ class Outcome(NamedTuple):
     best: float
 
 
-async def play(talk: Talk, url: str) -> tuple[list[float], list[list[int]]]:
-    """Send all requests when they are due; a user's next one after the answer to the last.
+Messages = list[dict[str, str]]
 
-    Returns times to first token, and prompts as tokens in the order in which they were sent.
+
+async def play(
+    talk: Talk, url: str, model: str = "stand-in", most: int = 1 << 20
+) -> tuple[list[float], list[Messages]]:
+    """Send all requests when they are due; a user's next one after the answer to the last. `most`: tokens of
+    an answer.
+
+    Returns times to first token, and prompts in the order in which they were sent.
     """
     said: dict[int, list[dict[str, str]]] = {}
     turns: dict[int, asyncio.Lock] = {}
-    ttft, prompts = list[float](), list[list[int]]()
+    ttft, prompts = list[float](), list[Messages]()
     began = time.monotonic()
 
     async def ask(client: aiohttp.ClientSession, request: Request, at: float) -> None:
         await asyncio.sleep(began + at - time.monotonic())
         async with turns.setdefault(request.user, asyncio.Lock()):
             messages = talk.messages(request, said.get(request.user, []))
-            prompts.append(tokens_of(" ".join(f"<{one['role']}> {one['content']}" for one in messages)))
-            body = {
-                "model": "stand-in",
-                "messages": messages,
-                "max_tokens": request.answer_tokens,
-                "stream": True,
-            }
+            prompts.append(messages)
+            body = {"model": model, "messages": messages, "stream": True, "temperature": 0}
+            body["max_tokens"] = min(most, request.answer_tokens)
             sent, answer = time.monotonic(), ""
             headers = {"X-Session-Id": f"user {request.user}"}
             async with client.post(f"{url}/v1/chat/completions", json=body, headers=headers) as response:
                 async for line in response.content:
                     if line.startswith(b"data: {"):
-                        if not answer:
+                        content = json.loads(line[6:])["choices"][0]["delta"].get("content") or ""
+                        if content and not answer:
                             ttft.append(time.monotonic() - sent)
-                        answer += json.loads(line[6:])["choices"][0]["delta"]["content"]
+                        answer += content
             said[request.user] = [*messages, {"role": "assistant", "content": answer.strip()}]
 
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as client:
@@ -165,15 +189,20 @@ async def stats(engines: list[str]) -> list[dict[str, Any]]:
         return found
 
 
-def best_possible(prompts: list[list[int]]) -> float:
+def as_words(messages: Messages) -> list[int]:
+    """A prompt's tokens, as the stand-ins count them."""
+    return tokens_of(" ".join(f"<{one['role']}> {one['content']}" for one in messages))
+
+
+def best_possible(prompts: list[list[int]], block: int = BLOCK) -> float:
     """The share of tokens that one cache without bounds would have held: every block is computed once."""
     seen, held, total = set[int](), 0, 0
     for tokens in prompts:
         key, total, run = 0, total + len(tokens), True
-        for at in range(0, len(tokens) - BLOCK + 1, BLOCK):
-            key = hash((key, *tokens[at : at + BLOCK]))
+        for at in range(0, len(tokens) - block + 1, block):
+            key = hash((key, *tokens[at : at + block]))
             run = run and key in seen
-            held += BLOCK * run
+            held += block * run
             seen.add(key)
     return held / total
 
@@ -196,7 +225,8 @@ def policies(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         )
         for policy in args.policies:
             with served(policy, 3, *shape) as there:
-                ttft, prompts = asyncio.run(play(talk, there.router))
+                ttft, said = asyncio.run(play(talk, there.router))
+                prompts = [as_words(one) for one in said]
                 told = asyncio.run(stats(there.engines))
             hit = sum(one["cached_tokens"] for one in told) / sum(one["prompt_tokens"] for one in told)
             found[f"{name} {policy}"] = one = Outcome(hit, ttft, best_possible(prompts))
@@ -235,7 +265,8 @@ async def _pairs(there: Served, bodies: list[bytes], rounds: int) -> tuple[list[
 
 
 def cost(args: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """One request at a time, one engine, answers of one token."""
+    """One request at a time, one engine, answers of one token; and where one engine prefills and one decodes,
+    each as quick as the one alone, so that its time counts twice."""
     found: dict[str, Any] = {}
     table = Table("policy", "prompt", "engine ms", "through the router ms", "own cost ms, median", "p90")
     prose = Prose("cost")
@@ -244,16 +275,18 @@ def cost(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         "20,000 words, the same": [" ".join(prose.windows(1, 27_000))],
         "20,000 token ids, the same": [list(range(20_000))],
     }
-    for policy in POLICIES:
-        with served(policy, 1) as there:
+    for kind, split in [*((one, False) for one in POLICIES), ("kv", True)]:
+        more = ("--prefill-from", "0") if split else ()
+        with served(kind, 1 + split, more=more, split=split) as there:
+            policy = f"{kind}, split" if split else kind
             for name, texts in prompts.items():
                 bodies = [
                     json.dumps({"model": "stand-in", "prompt": text, "max_tokens": 1}).encode()
                     for text in texts
                 ]
                 direct, routed = asyncio.run(_pairs(there, bodies, args.rounds))
-                own = [via - alone for via, alone in zip(routed, direct, strict=True)]
-                median = statistics.median(routed) - statistics.median(direct)
+                own = [via - (1 + split) * alone for via, alone in zip(routed, direct, strict=True)]
+                median = statistics.median(routed) - (1 + split) * statistics.median(direct)
                 found[f"{policy} {name}"] = median
                 milliseconds = [1000 * statistics.median(times) for times in (direct, routed)]
                 late = 1000 * statistics.quantiles(own, n=10)[8]
@@ -271,15 +304,31 @@ def cost(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 # Streams
 
 
-async def _stream(client: aiohttp.ClientSession, url: str, tokens: int) -> tuple[float, int]:
-    """Time to first byte, and how many events came."""
+async def _stream(client: aiohttp.ClientSession, url: str, tokens: int) -> tuple[float, int, list[float]]:
+    """Time to first byte, how many events came, and how late each was after the one before."""
     body = {"model": "stand-in", "prompt": "a b c", "max_tokens": tokens, "stream": True}
     began, first, events = time.monotonic(), 0.0, 0
+    last, late = 0.0, list[float]()
     async with client.post(f"{url}/v1/completions", json=body) as answer:
         async for chunk in answer.content.iter_any():
-            first = first or time.monotonic() - began
+            now = time.monotonic()
+            first = first or now - began
+            if events and events < tokens:  # the end comes with the last of them
+                late.append(now - last - STREAM_ITL)
+            last = now
             events += chunk.count(b"data: ")
-    return first, events
+    return first, events, late
+
+
+@contextlib.contextmanager
+def storm(blocks: int) -> Iterator[list[str]]:
+    """Another engine, down but heard, that stores blocks and stores; one message is lost each time that it
+    holds so many."""
+    words = [sys.executable, "-m", "benchmarks.event_storm", "--blocks", str(blocks)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        address = process.stdout.readline().strip()
+        yield ["--backend", f"http://127.0.0.1:1,events={address}"]
+        process.terminate()
 
 
 def _cpu_seconds(pid: int) -> float:
@@ -287,7 +336,7 @@ def _cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-async def _all(url: str, count: int, tokens: int) -> list[tuple[float, int]]:
+async def _all(url: str, count: int, tokens: int) -> list[tuple[float, int, list[float]]]:
     timeout = aiohttp.ClientTimeout(total=300)
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as client:
@@ -297,19 +346,32 @@ async def _all(url: str, count: int, tokens: int) -> list[tuple[float, int]]:
 def streams(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Many at once, the router on a core of its own; engines and client share the others."""
     found: dict[str, Any] = {}
-    table = Table("streams", "whole", "events/s", "router's CPU", "µs per event", "last first byte s")
+    table = Table(
+        *("streams", "storm", "whole", "events/s", "router's CPU", "µs per event", "last first byte s"),
+        *("late ms p50", "p99", "most"),
+    )
     core = max(os.sched_getaffinity(0))
-    for count in args.streams:
-        with served("round-robin", 3, "--itl", "1.0", core=core) as there:
+    for count, blocks in ((count, blocks) for count in args.streams for blocks in args.storm):
+        with contextlib.ExitStack() as stack:
+            more = stack.enter_context(storm(blocks)) if blocks else []
+            shape = ("--itl", str(STREAM_ITL))
+            there = stack.enter_context(served("round-robin", 3, *shape, more=tuple(more), core=core))
             before, began = _cpu_seconds(there.pid), time.monotonic()
             outcomes = asyncio.run(_all(there.router, count, args.tokens))
             took, cpu = time.monotonic() - began, _cpu_seconds(there.pid) - before
-        events = sum(events for _, events in outcomes)
-        whole = sum(events == args.tokens + 1 for _, events in outcomes)
-        found[str(count)] = {"whole": whole, "cpu": cpu / took, "us_per_event": 1e6 * cpu / events}
-        last = max(first for first, _ in outcomes)
-        row = (str(count), str(whole), f"{events / took:.0f}", f"{cpu / took:.0%}")
-        table.add_row(*row, f"{1e6 * cpu / events:.0f}", f"{last:.2f}")
+        events = sum(events for _, events, _ in outcomes)
+        whole = sum(events == args.tokens + 1 for _, events, _ in outcomes)
+        late = sorted(1000 * one for *_, lates in outcomes for one in lates)
+        lates = [late[len(late) // 2], late[int(0.99 * len(late))], late[-1]]
+        found[f"{count} {blocks}"] = {
+            "whole": whole,
+            "cpu": cpu / took,
+            "us": 1e6 * cpu / events,
+            "late": lates,
+        }
+        last = max(first for first, *_ in outcomes)
+        row = (str(count), f"{blocks:,}", str(whole), f"{events / took:.0f}", f"{cpu / took:.0%}")
+        table.add_row(*row, f"{1e6 * cpu / events:.0f}", f"{last:.2f}", *(f"{one:.0f}" for one in lates))
     console.print(table)
     return found
 
@@ -326,6 +388,9 @@ def main() -> None:
     parser.add_argument("--policies", nargs="+", default=POLICIES, choices=POLICIES, help="kv first")
     parser.add_argument("--rounds", type=int, default=200, help="requests per row of `cost`")
     parser.add_argument("--streams", type=int, nargs="+", default=[500, 2000], help="at a time")
+    parser.add_argument(
+        "--storm", type=int, nargs="+", default=[0], help="blocks of an engine that loses events"
+    )
     parser.add_argument("--tokens", type=int, default=10, help="of each stream, one per second")
     parser.add_argument("--json", type=Path, help="write the figures there")
     args = parser.parse_args()

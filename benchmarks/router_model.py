@@ -26,7 +26,7 @@ from benchmarks.stand_in import BLOCK, Cache, tokens_of
 from kvbench.workloads import Request
 from kvroute.backends import Backend, Engine, Visit
 from kvroute.index import Index
-from kvroute.policy import Ask, Expected, Kv, Policy, PrefixHash, RoundRobin, Session
+from kvroute.policy import PLAIN, Ask, Expected, Kv, Policy
 
 ITL = 0.002
 HELD_FOR = 20.0  # seconds, as the router has it
@@ -39,9 +39,8 @@ class Model:
         self._talk, self._rate, self.now = talk, rate, 0.0
         self._index = Index()
         self._expected = Expected(lambda: self.now, HELD_FOR)
-        kinds: dict[str, Callable[[], Policy]] = {"session": Session, "prefix-hash": PrefixHash}
-        kinds |= {"round-robin": RoundRobin, "kv": lambda: Kv(self._index, self._expected)}
-        self._policy = kinds[policy]()
+        kv = policy == "kv"
+        self._policy = Kv(self._index, self._expected) if kv else Policy(PLAIN[policy])
         self._backends = [Backend(Engine(f"engine {number}", "")) for number in range(engines)]
         room = round(ROOM * talk.tokens / BLOCK)
         self._caches = {one.name: Cache(room, "GPU") for one in self._backends}
@@ -79,7 +78,7 @@ class Model:
         self.prompts.append(tokens)
         known = np.array(tokens, np.uint32) if self._policy.wants_tokens else None
         ask = Ask(text.encode(), f"user {request.user}", known)
-        choice = self._policy.rank(ask, self._backends)[0]
+        choice = self._policy.rank(self._policy.look(ask), self._backends)[0]
         choice.backend.picked = len(self.prompts)
         self._expected.promise(ask, choice.backend.name)
         visit = Visit(choice.backend, choice.missing)

@@ -24,7 +24,8 @@ from kvbench.simulate import Cell, Sizes, Speeds, simulate
 from kvbench.trace import Trace, read_trace
 from kvkeep.identity import KEY_BYTES, fingerprint
 from kvkeep.keeper.policy import POLICIES
-from kvkeep.wire.client import Connection, Found
+from kvkeep.terms import Found
+from kvkeep.wire.client import Connection
 from kvkeep.wire.messages import Reservation
 
 PAGE = 4096

@@ -1,7 +1,7 @@
 """What being looked at costs a keeper: its time for lookups, and its memory over a million of them.
 
     python benchmarks/watched.py cost [--rounds N] [--held N]     # lookups with and without --http
-    python benchmarks/watched.py soak [--lookups N]               # growth of the process
+    python benchmarks/watched.py soak [--lookups N] [--everything]  # growth of the process
     python benchmarks/watched.py ttft [--engines N] [--model DIR] # a real engine's first tokens
 
 Real keepers, with `--http` and a scraper of `/metrics` and `/api/state` each second, a process of its own.
@@ -22,6 +22,7 @@ import numpy as np
 from kvbench.engine import VllmServer, connector_args, fastest_dtype
 from kvbench.lookup import Probe
 from kvkeep.errors import KeeperUnavailable
+from kvkeep.identity import tenant_of
 from kvkeep.wire.client import Connection
 from kvkeep.wire.messages import Reservation
 
@@ -44,7 +45,7 @@ def keeper(memory: int, *options: str) -> Iterator[tuple[Connection, int, str]]:
         command = [sys.executable, "-m", "kvkeep.cli", "serve", "--socket", place, "--prefault", "no"]
         with log.open("w") as file:
             child = subprocess.Popen([*command, "--memory", str(memory), *options], stdout=file, stderr=file)
-        stack.callback(child.wait, 10)
+        stack.callback(child.wait, 30)
         stack.callback(child.terminate)
         connection = connect(place, child, log)
         stack.callback(connection.close)
@@ -93,27 +94,42 @@ def cost(rounds: int, held: int, tokens: int) -> None:
         )
 
 
-def soak(lookups: int) -> None:
+def soak(lookups: int, everything: bool) -> None:
     """Lookups, a third of them hits, saves and evictions; prints private memory at ten times."""
     documents = [np.random.default_rng(number).bytes(16 * (4 + number % 5)) for number in range(500)]
-    with keeper(64 << 20, "--http", "127.0.0.1:0") as (link, pid, _):
+    tenants = [tenant_of(f"salt {number}") if everything else b"" for number in range(5)]
+    with tempfile.TemporaryDirectory() as below, contextlib.ExitStack() as stack:
+        more = ["--record", f"{below}/seen.jsonl", "--tier", f"fs://{below}/kv?capacity=256MiB"]
+        more += ["--traces", "http://127.0.0.1:9/v1/traces", "--tenant-quota", "default=8MiB"]
+        options = ["--http", "127.0.0.1:0", *(more if everything else [])]
+        link, pid, _ = stack.enter_context(keeper(64 << 20, *options))
         space = link.open_namespace(bytes(32), "soak", [(16384, None)], 1, 1, 16)
         random = np.random.default_rng(1)
         for number in range(lookups):
             if number % (lookups // 10) == 0:
                 show(number, pid)
             keys = random.bytes(16 * 4) if number % 3 else documents[number % 500]
-            found = link.lookup(space, keys)
+            tenant = tenants[number % 5]
+            terms = (space, keys, 0, 0.0, 1.0 if everything else 0.0)
+            trace = f"00-{random.bytes(16).hex()}-{random.bytes(8).hex()}-01" if everything else ""
+            found = link.lookup(*terms, trace=trace, tenant=tenant)
+            if found.ticket and number % 2:
+                link.forget(found.ticket)
+            elif found.ticket:  # as a request does whose deadline has passed
+                first, found = found, link.lookup(*terms, found.ticket, trace, tenant)
+                if first.lease:
+                    link.release(first.lease)
             if found.lease:
                 link.release(found.lease, 0)
             elif number % 3 == 0 or number % 10 == 1:
                 (done,) = link.reserve(
-                    space, [Reservation(keys, [b"\1" * (len(keys) // 16)], 0, found.epoch)]
+                    space, [Reservation(keys, [b"\1" * (len(keys) // 16)], 0, found.epoch, tenant)]
                 )
                 if done.reservation:
                     link.commit(done.reservation, 0)
-        link.status()  # its answer says that all before it has been dealt with
+        figures = link.status()  # its answer says that all before it has been dealt with
         show(lookups, pid)
+        print(f"{figures['recorded']}, {figures['counters']}")
 
 
 def ttft(engines: int, model: Path) -> None:
@@ -167,6 +183,9 @@ def main() -> None:
     parser.add_argument("--held", type=int, default=100_000)
     parser.add_argument("--tokens", type=int, default=20_000)
     parser.add_argument("--lookups", type=int, default=1_000_000)
+    parser.add_argument(
+        "--everything", action="store_true", help="soak with a disk, tenants, traces, --record"
+    )
     parser.add_argument("--engines", type=int, default=3, help="of each kind")
     parser.add_argument("--model", type=Path, default=ROOT / "demo" / "models" / "smollm2")
     args = parser.parse_args()
@@ -177,7 +196,7 @@ def main() -> None:
         cost(args.rounds, args.held, args.tokens)
         return
     began = time.monotonic()
-    soak(args.lookups)
+    soak(args.lookups, args.everything)
     print(f"{args.lookups / (time.monotonic() - began):.0f} lookups/s")
 
 

@@ -99,7 +99,7 @@ def vllm_command(python: str, model: str, port: int, args: Sequence[str] = ()) -
 
 
 class VllmServer(ServerProcess):
-    """`python -m vllm.entrypoints.openai.api_server` on a free loopback port."""
+    """`python -m vllm.entrypoints.openai.api_server` on a free port of `host`; `on`: see `servers.keeper`."""
 
     def __init__(
         self,
@@ -109,12 +109,14 @@ class VllmServer(ServerProcess):
         log: Path,
         environ: Mapping[str, str] | None = None,
         python: str = sys.executable,
+        host: str = "127.0.0.1",
+        on: Sequence[str] = (),
     ) -> None:
         port = free_port()
-        self.url = f"http://127.0.0.1:{port}"
+        self.url = f"http://{host}:{port}"
         log.unlink(missing_ok=True)
         super().__init__(
-            vllm_command(python, str(model), port, args),
+            [*on, *vllm_command(python, str(model), port, [*args, "--host", host])],
             self._healthy,
             log=log,
             name="vLLM",

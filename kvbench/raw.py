@@ -14,31 +14,15 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from kvbench.memory import arena
+from kvbench.memory import Bed
 from kvkeep.errors import KVKeepError
 from kvkeep.tiers.base import Tier
 from kvkeep.tiers.fs import FsTier
 from kvkeep.tiers.url import TierURL
 
-__all__ = ["RAW", "Raw", "Shape"]
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What is moved in a round."""
-
-    chunk_bytes: int
-    count: int
-    depth: int
-    """Chunks under way at a time."""
-    sources: tuple[int, ...] = ()
-    """Descriptors of what the tier writes from, `depth` pieces of memory, each of some chunks and a few
-    pages; what is in it is not kept."""
-    targets: tuple[int, ...] = ()
-    """The same of what it reads into."""
+__all__ = ["RAW", "Raw"]
 
 
 class Raw(Protocol):
@@ -67,15 +51,15 @@ class Fio:
     moves it (up to three times), and that is chance.
     """
 
-    def __init__(self, directory: str, shape: Shape, direct: bool) -> None:
-        jobs = min(shape.depth, shape.count)
-        self._shape = replace(shape, count=-(-shape.count // jobs) * jobs)
+    def __init__(self, directory: str, bed: Bed, direct: bool) -> None:
+        jobs = min(bed.depth, bed.count)
+        self._nbytes = bed.nbytes
         self._directory = tempfile.mkdtemp(prefix=".bench-", dir=directory)
-        engine = {"ioengine": "psync", "direct": int(direct), "bs": shape.chunk_bytes}
+        engine = {"ioengine": "psync", "direct": int(direct), "bs": bed.chunk_bytes}
         self.name = " ".join(["fio", *_options(engine), f"{jobs} jobs"])
         common = engine | {
             "directory": self._directory,
-            "size": self._shape.count // jobs * shape.chunk_bytes,
+            "size": -(-bed.count // jobs) * bed.chunk_bytes,
             "fallocate": "none",
             "group_reporting": 1,
         }
@@ -83,7 +67,7 @@ class Fio:
         own = f"mmapshared:/proc/{os.getpid()}/fd"
         self._jobs = {
             verb: [f"--name=raw{job} --mem={own}/{fds[job]}".split() for job in range(jobs)]
-            for verb, fds in (("write", shape.sources), ("read", shape.targets))
+            for verb, fds in (("write", bed.sources), ("read", bed.targets))
         }
 
     def put(self) -> float:
@@ -110,7 +94,7 @@ class Fio:
         try:
             figures: dict[str, Any] = json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0][verb]
             # Of as many bytes as the tier moved, where the jobs' shares do not come out even.
-            return self._shape.count * self._shape.chunk_bytes / float(figures["bw_bytes"])
+            return self._nbytes / float(figures["bw_bytes"])
         except (ValueError, LookupError, ZeroDivisionError) as error:
             raise KVKeepError(f"fio failed: {done.stderr.strip() or done.stdout.strip()}") from error
 
@@ -118,19 +102,16 @@ class Fio:
 class Threads:
     """pwrite and pread of whole chunks by threads, for where there is no fio."""
 
-    def __init__(self, directory: str, shape: Shape, direct: bool) -> None:
-        self._shape, self._flags = shape, os.O_DIRECT if direct else 0
+    def __init__(self, directory: str, bed: Bed, direct: bool) -> None:
+        self._bed, self._flags = bed, os.O_DIRECT if direct else 0
         self._directory = tempfile.mkdtemp(prefix=".bench-", dir=directory)
-        self._memory = [arena(shape.chunk_bytes) for _ in range(shape.depth)]
-        for view in self._memory:
-            view[:] = os.urandom(shape.chunk_bytes)
-        self.name = f"pread threads={shape.depth} direct={int(direct)} bs={shape.chunk_bytes}"
+        self.name = f"pread threads={bed.depth} direct={int(direct)} bs={bed.chunk_bytes}"
 
     def put(self) -> float:
-        return self._run(os.O_WRONLY | os.O_CREAT, os.pwritev)
+        return self._run(os.O_WRONLY | os.O_CREAT, os.pwritev, self._bed.sent)
 
     def get(self) -> float:
-        return self._run(os.O_RDONLY, os.preadv)
+        return self._run(os.O_RDONLY, os.preadv, self._bed.back)
 
     def forget(self) -> None:
         for name in os.listdir(self._directory):
@@ -139,17 +120,18 @@ class Threads:
     def close(self) -> None:
         shutil.rmtree(self._directory, ignore_errors=True)
 
-    def _run(self, flags: int, call: Callable[[int, Sequence[memoryview], int], int]) -> float:
+    def _run(
+        self, flags: int, call: Callable[[int, Sequence[memoryview], int], int], chunks: list[memoryview]
+    ) -> float:
         def work(number: int) -> None:
-            path, memory = os.path.join(self._directory, str(number)), self._memory[number]
-            fd = os.open(path, flags | self._flags, 0o600)
-            for at in range(number, self._shape.count, self._shape.depth):
-                call(fd, [memory], at // self._shape.depth * self._shape.chunk_bytes)
+            fd = os.open(os.path.join(self._directory, str(number)), flags | self._flags, 0o600)
+            for turn, chunk in enumerate(chunks[number :: self._bed.depth]):
+                call(fd, [chunk], turn * self._bed.chunk_bytes)
             os.close(fd)
 
-        with ThreadPoolExecutor(self._shape.depth) as pool:
+        with ThreadPoolExecutor(self._bed.depth) as pool:
             began = time.perf_counter()
-            list(pool.map(work, range(min(self._shape.depth, self._shape.count))))
+            list(pool.map(work, range(min(self._bed.depth, self._bed.count))))
             return time.perf_counter() - began
 
 
@@ -157,28 +139,29 @@ def _options(named: dict[str, Any], prefix: str = "") -> list[str]:
     return [f"{prefix}{name}={value}" for name, value in named.items()]
 
 
-def _raw_fs(url: TierURL, tier: Tier, shape: Shape) -> Raw:
+def _raw_fs(url: TierURL, tier: Tier, bed: Bed) -> list[Raw]:
     direct = isinstance(tier, FsTier) and tier.direct
     kind = Fio if shutil.which("fio") else Threads
-    return kind(url.path, shape, direct)
+    return [kind(url.path, bed, direct)]
 
 
-def _raw_redis(url: TierURL, tier: Tier, shape: Shape) -> Raw:
-    from kvbench.raw_redis import RedisSocket
+def _raw_redis(url: TierURL, tier: Tier, bed: Bed) -> list[Raw]:
+    from kvbench.raw_redis import WAYS, RedisSockets
 
-    return RedisSocket(url, shape.chunk_bytes, shape.count)
+    return [RedisSockets(url, bed, ways) for ways in WAYS]
 
 
-def _raw_mooncake(url: TierURL, tier: Tier, shape: Shape) -> Raw:
+def _raw_mooncake(url: TierURL, tier: Tier, bed: Bed) -> list[Raw]:
     from kvbench.raw_mooncake import RawMooncake
 
-    return RawMooncake(url, shape.chunk_bytes, shape.count)
+    return [RawMooncake(url, bed)]
 
 
-RAW: dict[str, Callable[[TierURL, Tier, Shape], Raw]] = {
+RAW: dict[str, Callable[[TierURL, Tier, Bed], list[Raw]]] = {
     "fs": _raw_fs,
     "redis": _raw_redis,
     "redis+unix": _raw_redis,
     "mooncake": _raw_mooncake,
 }
-"""By scheme, without what wraps it (`faulty+`); given the URL, the raw tier opened by it, and the shape."""
+"""By scheme, without what wraps it (`faulty+`): the ways to use that medium; given the URL, the raw tier
+opened by it, and the memory."""

@@ -6,12 +6,11 @@ between, no checksums. Reads what it wrote, and compares it.
 
 from __future__ import annotations
 
-import mmap
 import time
 
-import numpy as np
-
+from kvbench.memory import Bed
 from kvbench.raw import Raw
+from kvkeep import pages
 from kvkeep.errors import TierUnavailable
 from kvkeep.tiers.mooncake_client import connect, mooncake_options
 from kvkeep.tiers.url import TierURL
@@ -20,42 +19,37 @@ __all__ = ["RawMooncake"]
 
 
 class RawMooncake(Raw):
-    """A client of the store of a mooncake:// URL, with memory for `count` values of `chunk_bytes` twice.
+    """A client of the store of a mooncake:// URL, which moves the bed's chunks.
 
     Raises ConfigError where there is no store, TierUnavailable where it does not take or give all.
     """
 
     name = "mooncake batch_put_from and batch_get_into, registered memory"
 
-    def __init__(self, url: TierURL, chunk_bytes: int, count: int) -> None:
-        self._store = connect(url, mooncake_options(url))
-        self._sizes = [chunk_bytes] * count
-        self._names = [f"kvkeep-raw/{number:08d}" for number in range(count)]
-        self._sent, self._back = (
-            np.frombuffer(mmap.mmap(-1, chunk_bytes * count), np.uint8) for _ in range(2)
-        )
-        self._sent[:] = np.random.default_rng(0).integers(0, 256, len(self._sent), np.uint8)
-        self._back[:] = 0
-        for array in (self._sent, self._back):
-            self._done([self._store.register_buffer(array.ctypes.data, len(array))], [0])
+    def __init__(self, url: TierURL, bed: Bed) -> None:
+        self._store, self._bed = connect(url, mooncake_options(url)), bed
+        self._sizes = [bed.chunk_bytes] * bed.count
+        self._names = [f"kvkeep-raw/{number:08d}" for number in range(bed.count)]
+        self._sent, self._back = (list(map(pages.address, chunks)) for chunks in (bed.sent, bed.back))
+        self._done([self._store.register_buffer(pages.address(bed.memory), len(bed.memory))], [0])
         self.forget()
 
     def put(self) -> float:
         """Seconds that all values took."""
         began = time.perf_counter()
-        codes = self._store.batch_put_from(self._names, self._places(self._sent), self._sizes)
+        codes = self._store.batch_put_from(self._names, self._sent, self._sizes)
         took = time.perf_counter() - began
         self._done(codes, [0] * len(codes))
         return took
 
     def get(self) -> float:
         """Seconds that all values took; they are compared afterwards."""
-        self._back[::512] ^= 1
+        self._bed.spoil()
         began = time.perf_counter()
-        codes = self._store.batch_get_into(self._names, self._places(self._back), self._sizes)
+        codes = self._store.batch_get_into(self._names, self._back, self._sizes)
         took = time.perf_counter() - began
         self._done(codes, self._sizes)
-        if not np.array_equal(self._sent, self._back):
+        if not self._bed.whole():
             raise TierUnavailable("other bytes came back")
         return took
 
@@ -67,10 +61,6 @@ class RawMooncake(Raw):
         """Leave nothing behind."""
         self.forget()
         self._store.close()
-
-    def _places(self, array: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> list[int]:
-        step = self._sizes[0]
-        return [array.ctypes.data + at for at in range(0, len(array), step)]
 
     def _done(self, codes: list[int], expected: list[int]) -> None:
         if codes != expected:

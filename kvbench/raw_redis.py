@@ -1,72 +1,80 @@
 """The fastest plain client of a Redis server: what the redis tier is compared with.
 
-One socket, values straight from and into memory that is there already, a few commands on their way at
-once; no pool, no errors, no options, no checksums. Reads what it wrote, and compares it.
+A few sockets, each with a thread, values straight from and into memory that is there already, a few commands
+on their way at once; no pool, no errors, no options, no checksums. Reads what it wrote, and compares it.
 """
 
 from __future__ import annotations
 
-import mmap
 import socket
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
+from kvbench.memory import Bed
 from kvbench.raw import Raw
 from kvkeep.errors import TierUnavailable
 from kvkeep.tiers.url import TierURL
 
-__all__ = ["RedisSocket"]
+__all__ = ["WAYS", "RedisSockets"]
 
+WAYS = (1, 2, 4, 8)
+"""Numbers of sockets to try: which is fastest depends on the server, and on the cores beside it."""
 _AHEAD = 4  # commands: more were no faster
 _OK = b"+OK\r\n"
 
 
-class RedisSocket(Raw):
-    """Verbs move `count` values of `chunk_bytes` bytes, and return the seconds that it took.
+class RedisSockets(Raw):
+    """Verbs move the bed's chunks over `ways` sockets, and return the seconds that it took.
 
     They raise OSError, or TierUnavailable where the server answers otherwise than it should.
     """
 
-    name = f"one socket, {_AHEAD} commands ahead, recv_into, sendall"
-
-    def __init__(self, url: TierURL, chunk_bytes: int, count: int) -> None:
+    def __init__(self, url: TierURL, bed: Bed, ways: int) -> None:
         """`url`: redis:// or redis+unix://, of one server."""
-        self._sock = _connect(url)
-        self._names = [b"kvkeep-raw:%08d" % i for i in range(count)]
-        self._sent, self._back = _memory(chunk_bytes, count, 7), _memory(chunk_bytes, count, 0)
+        self.name = f"{ways} sockets, {_AHEAD} commands ahead, recv_into, sendmsg"
+        self._bed, self._socks = bed, [_connect(url) for _ in range(ways)]
+        self._threads = ThreadPoolExecutor(ways)
+        self._names = [b"kvkeep-raw:%08d" % number for number in range(bed.count)]
 
     def put(self) -> float:
-        began = time.perf_counter()
-        _set(self._sock, self._names, self._sent)
-        return time.perf_counter() - began
+        return self._each(_set, self._bed.sent)
 
     def get(self) -> float:
         """Of what was put; compared, which is not timed."""
-        for buffer in self._back:
-            buffer[:8] = bytes(8)
-        began = time.perf_counter()
-        _get(self._sock, self._names, self._back)
-        took = time.perf_counter() - began
-        if self._sent != self._back:
+        self._bed.spoil()
+        took = self._each(_get, self._bed.back)
+        if not self._bed.whole():
             raise TierUnavailable("other bytes came back")
         return took
 
     def forget(self) -> None:
         words = b"".join(map(_word, self._names))
-        self._sock.sendall(b"*%d\r\n$3\r\nDEL\r\n" % (len(self._names) + 1) + words)
-        line = self._sock.recv(64)
+        self._socks[0].sendall(b"*%d\r\n$3\r\nDEL\r\n" % (len(self._names) + 1) + words)
+        line = self._socks[0].recv(64)
         if line[:1] != b":":
             raise TierUnavailable(f"the server answers {line!r} to DEL")
 
     def close(self) -> None:
         self.forget()
-        self._sock.close()
+        self._threads.shutdown()
+        for sock in self._socks:
+            sock.close()
+
+    def _each(
+        self, verb: Callable[[socket.socket, list[bytes], list[memoryview]], None], chunks: list[memoryview]
+    ) -> float:
+        ways, began = len(self._socks), time.perf_counter()
+        shares = [(sock, self._names[way::ways], chunks[way::ways]) for way, sock in enumerate(self._socks)]
+        list(self._threads.map(verb, *zip(*shares, strict=True)))
+        return time.perf_counter() - began
 
 
 def _set(sock: socket.socket, names: list[bytes], values: list[memoryview]) -> None:
     for i, (name, value) in enumerate(zip(names, values, strict=True)):
-        sock.sendall(b"*3\r\n$3\r\nSET\r\n%s$%d\r\n" % (_word(name), len(value)))
-        sock.sendall(value)
-        sock.sendall(b"\r\n")
+        head = b"*3\r\n$3\r\nSET\r\n%s$%d\r\n" % (_word(name), len(value))
+        if sock.sendmsg([head, value, b"\r\n"]) != len(head) + len(value) + 2:
+            raise TierUnavailable("a blocking socket took only a part")
         if i >= _AHEAD:
             _expect(sock, _OK)
     for _ in range(min(_AHEAD, len(names))):
@@ -98,16 +106,6 @@ def _lost() -> int:
 
 def _word(word: bytes) -> bytes:
     return b"$%d\r\n%s\r\n" % (len(word), word)
-
-
-def _memory(chunk_bytes: int, count: int, fill: int) -> list[memoryview]:
-    """Buffers in one mapping whose pages are all there, each with a number of its own in it."""
-    memory = memoryview(mmap.mmap(-1, chunk_bytes * count))
-    for at in range(0, len(memory), 512):
-        memory[at] = fill
-    for i in range(count if fill else 0):
-        memory[i * chunk_bytes : i * chunk_bytes + 8] = i.to_bytes(8, "little")
-    return [memory[i * chunk_bytes : (i + 1) * chunk_bytes] for i in range(count)]
 
 
 def _connect(url: TierURL) -> socket.socket:

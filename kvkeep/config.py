@@ -24,16 +24,7 @@ from kvkeep.errors import ConfigError
 __all__ = ["EngineConfig", "KeeperConfig", "child_environment", "default_socket", "load", "parse_bytes"]
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
-_UNITS |= {
-    "k": 2**10,
-    "m": 2**20,
-    "g": 2**30,
-    "t": 2**40,
-    "kib": 2**10,
-    "mib": 2**20,
-    "gib": 2**30,
-    "tib": 2**40,
-}
+_UNITS |= {f"{prefix}{rest}": 2 ** (10 * n) for n, prefix in enumerate("kmgt", 1) for rest in ("", "ib")}
 _MAX_SOCKET_PATH = 107
 LOG_FORMATS = ("text", "json")
 LOAD_RULES = ("auto", "always", "never")
@@ -65,11 +56,7 @@ class KeeperConfig:
     record: str | None = None
     """File to record requests to, for `kvkeep bench simulate`: ids and lengths, no text."""
     http: str | None = None
-    """Address and port of metrics, health and the web page; None: no HTTP."""
-    http_token: str | None = None
-    """File with the token for actions; None: one is made beside the socket."""
-    http_tls: tuple[str, ...] = ()
-    """Files of its certificate and key, and of the CA whose clients need no token; none: no TLS."""
+    """Address and port of metrics, health and the web page, with options as in a URL; None: no HTTP."""
     tenant_quotas: tuple[str, ...] = ()
     """What tenants may hold in memory: TENANT=SIZE each; `default`: each that has none of its own."""
     log_format: str = "text"
@@ -89,14 +76,9 @@ class KeeperConfig:
             raise ConfigError(
                 f"socket path longer than {_MAX_SOCKET_PATH} bytes: {self.socket}; choose a shorter one"
             )
-        if not 0 <= self.linger < math.inf:
-            raise ConfigError("linger must be 0 or more seconds")
-        if len(self.http_tls) not in (0, 2, 3):
-            raise ConfigError("http_tls takes two or three files: CERT KEY [CLIENT_CA]")
+        _check_seconds(self, "linger", "drain")
         if self.log_format not in LOG_FORMATS:
             raise ConfigError(f"log_format must be one of {', '.join(LOG_FORMATS)}, not {self.log_format!r}")
-        if not 0 <= self.drain < math.inf:
-            raise ConfigError("drain must be 0 or more seconds")
 
 
 @dataclass(frozen=True)
@@ -145,14 +127,17 @@ class EngineConfig:
             raise ConfigError(f"load must be one of {', '.join(LOAD_RULES)}, not {self.load!r}")
         if self.load_by not in LOAD_WAYS:
             raise ConfigError(f"load_by must be one of {', '.join(LOAD_WAYS)}, not {self.load_by!r}")
-        waits = {"load_wait": self.load_wait, "probe_wait": self.probe_wait, "remote_wait": self.remote_wait}
-        for name, seconds in waits.items():
-            if not 0 <= seconds < math.inf:
-                raise ConfigError(f"{name} must be 0 or more seconds")
+        _check_seconds(self, "load_wait", "probe_wait", "remote_wait")
         if not 1 <= self.copy_threads <= 64:
             raise ConfigError("copy_threads must be 1 to 64")
         if self.chunk_tokens is not None and self.chunk_tokens < 1:
             raise ConfigError("chunk_tokens must be a positive multiple of the engine's block size")
+
+
+def _check_seconds(config: object, *names: str) -> None:
+    for name in names:
+        if not 0 <= getattr(config, name) < math.inf:
+            raise ConfigError(f"{name} must be 0 or more seconds")
 
 
 _C = TypeVar("_C", KeeperConfig, EngineConfig)

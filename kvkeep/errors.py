@@ -7,6 +7,7 @@ KVKeepError
  ├── ProtocolError      the other side does not speak our protocol: drop the connection
  ├── RequestRefused     the keeper understood the request and says no: a bug or a stale handle
  ├── TierUnavailable    a place below the arena does not answer or refuses us: go on without it
+ │    └── TierSwitchedOff  it was not asked, after failures
  └── DeviceError        a GPU's driver refused a copy: load by the slow path, or compute
 """
 
@@ -21,6 +22,7 @@ __all__ = [
     "LayoutError",
     "ProtocolError",
     "RequestRefused",
+    "TierSwitchedOff",
     "TierUnavailable",
 ]
 
@@ -55,6 +57,10 @@ class RequestRefused(KVKeepError):
 
 class TierUnavailable(KVKeepError):
     """A tier cannot be reached, does not answer in time, or refuses us; it may come back."""
+
+
+class TierSwitchedOff(TierUnavailable):
+    """A tier was not asked, after failures."""
 
 
 class DeviceError(KVKeepError):

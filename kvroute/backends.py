@@ -23,6 +23,7 @@ log = logging.getLogger("kvroute.backends")
 _FAILURES = 2  # checks in a row, until an engine counts as down
 _CHECK_WAIT = 2.0
 _SILENCE = 10.0  # seconds
+_REST = 30.0
 _MODELS_EVERY = 15  # checks
 
 
@@ -62,6 +63,8 @@ class Backend:
     picked: int = 0
     heard: float = 0.0
     """When anything came from it last, by the monotonic clock."""
+    late: int = 0  # requests in a row that had their time and no answer, whatever its health
+    rests: float = 0.0  # until when it had better get no more of them, by the monotonic clock
     visits: set[Visit] = field(default_factory=set)
     answers: dict[str, int] = field(default_factory=dict)
     """Requests so far by how they ended: a class of status codes, or what failed."""
@@ -122,6 +125,8 @@ class Pool:
     def __init__(self, session: aiohttp.ClientSession, interval: float, headers: dict[str, str]) -> None:
         self.backends: dict[str, Backend] = {}
         self.subscriber: Subscriber | None = None
+        self.lost: Callable[[str], None] = lambda name: None
+        """Told of an engine that is gone, or down: what it was computing is lost."""
         self._found: dict[object, dict[str, Engine]] = {}
         self._session, self._interval, self._headers = session, interval, headers
         self._picks = 0
@@ -139,12 +144,10 @@ class Pool:
                 self._add(engine)
 
     def usable(self, model: str, role: Role) -> list[Backend]:
-        """Engines that are up and serve the model."""
-        return [
-            one
-            for one in self.backends.values()
-            if one.up and one.engine.role in (role, "any") and model in one.models
-        ]
+        """Engines that are up and serve the model; those that are stuck only where there are no others."""
+        roles, now = (role, "any"), time.monotonic()
+        found = [b for b in self.backends.values() if b.up and b.engine.role in roles and model in b.models]
+        return [one for one in found if one.rests <= now] or found
 
     def serves(self, model: str) -> bool | None:
         """Whether any engine serves it, up or down; None: not known, none has said what it serves."""
@@ -167,6 +170,13 @@ class Pool:
         if backend.up and (gone or backend.failures >= _FAILURES):
             self._down(backend, "it lets requests down")
 
+    def late(self, backend: Backend) -> None:
+        """A request had its time, and no answer. After some the engine rests; then one more may try."""
+        backend.late += 1
+        if backend.late >= _FAILURES:
+            backend.rests = time.monotonic() + _REST
+            log.warning("engine %s is stuck: no more requests for %g s", backend.name, _REST)
+
     async def check(self) -> None:
         """Ask every engine how it is, for ever."""
         while True:
@@ -175,7 +185,11 @@ class Pool:
 
     async def check_all(self) -> None:
         """Ask every engine how it is."""
-        await asyncio.gather(*map(self._check, list(self.backends.values())))
+        asked = list(self.backends.values())
+        errors = await asyncio.gather(*map(self._check, asked), return_exceptions=True)
+        for one, error in zip(asked, errors, strict=True):
+            if error is not None:
+                log.error("engine %s cannot be checked: %r", one.name, error)
 
     def _add(self, engine: Engine) -> None:
         self.backends[engine.name] = Backend(engine)
@@ -189,11 +203,13 @@ class Pool:
     def _remove(self, name: str) -> None:
         del self.backends[name]
         log.info("engine %s is no more", name)
+        self.lost(name)
         if self.subscriber is not None:
             self.subscriber.leave(name)
 
     def _down(self, backend: Backend, why: str) -> None:
         backend.up = False
+        self.lost(backend.name)
         log.warning("engine %s is down: %s", backend.name, why)
 
     async def _check(self, backend: Backend) -> None:
@@ -211,7 +227,7 @@ class Pool:
         backend.failures = 0
         backend.heard = time.monotonic()
         if not backend.up:
-            backend.up = True
+            backend.up, backend.late, backend.rests = True, 0, 0.0
             log.info("engine %s is up, serves %s", backend.name, ", ".join(backend.models) or "nothing")
 
     def _give_up(self, backend: Backend) -> None:

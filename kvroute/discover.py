@@ -40,10 +40,11 @@ async def discover(place: Place, report: Report, cluster: Cluster | None) -> Non
         await watch_service(place, report, cluster or Cluster.of_this_pod())
 
 
-def engine_at(place: Place, host: str, port: str) -> Engine:
-    """The engine at an address."""
+def engine_at(place: Place, host: str, port: str, node: str = "") -> Engine:
+    """The engine at an address. `node`: where it runs, if that is known."""
     name = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    return Engine(name, f"{'https' if place.secure else 'http'}://{name}", place.role, place.source(host))
+    source = place.source(host, node)
+    return Engine(name, f"{'https' if place.secure else 'http'}://{name}", place.role, source)
 
 
 async def watch_dns(place: Place, report: Report, every: float = _RESOLVE_EVERY) -> None:
@@ -52,7 +53,8 @@ async def watch_dns(place: Place, report: Report, every: float = _RESOLVE_EVERY)
     while True:
         try:
             found = await loop.getaddrinfo(place.host, int(place.port), type=socket.SOCK_STREAM)
-            hosts = sorted({str(address[0]) for *_, address in found})
+            family = min(one[0] for one in found)  # a name with addresses of both kinds has each engine twice
+            hosts = sorted({str(address[0]) for kind, *_, address in found if kind == family})
             if hosts != last:
                 report([engine_at(place, host, place.port) for host in hosts])
                 last = hosts
@@ -112,6 +114,7 @@ class _Conditions(msgspec.Struct):
 
 class _Endpoint(msgspec.Struct):
     addresses: list[str] = []
+    nodeName: str = ""
     conditions: _Conditions = msgspec.field(default_factory=_Conditions)
 
 
@@ -122,6 +125,7 @@ class _Port(msgspec.Struct):
 
 class _Slice(msgspec.Struct):
     metadata: _Meta
+    addressType: str = ""
     endpoints: list[_Endpoint] | None = None
     ports: list[_Port] | None = None
 
@@ -150,7 +154,7 @@ async def watch_service(place: Place, report: Report, cluster: Cluster) -> None:
                 path = f"/apis/discovery.k8s.io/v1/namespaces/{space}/endpointslices"
                 await _follow(session, cluster, path, service, lambda slices: report(_engines(place, slices)))
             except _Expired:
-                continue
+                log.info("the watch of %s begins anew", place.host)
             except (aiohttp.ClientError, OSError, asyncio.TimeoutError, msgspec.DecodeError) as error:
                 log.warning("endpoints of %s are not known: %s %s", place.host, type(error).__name__, error)
             await asyncio.sleep(_RETRY_AFTER)
@@ -181,6 +185,7 @@ async def _follow(
             async for line in answer.content:
                 version = _take(slices, line) or version
                 tell(list(slices.values()))
+        await asyncio.sleep(_RETRY_AFTER)
 
 
 def _take(slices: dict[str, _Slice], line: bytes) -> str:
@@ -198,10 +203,13 @@ def _take(slices: dict[str, _Slice], line: bytes) -> str:
 
 def _engines(place: Place, slices: list[_Slice]) -> list[Engine]:
     found = dict[str, Engine]()
+    kind = min((one.addressType for one in slices if one.endpoints), default="")
     for one in slices:
+        if one.addressType != kind:  # of a service with addresses of both kinds each pod is there twice
+            continue
         ports = [port.port for port in one.ports or () if place.port in (port.name, str(port.port))]
         for endpoint in one.endpoints or ():
             if endpoint.conditions.ready is not False and ports and endpoint.addresses:
-                engine = engine_at(place, endpoint.addresses[0], str(ports[0]))
+                engine = engine_at(place, endpoint.addresses[0], str(ports[0]), endpoint.nodeName)
                 found[engine.name] = engine
     return [found[name] for name in sorted(found)]

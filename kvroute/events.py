@@ -74,11 +74,12 @@ class _Frame(msgspec.Struct, array_like=True, gc=False):
 
 
 class Batch(NamedTuple):
-    """One message of an engine. `sequence` grows by one from message to message."""
+    """One message of an engine's rank. `sequence` grows by one from message to message, rank by rank."""
 
     topic: str
     sequence: int
     events: list[Event]
+    rank: int = 0
 
 
 class Decoder:
@@ -101,9 +102,12 @@ class Decoder:
         except (msgspec.DecodeError, RecursionError):
             self.bad_messages += 1
             return None
+        if not 0 <= (rank := frame.rank or 0) < 1024:
+            self.bad_messages += 1
+            return None
         events = [event for raw in frame.events if (event := self._event(raw)) is not None]
         self.bad_events += len(frame.events) - len(events)
-        return Batch(frames[0].decode("utf-8", "replace"), int.from_bytes(frames[1], "big"), events)
+        return Batch(frames[0].decode("utf-8", "replace"), int.from_bytes(frames[1], "big"), events, rank)
 
     def _event(self, raw: msgspec.Raw) -> Event | None:
         first = memoryview(raw)[0]
@@ -115,7 +119,7 @@ class Decoder:
         return event
 
 
-def pack(topic: str, sequence: int, time: float, events: Sequence[Event]) -> list[bytes]:
+def pack(topic: str, sequence: int, time: float, events: Sequence[Event], rank: int = 0) -> list[bytes]:
     """The frames of a message, events as maps: what an engine would send."""
-    frame = msgspec.msgpack.encode([time, list(events), 0])
+    frame = msgspec.msgpack.encode([time, list(events), rank])
     return [topic.encode(), sequence.to_bytes(8, "big"), frame]

@@ -7,7 +7,8 @@ import contextlib
 import sys
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -18,10 +19,12 @@ from multidict import CIMultiDict, CIMultiDictProxy
 
 from kvroute.backends import Backend, Pool, Visit
 from kvroute.figures import Figures
-from kvroute.policy import Choice
-from kvroute.request import BadRequest
+from kvroute.options import Options
+from kvroute.policy import Ask, Choice, Expected
+from kvroute.request import BadRequest, fields_of
+from kvroute.traces import Trace
 
-__all__ = ["Forwarder", "upstream_headers"]
+__all__ = ["Course", "Forwarder", "upstream_headers", "with_params"]
 
 _CONNECT_WAIT = 5.0
 _HOP = frozenset(
@@ -42,15 +45,43 @@ class _Failed(Exception):
         self.gone, self.status = gone, status
 
 
+@dataclass
+class Course:
+    """How one request goes. `waited`: seconds since it `arrived` in which others were at work on it."""
+
+    ask: Ask
+    trace: Trace
+    figures: Figures
+    expected: Expected
+    arrived: float
+    waited: float
+    begun: bool = False
+
+    def chosen(self, choice: Choice) -> None:
+        """It is on its way there, to be answered."""
+        self.trace.chose(choice)
+        if self.ask.tokens is not None:
+            self.figures.prompt_tokens += len(self.ask.tokens)
+            self.figures.held_tokens += choice.held
+            self.expected.promise(self.ask, choice.backend.name)
+        if not self.begun:
+            self.figures.own.add(time.perf_counter() - self.arrived - self.waited)
+            self.begun = True
+
+    def first_byte(self) -> None:
+        """Its answer begins."""
+        self.figures.first_byte.add(time.perf_counter() - self.arrived)
+        self.trace.event("first_byte")
+
+
 class Forwarder:
     """Sends to the first choice; to the next ones while there has been no byte of an answer."""
 
     def __init__(
-        self, session: aiohttp.ClientSession, pool: Pool, figures: Figures, *, retries: int, timeout: float
+        self, session: aiohttp.ClientSession, pool: Pool, figures: Figures, options: Options
     ) -> None:
-        self._session, self._pool, self._figures = session, pool, figures
-        self._retries = retries
-        self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_WAIT, sock_read=timeout)
+        self._session, self._pool, self._figures, self._options = session, pool, figures, options
+        self._timeout = aiohttp.ClientTimeout(None, sock_connect=_CONNECT_WAIT, sock_read=options.timeout)
 
     async def answer(
         self,
@@ -58,17 +89,16 @@ class Forwarder:
         data: bytes,
         headers: CIMultiDict[str],
         choices: Sequence[Choice],
-        chosen: Callable[[Choice], None],
-        first_byte: Callable[[], None],
+        course: Course,
     ) -> web.StreamResponse:
-        """The engine's answer, as far as it has been passed on. `chosen` is told each choice that is tried.
+        """The engine's answer, as far as it has been passed on. `course` is told each choice that is tried.
 
         Raises BadRequest where no engine answers.
         """
         failed = _Failed("no engine is up")
         for number, choice in enumerate(self._attempts(choices)):
             self._figures.retries += number > 0
-            chosen(choice)
+            course.chosen(choice)
             with self._pool.visit(choice.backend, choice.missing) as visit:
                 try:
                     upstream, chunk = await self._begin(choice.backend, visit, request.path, data, headers)
@@ -78,7 +108,7 @@ class Forwarder:
                     if error.status == 504:  # it had its time, and so had the client
                         break
                     continue
-                first_byte()
+                course.first_byte()
                 return await self._relay(request, upstream, chunk, choice.backend, visit)
         raise _nobody(failed)
 
@@ -89,24 +119,23 @@ class Forwarder:
         headers: CIMultiDict[str],
         prefills: Sequence[Choice],
         choices: Sequence[Choice],
-        chosen: Callable[[Choice], None],
-        first_byte: Callable[[], None],
+        course: Course,
     ) -> web.StreamResponse:
         """As `prefill` and then `answer`, but the engine that decodes is asked beside the one that prefills,
         and takes chunks as they are computed. Where that one does not keep all of them, which the other would
         wait for, it is asked anew once the prefill has ended. Raises BadRequest."""
         choice, *others = choices
-        prefill = asyncio.create_task(self._prefilled(request, data, headers, prefills))
-        chosen(choice)
+        prefill = asyncio.create_task(self.prefill(request, data, headers, prefills))
+        course.chosen(choice)
         try:
             with self._pool.visit(choice.backend, choice.missing) as visit:
-                asked = self._begin(choice.backend, visit, request.path, _with(data, _COMING), headers)
+                asked = self._begin(choice.backend, visit, request.path, with_params(data, _COMING), headers)
                 begin = asyncio.create_task(asked)
                 try:
                     await asyncio.wait({begin, prefill}, return_when=asyncio.FIRST_COMPLETED)
                     if begin.done() or _kept_all(prefill.result()):
                         upstream, chunk = await begin
-                        first_byte()
+                        course.first_byte()
                         return await self._relay(request, upstream, chunk, choice.backend, visit)
                 except _Failed as error:
                     self._note(choice.backend, error)
@@ -123,46 +152,59 @@ class Forwarder:
             return params
         headers = headers.copy()
         headers["X-Request-Id"] = uuid.uuid4().hex  # an engine may still know it by the other
-        return await self.answer(request, _with(data, params), headers, choices, chosen, first_byte)
+        return await self.answer(request, with_params(data, params), headers, choices, course)
 
     async def prefill(
         self, request: web.Request, data: bytes, headers: CIMultiDict[str], choices: Sequence[Choice]
-    ) -> bytes | web.Response:
-        """Have the prompt computed; returns the body for the engine that decodes, or the client's answer
-        where the request was refused. Where no engine does it, the body is as it was."""
-        params = await self._prefilled(request, data, headers, choices)
-        return params if isinstance(params, web.Response) else _with(data, params)
-
-    async def _prefilled(
-        self, request: web.Request, data: bytes, headers: CIMultiDict[str], choices: Sequence[Choice]
     ) -> dict[str, Any] | web.Response:
-        """The parameters for the engine that decodes: none where there is nothing to fetch by name, since
-        engines share a store or none did it; or the client's answer."""
-        asked = msgspec.json.encode(_to_prefill(msgspec.json.decode(data, type=dict[str, msgspec.Raw])))
+        """Have the prompt computed. Returns the parameters for the engine that decodes (none where there is
+        nothing to fetch by name: engines share a store, or none did it), or the answer of a refusal."""
+        asked = msgspec.json.encode(_to_prefill(fields_of(data)))
+        clock = asyncio.get_running_loop().time
+        until = clock() + self._options.prefill_wait  # for all that are tried
         for choice in self._attempts(choices):
             backend = choice.backend
             with self._pool.visit(backend, choice.missing) as visit:
+                whole = self._whole(backend, visit, request.path, asked, headers)
                 try:
-                    upstream, chunk = await self._begin(backend, visit, request.path, asked, headers)
-                    answer = chunk + await _rest(upstream)
-                except _Failed as error:
-                    self._note(backend, error)
+                    status, answer = await asyncio.wait_for(whole, until - clock())
+                except (_Failed, asyncio.TimeoutError) as error:
+                    failed = error if isinstance(error, _Failed) else _late(backend)
+                    self._note(backend, failed)
+                    if failed.status == 504:
+                        break
                     continue
-            backend.count(f"{upstream.status // 100}xx")
-            if 400 <= upstream.status < 500:
-                return web.Response(status=upstream.status, body=answer, content_type="application/json")
-            if upstream.status == 200:
+            backend.count(f"{status // 100}xx")
+            if 400 <= status < 500:
+                return web.Response(status=status, body=answer, content_type="application/json")
+            if status == 200:
                 return _told(answer, urlsplit(backend.engine.url).hostname or "")
         self._figures.prefill_failed += 1
         return {}
 
+    async def _whole(
+        self, backend: Backend, visit: Visit, path: str, data: bytes, headers: CIMultiDict[str]
+    ) -> tuple[int, bytes]:
+        """Status and body of an answer. Raises _Failed."""
+        upstream, chunk = await self._begin(backend, visit, path, data, headers)
+        chunks = []
+        try:
+            while chunk:
+                chunks.append(chunk)
+                chunk = await _next(upstream)
+        finally:
+            _let_go(upstream)
+        return upstream.status, b"".join(chunks)
+
     def _attempts(self, choices: Sequence[Choice]) -> list[Choice]:
         """A lone engine is asked twice: what failed may have been an idle connection that it closed."""
-        return [*choices, choices[0]][: 1 + self._retries] if choices else []
+        return [*choices, choices[0]][: 1 + self._options.retries] if choices else []
 
     def _note(self, backend: Backend, error: _Failed) -> None:
         backend.count("busy" if error.status else "gone" if error.gone else "failed")
-        if not error.status:
+        if error.status == 504:
+            self._pool.late(backend)
+        elif not error.status:
             self._pool.failed(backend, gone=error.gone)
 
     async def _begin(
@@ -181,14 +223,14 @@ class Forwarder:
             if upstream.status not in _BUSY:
                 chunk = await upstream.content.readany()
                 visit.stop = upstream.close
-                backend.heard = time.monotonic()
+                backend.heard, backend.late = time.monotonic(), 0
                 return upstream, chunk
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             raise _Failed(f"{backend.name} cannot be reached", gone=True) from error
         except asyncio.TimeoutError as error:
             if upstream is not None:
                 upstream.close()
-            raise _Failed(f"{backend.name} takes too long", status=504) from error
+            raise _late(backend) from error
         except (aiohttp.ClientError, OSError) as error:
             raise _Failed(f"{backend.name} broke the connection ({type(error).__name__})") from error
         except asyncio.CancelledError as error:
@@ -233,7 +275,7 @@ class Forwarder:
                 raise
             return response
         finally:
-            upstream.close() if not upstream.content.at_eof() else upstream.release()
+            _let_go(upstream)
         backend.count(f"{upstream.status // 100}xx")
         return response
 
@@ -257,16 +299,17 @@ async def _next(upstream: aiohttp.ClientResponse) -> bytes:
         raise _Failed("broke off") from error
 
 
-async def _rest(upstream: aiohttp.ClientResponse) -> bytes:
-    chunks = []
-    while chunk := await _next(upstream):
-        chunks.append(chunk)
-    return b"".join(chunks)
+def _let_go(upstream: aiohttp.ClientResponse) -> None:
+    """Keep the connection where all has come; else the engine need not go on."""
+    upstream.release() if upstream.content.at_eof() else upstream.close()
+
+
+def _late(backend: Backend) -> _Failed:
+    return _Failed(f"{backend.name} takes too long", status=504)
 
 
 def upstream_headers(request: web.Request, key: str | None, *, ours: bool) -> CIMultiDict[str]:
-    """The client's headers for an engine. `key`: the engine's, if it wants one; `ours`: the client's key is
-    for us, and nobody else's business."""
+    """The client's headers for an engine. `key`: the engine's; `ours`: the client's key is for us alone."""
     headers = _end_to_end(request.headers, _OURS)
     if ours:
         headers.popall("Authorization", None)
@@ -311,12 +354,11 @@ def _kept_all(told: dict[str, Any] | web.Response) -> bool:
     return isinstance(told, dict) and told.get("remote_all") is True
 
 
-def _with(data: bytes, params: dict[str, Any]) -> bytes:
+def with_params(data: bytes, params: dict[str, Any]) -> bytes:
     """The request as the engine that decodes gets it: it fetches what another one computes."""
     if not params:
         return data
-    fields = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
-    return msgspec.json.encode({**fields, "kv_transfer_params": params})
+    return msgspec.json.encode({**fields_of(data), "kv_transfer_params": params})
 
 
 def _nobody(failed: _Failed) -> BadRequest:

@@ -10,7 +10,9 @@ once per block size and follows the chain while any engine is left.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import msgspec
@@ -18,6 +20,7 @@ from xxhash import xxh3_64_intdigest
 
 from kvroute.chain import Tokens, chain, encoded, packed, pieces
 from kvroute.events import BlockHash, Cleared, Event, Removed, Stored
+from kvroute.holders import LEVELS, Holders, Reach, longest
 
 __all__ = ["MEDIA", "Held", "Index"]
 
@@ -31,13 +34,9 @@ MEDIA = {
 _Block = tuple[int, BlockHash | None]
 """Our key of a block, and the engine's name of the one before it."""
 
-_Reach = tuple[dict[int, int], dict[int, int], dict[int, int]]
-"""Per level, by an engine's slot, tokens."""
-
-_NOWHERE: _Reach = ({}, {}, {})
-_LEVELS = 3
 _MOST_SIZES = 16  # block sizes per engine; vLLM also tells of blocks that are not full
-_LEAST_GHOSTS = 4096
+_SWEPT = 256  # blocks that each call of `apply` takes off who is gone or cleared
+_AT_ONCE = 1024  # and that are forgotten together
 _WHOLE = ("full_attention", "mla_attention", "sink_full_attention", None)
 
 
@@ -60,95 +59,94 @@ class Held(msgspec.Struct, frozen=True, gc=False):
 
 
 class _Engine:
-    """One engine: its bit, its names of blocks, and those whose KV it has dropped (ghosts)."""
+    """One engine, or one of its data-parallel ranks: its bit, its names of blocks, and those whose KV it has
+    dropped (ghosts) or that we have lost sight of and not swept yet (past)."""
 
-    def __init__(self, slot: int) -> None:
-        self.slot = slot
-        self.bit = 1 << slot
+    def __init__(self, name: str, ghosts: int, bit: int) -> None:
+        self.name, self.bit = name, bit
         self.held: dict[BlockHash, _Block] = {}
         self.ghosts: dict[BlockHash, _Block] = {}
-        self.most_ghosts = _LEAST_GHOSTS
+        self.past: list[dict[BlockHash, _Block]] = []
+        self.most_ghosts = ghosts
         self.sizes: set[int] = set()
         self.group: tuple[bool, int] | None = None  # the KV-cache group that stands for all
 
     def block(self, name: BlockHash | None) -> _Block | None:
         """A block that it holds or held."""
-        return None if name is None else self.held.get(name) or self.ghosts.get(name)
+        if name is None:
+            return None
+        found = self.held.get(name) or self.ghosts.get(name)
+        return found or next((one[name] for one in self.past if name in one), None)
+
+    def drop(self, name: BlockHash, block: _Block) -> None:
+        """It holds that one no more; its name is remembered for a while."""
+        if self.most_ghosts:
+            self.ghosts[name] = block
+        if len(self.ghosts) > self.most_ghosts + _AT_ONCE:
+            for old in list(islice(self.ghosts, _AT_ONCE)):
+                del self.ghosts[old]
 
 
 class Index:
-    """Not locked: one thread, or one event loop, owns it.
+    """Not locked: one thread, or one event loop, owns it. No call takes long, however much an engine held:
+    one that is cleared gets another bit, and its blocks are taken off the old one a few at a time.
 
     `most_blocks` bounds what it remembers, over all engines: beyond it the engine with the most forgets its
-    oldest blocks. What it says is never more than the events said; with some of them lost it may be less.
+    oldest blocks. `ghosts`: names of dropped blocks remembered per engine, at least. What it says is never
+    more than the events said; with some of them lost it may be less.
     """
 
-    def __init__(self, most_blocks: int = 4_000_000) -> None:
+    def __init__(self, most_blocks: int = 4_000_000, ghosts: int = 4096) -> None:
         self.orphans = 0
         """Stored blocks passed over, because the block before them is not known."""
         self.refused = 0
         """Events passed over because they contradict themselves."""
         self.forgotten = 0
         """Blocks forgotten to stay within `most_blocks`."""
-        self._most_blocks = most_blocks
+        self._most_blocks, self._ghosts = most_blocks, ghosts
         self._blocks = 0
-        self._engines: dict[str, _Engine] = {}
-        self._names: list[str] = []
-        self._free: list[int] = []
-        self._holders: tuple[dict[int, int], ...] = tuple({} for _ in range(_LEVELS))
+        self._engines: dict[str, dict[int, _Engine]] = {}  # by name and rank
+        self._nodes: dict[str, str] = {}
+        self._past: deque[tuple[_Engine, int, dict[BlockHash, _Block]]] = deque()
+        self._holders = Holders()
         self._seed = secrets.randbits(64)  # so that nobody can make prompts whose keys collide
         self._sizes: tuple[int, ...] = ()
-        self._last = (0, 0, 0)
 
     # What is held
 
     def lookup(
         self, tokens: Tokens, lora: str | None = None, extra: Sequence[Any] | str | None = None
     ) -> dict[str, Held]:
-        """How much of a prompt's prefix each engine holds; engines that hold none of it are left out.
+        """How much of a prompt's prefix each engine holds; engines that hold none of it are left out. Of an
+        engine with several ranks the best counts.
 
         `tokens`: ids, a list or an array of them. `lora`: the adapter's name. `extra`: what else the prompt
         is keyed by, its cache salt. Raises OverflowError or TypeError on what is no token id.
         """
-        data = packed(tokens)
-        root, first = self._root(lora), encoded([extra] if isinstance(extra, str) else extra)
-        reach = _NOWHERE
-        for size in self._sizes:
-            found = self._walk(data, size, root, first)
-            reach = found if reach is _NOWHERE else _longest(reach, found)
-        gpu, cpu, storage = reach
-        names, result = self._names, {}
-        for slot, most in storage.items():  # with a thousand engines this is a third of a lookup
-            near = gpu.get(slot, 0)
-            middle = most if cpu is storage else cpu.get(slot, 0)
-            result[names[slot]] = Held(near, middle - near, most - middle)
+        data, (root, first) = packed(tokens), self._beginning(lora, extra)
+        reach: Reach = ([], [], [])
+        for number, size in enumerate(self._sizes):
+            found = self._holders.walk(data, size, root, first)
+            reach = longest(reach, found) if number else found
+        result: dict[str, Held] = {}
+        last, held = (0, 0, 0), Held(0, 0, 0)
+        for name, reached in zip(self._holders.names, zip(*reach, strict=True), strict=False):
+            if reached[2]:
+                if reached != last:  # many hold as much: with a thousand engines this counts
+                    last, (near, middle, most) = reached, reached
+                    held = Held(near, middle - near, most - middle)
+                if name not in result or result[name].tokens < reached[2]:
+                    result[name] = held
         return result
 
-    def _walk(self, data: bytes, size: int, root: int, first: bytes) -> _Reach:
-        """Follow one chain: how many tokens each engine holds on each level, faster ones counted in."""
-        levels = [level for level, holders in enumerate(self._holders) if holders]
-        reach = {level: dict[int, int]() for level in levels}
-        alive, tokens = dict.fromkeys(levels, 0), 0
-        for keys in pieces(data, size, root, first):
-            masks: list[int] = []
-            for level in levels:
-                masks = _joined(masks, list(map(self._holders[level].get, keys)))
-                left = alive[level] if tokens else masks[0]
-                alive[level] = _descend(left, masks, tokens, size, reach[level])
-            tokens += len(keys) * size
-            if not any(alive.values()):
-                break
-        for level, left in alive.items():
-            _note(left, tokens, reach[level])
-        gpu = reach.get(0, {})
-        cpu = reach.get(1, gpu)  # a level that is empty adds nothing to those before
-        return gpu, cpu, reach.get(2, cpu)
+    def _beginning(self, lora: str | None, extra: Sequence[Any] | str | None) -> tuple[int, bytes]:
+        return self._root(lora), encoded([extra] if isinstance(extra, str) else extra)
 
     # What is told
 
-    def apply(self, engine: str, events: Iterable[Event]) -> None:
-        """Take over an engine's events, in its order."""
-        known = self._engines.get(engine) or self._join(engine)
+    def apply(self, engine: str, events: Iterable[Event], rank: int = 0) -> None:
+        """Take over the events of an engine, or of one of its ranks, in its order."""
+        known = self._engine(engine, rank)
         for event in events:
             if isinstance(event, Stored):
                 self._store(known, event)
@@ -156,79 +154,145 @@ class Index:
                 self._remove(known, event)
             elif isinstance(event, Cleared):
                 self._empty(known)
+        self._sweep(_SWEPT)
 
-    def clear(self, engine: str) -> None:
-        """What the engine holds is not known any more (events were lost). Its names of blocks stay, so that
-        what it stores from now on finds its place."""
-        if known := self._engines.get(engine):
+    def hold(self, engine: str, tokens: Tokens, size: int, lora: str | None, extra: str | None) -> list[int]:
+        """A prompt's whole blocks are on the engine's GPU. Returns our names, which are its own too."""
+        keys = [key for some in pieces(packed(tokens), size, *self._beginning(lora, extra)) for key in some]
+        known = self._engine(engine, 0)
+        self._learn(known, size)
+        self._take(known, 0, keys, keys, None)
+        self._sweep(_SWEPT)
+        return keys
+
+    def place(self, engine: str, node: str | None) -> None:
+        """The engine reads what the others of that node have on a CPU or in storage; None: nobody's."""
+        self._nodes.pop(engine, None)
+        if node is not None:
+            self._nodes[engine] = node
+            self._engine(engine, 0)  # it has something to read before it has told anything
+        self._pair()
+
+    def clear(self, engine: str, rank: int = 0) -> None:
+        """What it holds is not known any more; its names of blocks stay, for what it stores from now on."""
+        if known := self._engines.get(engine, {}).get(rank):
             self._empty(known)
 
-    def forget(self, engine: str) -> None:
-        """The engine is gone, or was started anew."""
-        if known := self._engines.get(engine):
-            self._empty(known)
-            del self._engines[engine]
-            self._free.append(known.slot)
-            self._learn_sizes()
+    def forget(self, engine: str, rank: int | None = None) -> None:
+        """The engine is gone, or was started anew: all its ranks, or one."""
+        ranks = self._engines.get(engine, {})
+        for number in list(ranks) if rank is None else [rank] if rank in ranks else []:
+            known = ranks.pop(number)
+            known.most_ghosts = 0
+            self._retire(known)
+        if not ranks:
+            self._engines.pop(engine, None)
+        if engine in self._nodes:
+            self._engine(engine, 0)
+        self._learn_sizes()
 
     def blocks(self, engine: str) -> int:
         """How many blocks the engine holds, as far as is known."""
-        known = self._engines.get(engine)
-        return len(known.held) if known else 0
+        return sum(len(one.held) for one in self._engines.get(engine, {}).values())
 
     def engines(self) -> list[str]:
         """Engines that have told something."""
         return list(self._engines)
 
-    def _join(self, name: str) -> _Engine:
-        slot = self._free.pop() if self._free else len(self._names)
-        self._names[slot : slot + 1] = [name]
-        self._engines[name] = engine = _Engine(slot)
-        return engine
+    def _all(self) -> Iterator[_Engine]:
+        return (one for ranks in self._engines.values() for one in ranks.values())
+
+    def _engine(self, name: str, rank: int) -> _Engine:
+        ranks = self._engines.setdefault(name, {})
+        if rank not in ranks:
+            ranks[rank] = _Engine(name, self._ghosts, self._holders.seat(name))
+            self._pair()
+        return ranks[rank]
+
+    def _retire(self, engine: _Engine) -> None:
+        """It holds nothing any more, and is swept by and by."""
+        self._holders.retire(engine.bit)
+        self._past.append((engine, engine.bit, engine.held))
+        engine.past.append(engine.held)
+        engine.held, engine.bit = {}, 0
+
+    def _empty(self, engine: _Engine) -> None:
+        engine.most_ghosts = max(engine.most_ghosts, len(engine.held))
+        if engine.held:
+            self._retire(engine)
+            engine.bit = self._holders.seat(engine.name)
+            self._pair()
+
+    def _sweep(self, count: int) -> None:
+        """Take some blocks off the bits of those that were retired."""
+        while self._past and count > 0:
+            engine, bit, held = self._past[0]
+            for _ in range(min(count, len(held))):
+                name, block = held.popitem()
+                self._holders.drop_all(block[0], bit)
+                if name not in engine.held:
+                    engine.drop(name, block)
+                count -= 1
+                self._blocks -= 1
+            if not held:
+                self._past.popleft()
+                engine.past.pop(0)
+                self._holders.free(bit)
+
+    def _pair(self) -> None:
+        nodes: dict[str, int] = {}
+        for engine in self._all() if self._nodes else ():
+            if node := self._nodes.get(engine.name):
+                nodes[node] = nodes.get(node, 0) | engine.bit
+        self._holders.together = list(nodes.values())
 
     def _store(self, engine: _Engine, event: Stored) -> None:
         if not self._stands(engine, (event.kv_cache_spec_kind not in _WHOLE, event.group_idx or 0)):
             return
-        holders = self._holders[_level(event.medium)]
-        before = event.parent_block_hash
+        level = _level(event.medium)
         if len(event.token_ids):
             keys = self._keys(engine, event)
         else:
             keys = [block and block[0] for block in map(engine.block, event.block_hashes)]
         self.orphans += keys.count(None)
-        for name, key in zip(event.block_hashes, keys, strict=False):
+        self._take(engine, level, event.block_hashes, keys, event.parent_block_hash)
+        if level == 0 and event.kv_cache_spec_kind in _WHOLE:
+            self._revive(engine, event.parent_block_hash)
+        while self._blocks > self._most_blocks:
+            self._shrink()
+
+    def _take(
+        self,
+        engine: _Engine,
+        level: int,
+        names: Sequence[BlockHash],
+        keys: Sequence[int | None],
+        before: BlockHash | None,
+    ) -> None:
+        for name, key in zip(names, keys, strict=False):
             if key is not None:
                 if name not in engine.held:
                     self._blocks += 1
                     engine.ghosts.pop(name, None)
                     engine.held[name] = key, before
-                self._hold(holders, key, engine.bit)
+                self._holders.hold(level, key, engine.bit)
             before = name
-        if holders is self._holders[0] and event.kv_cache_spec_kind in _WHOLE:
-            self._revive(engine, event.parent_block_hash)
-        if self._blocks > self._most_blocks:
-            self._shrink()
 
     def _revive(self, engine: _Engine, name: BlockHash | None) -> None:
         """A GPU that computes a block has all before it: where we had lost sight of them, they are held."""
-        holders = self._holders[0]
-        while (block := engine.block(name)) is not None and not holders.get(block[0], 0) & engine.bit:
+        while (block := engine.block(name)) is not None and not self._holders.has(0, block[0], engine.bit):
             assert name is not None
-            if engine.ghosts.pop(name, None):
+            if name not in engine.held:
                 self._blocks += 1
+                engine.ghosts.pop(name, None)
                 engine.held[name] = block
-            self._hold(holders, block[0], engine.bit)
+            self._holders.hold(0, block[0], engine.bit)
             name = block[1]
 
     def _keys(self, engine: _Engine, event: Stored) -> Sequence[int | None]:
         """The event's blocks by our names; none where they contradict themselves."""
-        names, size, tokens, parent = (
-            event.block_hashes,
-            event.block_size,
-            event.token_ids,
-            event.parent_block_hash,
-        )
-        lora, extras = event.lora_name, event.extra_keys or []
+        names, size, tokens = event.block_hashes, event.block_size, event.token_ids
+        parent, lora, extras = event.parent_block_hash, event.lora_name, event.extra_keys or []
         if lora is None and event.lora_id is not None:
             lora = str(event.lora_id)
         block = engine.block(parent)
@@ -240,30 +304,24 @@ class Index:
             keys = chain(before, tokens, size, [encoded(extra, lora) for extra in extras]) if fits else []
         except (OverflowError, TypeError, RecursionError):
             keys = []
-        if keys and parent is None and size not in engine.sizes:
-            if len(engine.sizes) < _MOST_SIZES:
-                engine.sizes.add(size)
-                self._learn_sizes()
-            else:
-                keys = []
+        if keys and parent is None and not self._learn(engine, size):
+            keys = []
         self.refused += not keys
         return keys
 
     def _remove(self, engine: _Engine, event: Removed) -> None:
         if engine.group is not None and event.group_idx not in (None, engine.group[1]):
             return
-        holders, bit = self._holders[_level(event.medium)], engine.bit
+        level, bit = _level(event.medium), engine.bit
         for name in event.block_hashes:
             block = engine.held.get(name)
             if block is None:
                 continue
-            _drop(holders, block[0], bit)
-            if not any(level.get(block[0], 0) & bit for level in self._holders):
+            self._holders.drop(level, block[0], bit)
+            if not any(self._holders.has(one, block[0], bit) for one in range(LEVELS)):
                 del engine.held[name]
                 self._blocks -= 1
-                engine.ghosts[name] = block
-                if len(engine.ghosts) > engine.most_ghosts:
-                    del engine.ghosts[next(iter(engine.ghosts))]
+                engine.drop(name, block)
 
     def _stands(self, engine: _Engine, group: tuple[bool, int]) -> bool:
         """Whether a KV-cache group is the one that is followed: of a hybrid model's, the first that keeps
@@ -274,94 +332,33 @@ class Index:
             engine.group = group
         return group == engine.group
 
-    def _empty(self, engine: _Engine) -> None:
-        for holders in self._holders:
-            for key, _ in engine.held.values():
-                _drop(holders, key, engine.bit)
-        self._blocks -= len(engine.held)
-        engine.most_ghosts = max(engine.most_ghosts, len(engine.held))
-        engine.ghosts |= engine.held
-        engine.held = {}
-        for name in list(engine.ghosts)[: -engine.most_ghosts]:
-            del engine.ghosts[name]
-
     def _shrink(self) -> None:
-        """Forget a few of the oldest blocks of the engine that has the most."""
-        engine = max(self._engines.values(), key=lambda one: len(one.held))
-        oldest = list(engine.held)[: max(1, self._most_blocks // 64)]
+        """Forget a few blocks: what is only to be swept, or the oldest of the engine that has the most."""
+        if self._past:
+            self._sweep(_AT_ONCE)
+            return
+        engine = max(self._all(), key=lambda one: len(one.held))
+        oldest = list(islice(engine.held, min(_AT_ONCE, max(1, self._most_blocks // 64))))
         for name in oldest:
-            key, _ = engine.held.pop(name)
-            for holders in self._holders:
-                _drop(holders, key, engine.bit)
+            self._holders.drop_all(engine.held.pop(name)[0], engine.bit)
         self._blocks -= len(oldest)
         self.forgotten += len(oldest)
 
-    def _hold(self, holders: dict[int, int], key: int, bit: int) -> None:
-        """Blocks that follow each other mostly have the same holders: they share one integer."""
-        before = holders.get(key, 0)
-        last_before, last_bit, last = self._last
-        if before is not last_before or bit != last_bit:
-            last = before | bit
-            self._last = (before, bit, last)
-        holders[key] = last
+    def _learn(self, engine: _Engine, size: int) -> bool:
+        """Note that it has blocks of this size; False: it has too many sizes."""
+        if size not in engine.sizes:
+            if len(engine.sizes) >= _MOST_SIZES:
+                return False
+            engine.sizes.add(size)
+            self._learn_sizes()
+        return True
 
     def _learn_sizes(self) -> None:
-        self._sizes = tuple(sorted({size for engine in self._engines.values() for size in engine.sizes}))
+        self._sizes = tuple(sorted({size for one in self._all() for size in one.sizes}))
 
     def _root(self, lora: str | None) -> int:
         return self._seed if lora is None else xxh3_64_intdigest(lora.encode("utf-8", "replace"), self._seed)
 
 
 def _level(medium: str | None) -> int:
-    return 0 if medium is None else MEDIA.get(medium.upper(), _LEVELS - 1)
-
-
-def _drop(holders: dict[int, int], key: int, bit: int) -> None:
-    mask = holders.get(key, 0)
-    if mask & bit:
-        if mask == bit:
-            del holders[key]
-        else:
-            holders[key] = mask ^ bit
-
-
-def _joined(faster: list[int], found: list[int | None]) -> list[int]:
-    """Who holds each block on this medium or on a faster one."""
-    if not faster:
-        return [mask or 0 for mask in found]
-    if not any(found):
-        return faster
-    return [
-        mask if not one else one if not mask else mask | one for mask, one in zip(faster, found, strict=True)
-    ]
-
-
-def _descend(alive: int, masks: list[int], start: int, size: int, reach: dict[int, int]) -> int:
-    """Who of `alive` holds all these blocks; the others are noted with where they stopped."""
-    last = alive
-    for number, mask in enumerate(masks):
-        if mask is last:
-            continue
-        last = mask
-        kept = alive & mask
-        if kept != alive:
-            _note(alive ^ kept, start + number * size, reach)
-            if not kept:
-                return 0
-            alive = kept
-    return alive
-
-
-def _longest(one: _Reach, other: _Reach) -> _Reach:
-    """By blocks of either size."""
-    gpu, cpu, storage = (
-        {slot: max(a.get(slot, 0), b.get(slot, 0)) for slot in a | b} for a, b in zip(one, other, strict=True)
-    )
-    return gpu, cpu, storage
-
-
-def _note(engines: int, tokens: int, reach: dict[int, int]) -> None:
-    while engines:
-        slot = engines.bit_length() - 1
-        engines ^= 1 << slot
-        reach[slot] = tokens
+    return 0 if medium is None else MEDIA.get(medium.upper(), LEVELS - 1)

@@ -38,15 +38,17 @@ class Place(NamedTuple):
     role: Role
     events: str | None
     replay: str | None
+    ranks: int = 1
+    group: str | None = None
 
-    def source(self, host: str) -> Source | None:
+    def source(self, host: str, node: str = "") -> Source | None:
         """Where the events of the engine at `host` come from; None: it is not followed."""
         name = f"[{host}]" if ":" in host else host
         if self.events is None:
             return None
-        return Source(
-            self.events.replace("{host}", name), self.replay and self.replay.replace("{host}", name)
-        )
+        replay = self.replay and self.replay.replace("{host}", name)
+        group = self.group and self.group.replace("{host}", host).replace("{node}", node)
+        return Source(self.events.replace("{host}", name), replay, ranks=self.ranks, node=group or None)
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class Options:
     tokenizer: str | None = None
     session_header: str = "x-session-id"
     prefill_from: int = 64
+    prefill_wait: float = 60.0
     at_once: bool = False
     events_listen: str | None = None
     events_open: bool = False
@@ -68,6 +71,7 @@ class Options:
     tls: tuple[str, ...] = ()
     backend_tls: tuple[str, ...] = ()
     max_body: int = 32 << 20
+    max_bodies: int = 1 << 30
     max_requests: int = 4096
     queue: int = 1024
     queue_wait: float = 30.0
@@ -93,7 +97,9 @@ class Options:
         for name in ("queue", "retries", "prefill_from", "queue_wait", "drain", "log_interval"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"--{name.replace('_', '-')} must be 0 or more")
-        for name in ("timeout", "check_interval"):
+        if self.max_bodies < self.max_body:
+            raise ConfigError("--max-bodies must be as much as --max-body or more")
+        for name in ("timeout", "check_interval", "prefill_wait"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"--{name.replace('_', '-')} must be more than 0 seconds")
         if len(self.tls) not in (0, 2, 3):
@@ -154,100 +160,73 @@ class Options:
         """What is trusted and shown where engines speak TLS; True: the system's CAs. Raises ConfigError."""
         return client_context(*self.backend_tls) if self.backend_tls else True
 
-    def client_keys(self) -> list[str]:
-        """The API keys that clients may use; none: no key is asked for."""
-        return [] if self.api_keys is None else _read_keys(self.api_keys, "--api-keys")
+    def client_keys(self) -> dict[str, str | None]:
+        """The API keys that clients may use, and the cache salt of each; none: no key is asked for."""
+        return {} if self.api_keys is None else _read_keys(self.api_keys, "--api-keys")
 
     def key_for_backends(self) -> str | None:
         """What we tell the engines that want a key."""
-        return None if self.backend_key is None else _read_keys(self.backend_key, "--backend-key")[0]
+        return None if self.backend_key is None else next(iter(_read_keys(self.backend_key, "--backend-key")))
+
+
+_ARGUMENTS: tuple[tuple[str, str, Callable[[str], Any], str], ...] = (
+    ("events", "ADDRESS", str, "KV events of each engine, e.g. tcp://{host}:5557"),
+    ("replay", "ADDRESS", str, "where lost events are asked for, e.g. tcp://{host}:5558"),
+    ("events-listen", "ADDRESS", str, "engines connect here with topic kv@HOST[:PORT]@MODEL"),
+    ("listen", "HOST:PORT", str, "(default: {listen})"),
+    ("policy", "NAME", str, "one of kv, session, prefix-hash, round-robin (default: {policy})"),
+    ("tokenizer", "DIR", str, "count prompts with this tokenizer (default: the engines' /tokenize)"),
+    ("session-header", "NAME", str, "what names a session (default: {session_header})"),
+    ("prefill-from", "TOKENS", int, "fewer are computed by the decode engine (default: {prefill_from})"),
+    ("prefill-wait", "SECONDS", float, "then the decode engine does it (default: {prefill_wait:g})"),
+    ("api-keys", "FILE", str, "keys that clients may use: lines of KEY [CACHE_SALT]"),
+    ("backend-key", "FILE", str, "the key that the engines want"),
+    ("max-body", "SIZE", parse_bytes, "of a request (default: 32MiB)"),
+    ("max-bodies", "SIZE", parse_bytes, "of all at a time (default: 1GiB)"),
+    ("max-requests", "NUMBER", int, "at a time (default: {max_requests})"),
+    ("queue", "NUMBER", int, "requests that wait for a turn (default: {queue})"),
+    ("queue-wait", "SECONDS", float, "that they wait at most (default: {queue_wait:g})"),
+    ("timeout", "SECONDS", float, "without a byte from an engine (default: {timeout:g})"),
+    ("retries", "NUMBER", int, "other engines tried before the first byte (default: {retries})"),
+    ("check-interval", "SECONDS", float, "between health checks (default: {check_interval:g})"),
+    ("drain", "SECONDS", float, "that running requests get after SIGTERM (default: {drain:g})"),
+    ("log-interval", "SECONDS", float, "between summary lines; 0: none (default: {log_interval:g})"),
+    ("traces", "URL", str, "send OpenTelemetry spans to this OTLP/HTTP endpoint"),
+    ("kubernetes-api", "URL", str, "of the cluster (default: as a pod finds it)"),
+)
+_FLAGS = {
+    "at-once": "ask both engines at once, where both have kvkeep",
+    "events-open": "--events-listen for other hosts too, which is asked for no key",
+    "no-keys": "listen to other hosts without keys",
+}
+_FILES = {
+    "tls": "certificate, key, and the CA of clients whose certificates do as well as a key (default: no TLS)",
+    "backend-tls": "for https engines: the CA to trust, and the router's certificate and key (default: the "
+    "system's CAs)",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `kvkeep route`."""
     add, default = parser.add_argument, {field.name: field.default for field in fields(Options)}
-    for name, text in (
-        ("backend", "engines"),
-        ("prefill", "engines that prefill"),
-        ("decode", "that decode"),
-    ):
+    for name, which in {"backend": "engines", "prefill": "that prefill", "decode": "that decode"}.items():
+        text = f"{which}: {_PLACE}; repeatable; ,events=,replay=,ranks=,node= behind it: its own"
+        add(f"--{name}", action="append", default=[], metavar="PLACE", help=text)
+    for name, metavar, kind, text in _ARGUMENTS:
         add(
-            f"--{name}",
-            action="append",
-            default=[],
-            metavar="PLACE",
-            help=f"{text}: {_PLACE}; repeatable; ,events=,replay= behind it: its own",
+            f"--{name}", metavar=metavar, type=kind, help=text.replace("{host}", "{{host}}").format(**default)
         )
-    _add_events(add)
-    add("--listen", metavar="HOST:PORT", help=f"(default: {default['listen']})")
-    add("--policy", help=f"one of {', '.join(POLICIES)} (default: {default['policy']})")
-    add(
-        "--tokenizer",
-        metavar="DIR",
-        help="count prompts with this tokenizer (default: the engines' /tokenize)",
-    )
-    add(
-        "--session-header",
-        metavar="NAME",
-        help=f"what names a session (default: {default['session_header']})",
-    )
-    add(
-        "--prefill-from",
-        metavar="TOKENS",
-        type=int,
-        help="a prompt of which the decode engine lacks fewer goes there at once (default: 64)",
-    )
-    add("--at-once", action="store_true", help="ask both engines at once, where both have kvkeep")
-    _add_access(add)
-    add("--max-body", metavar="SIZE", type=parse_bytes, help="of a request (default: 32MiB)")
-    add("--max-requests", type=int, help=f"at a time (default: {default['max_requests']})")
-    add("--queue", type=int, help=f"requests that wait for a turn (default: {default['queue']})")
-    add("--queue-wait", type=float, help="seconds that they wait at most (default: 30)")
-    add("--timeout", type=float, help="seconds without a byte from an engine (default: 600)")
-    add("--retries", type=int, help="other engines tried before the first byte (default: 2)")
-    add("--check-interval", type=float, help="seconds between health checks (default: 2)")
-    add("--drain", type=float, help="seconds that running requests get after SIGTERM (default: 30)")
-    add("--log-interval", type=float, help="seconds between summary lines; 0: none (default: 10)")
-    add("--traces", metavar="URL", help="send OpenTelemetry spans to this OTLP/HTTP endpoint")
-    add("--kubernetes-api", metavar="URL", help="of the cluster (default: as a pod finds it)")
-
-
-def _add_events(add: Callable[..., object]) -> None:
-    add("--events", metavar="ADDRESS", help="KV events of each engine, e.g. tcp://{host}:5557")
-    add("--replay", metavar="ADDRESS", help="where lost events are asked for, e.g. tcp://{host}:5558")
-    add("--events-listen", metavar="ADDRESS", help="engines connect here with topic kv@HOST[:PORT]@MODEL")
-    add("--events-open", action="store_true", help="… from other hosts too, which is asked for no key")
-
-
-def _add_access(add: Callable[..., object]) -> None:
-    """Who may connect, and what the engines are shown."""
-    add("--api-keys", metavar="FILE", help="keys that clients may use, one a line")
-    add("--no-keys", action="store_true", help="listen to other hosts without keys")
-    add("--backend-key", metavar="FILE", help="the key that the engines want")
-    add(
-        "--tls",
-        nargs="+",
-        metavar="FILE",
-        help="certificate, key, and the CA of clients whose certificates do as well as a key "
-        "(default: no TLS)",
-    )
-    add(
-        "--backend-tls",
-        nargs="+",
-        metavar="FILE",
-        help="for https engines: the CA to trust, and the router's certificate and key "
-        "(default: the system's CAs)",
-    )
+    for name, text in _FLAGS.items():
+        add(f"--{name}", action="store_true", help=text)
+    for name, text in _FILES.items():
+        add(f"--{name}", nargs="+", metavar="FILE", help=text)
 
 
 def read_options(args: argparse.Namespace) -> Options:
     """Options from parsed arguments. Raises ConfigError."""
     roles: tuple[tuple[str, Role], ...] = (("backend", "any"), ("prefill", "prefill"), ("decode", "decode"))
-    places = [
-        parse_place(text, role, args.events, args.replay)
-        for name, role in roles
-        for text in getattr(args, name)
-    ]
+    texts = [(text, role) for name, role in roles for text in getattr(args, name)]
+    places = [parse_place(text, role, args.events, args.replay) for text, role in texts]
     names = [field.name for field in fields(Options) if field.name != "backends"]
     given: dict[str, Any] = {name: value for name in names if (value := getattr(args, name)) is not None}
     given |= {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
@@ -256,12 +235,17 @@ def read_options(args: argparse.Namespace) -> Options:
 
 def parse_place(text: str, role: Role = "any", events: str | None = None, replay: str | None = None) -> Place:
     """A place of engines as it is written. Behind a comma it may say where its own events are, as
-    `,events=ADDRESS,replay=ADDRESS`. Raises ConfigError."""
+    `,events=ADDRESS,replay=ADDRESS`, of how many ranks each engine is, as `,ranks=N`, and which ones share a
+    keeper, as `,node=NAME`. Raises ConfigError."""
     text, *more = text.split(",")
     own = dict(part.partition("=")[::2] for part in more)
-    if own.keys() - {"events", "replay"}:
-        raise ConfigError(f"{','.join(more)!r} behind {text}: write ,events=ADDRESS and ,replay=ADDRESS")
     events, replay = own.get("events", events), own.get("replay", replay)
+    ranks = own.get("ranks", "1")
+    if own.keys() - {"events", "replay", "ranks", "node"} or not re.fullmatch("[1-9][0-9]{0,2}", ranks):
+        known = ",events=ADDRESS ,replay=ADDRESS ,ranks=NUMBER and ,node=NAME"
+        raise ConfigError(f"{','.join(more)!r} behind {text}: write {known}")
+    if "node" in own and events is None:
+        raise ConfigError(f",node={own['node']} behind {text} needs the engines' events")
     try:
         parts = urlsplit(text)
         named = parts.netloc.partition(":")[2]  # a service's port may have a name
@@ -273,16 +257,18 @@ def parse_place(text: str, role: Role = "any", events: str | None = None, replay
     plain = not (parts.path.strip("/") or parts.query or parts.fragment or "@" in parts.netloc)
     if parts.scheme not in kinds or not parts.hostname or not re.fullmatch(r"[\w-]+", port) or not plain:
         raise ConfigError(f"{text!r} is no place of engines: write {_PLACE}")
-    return Place(kinds[parts.scheme], parts.hostname, port, parts.scheme == "https", role, events, replay)
+    kind, secure, more_of_it = kinds[parts.scheme], parts.scheme == "https", (int(ranks), own.get("node"))
+    return Place(kind, parts.hostname, port, secure, role, events, replay, *more_of_it)
 
 
-def _read_keys(path: str, option: str) -> list[str]:
+def _read_keys(path: str, option: str) -> dict[str, str | None]:
+    """Keys, and what stands behind each."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").split()
+        lines = [line.split() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read {option} {path}: {error}") from error
-    if not lines or min(map(len, lines)) < _KEY_CHARACTERS:
+    if not lines or any(len(line[0]) < _KEY_CHARACTERS or len(line) > 2 for line in lines):
         raise ConfigError(
             f"{option} {path} must hold keys of {_KEY_CHARACTERS} characters or more, one a line"
         )
-    return lines
+    return {key: next(iter(more), None) for key, *more in lines}

@@ -27,13 +27,10 @@ from typing import NamedTuple, Protocol
 from urllib.parse import urlsplit
 
 import msgspec
-import zmq
-import zmq.asyncio
-from zmq.utils.monitor import recv_monitor_message
 
 from kvkeep.errors import ConfigError
 from kvroute.index import Held, Index
-from kvroute.policy import TIER_WEIGHTS
+from kvroute.policy import worth
 from kvroute.subscribe import Source, Subscriber
 
 __all__ = ["Endpoint", "Options", "install", "main"]
@@ -89,33 +86,6 @@ class QueryInstRetMsg(msgspec.Struct):
     event_id: str
 
 
-class _Link:
-    """Whether an engine is up: a connection to its events over which none come, with heartbeats."""
-
-    def __init__(self, context: zmq.asyncio.Context, address: str) -> None:
-        self.up = False
-        self._socket = context.socket(zmq.SUB)
-        self._socket.setsockopt(zmq.IPV6, 1)
-        self._socket.setsockopt(zmq.HEARTBEAT_IVL, 1000)
-        self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 3000)
-        self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
-        self._monitor = self._socket.get_monitor_socket(
-            zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
-        )
-        self._watching = asyncio.create_task(self._watch())
-        self._socket.connect(address)
-
-    async def _watch(self) -> None:
-        while True:
-            event = await recv_monitor_message(self._monitor)
-            self.up = event["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED
-
-    def close(self) -> None:
-        self._watching.cancel()
-        self._socket.disable_monitor()
-        self._socket.close(0)
-
-
 class Controller:
     """Stands in for LMCacheControllerManager. `start_all` runs on a loop of its own, which owns the index;
     `handle_orchestration_message` is called on the router's."""
@@ -132,25 +102,22 @@ class Controller:
         del urls, health_check_interval, lmcache_worker_timeout
         self._endpoints, self._options = endpoints, options
         self._index = Index()
-        self._links: dict[str, _Link] = {}
+        self._subscriber: Subscriber | None = None
+        self._followed: set[str] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._turn = 0
         self._said: set[str] = set()
 
     async def start_all(self) -> None:
         """Follow the engines that the router knows, until cancelled."""
-        subscriber, self._loop = Subscriber(self._index), asyncio.get_running_loop()
-        context = zmq.asyncio.Context()
+        self._subscriber, self._loop = Subscriber(self._index), asyncio.get_running_loop()
         try:
             while True:
-                self._follow(subscriber, context, self._hosts(self._awake()))
+                self._follow(self._subscriber, self._hosts(self._awake()))
                 await asyncio.sleep(_LOOK_EVERY)
         finally:
             self._loop = None
-            for host in list(self._links):
-                self._links.pop(host).close()
-            await subscriber.close()
-            context.destroy(linger=0)
+            await self._subscriber.close()
             log.info("KV-aware routing has ended")
 
     async def handle_orchestration_message(
@@ -176,16 +143,13 @@ class Controller:
         if any(set(one.model_names) != set(engines[0].model_names) for one in engines[1:]):
             self._say("engines serve different models: KV-aware routing is off, run a router for each model")
             return {}
-        now = {host for host in self._hosts(engines) if self._up(host)}
+        now = self._hosts(engines) & (self._subscriber.connected if self._subscriber else set())
         least = self._options.min_share * len(tokens)
-        held = [
-            (host, found)
-            for host, found in self._index.lookup(tokens).items()
-            if host in now and found.tokens >= least
-        ]
+        known = self._index.lookup(tokens).items()
+        held = [(host, found) for host, found in known if host in now and found.tokens >= least]
         self._turn += 1
         first = self._turn % max(1, len(held))
-        held = sorted(held[first:] + held[:first], key=lambda item: _worth(item[1]), reverse=True)
+        held = sorted(held[first:] + held[:first], key=lambda item: worth(item[1]), reverse=True)
         return {host: (_slowest(found), found.tokens) for host, found in held}
 
     def _awake(self) -> list[Endpoint]:
@@ -199,27 +163,21 @@ class Controller:
                 self._say(f"{number} engines at {host}: the router tells engines apart by their host only")
         return {host for host, number in count.items() if host and number == 1}
 
-    def _up(self, host: str) -> bool:
-        link = self._links.get(host)
-        return link is not None and link.up
-
-    def _follow(self, subscriber: Subscriber, context: zmq.asyncio.Context, hosts: set[str]) -> None:
-        for host in self._links.keys() - hosts:
+    def _follow(self, subscriber: Subscriber, hosts: set[str]) -> None:
+        for host in self._followed - hosts:
             log.info("%s is gone", host)
-            self._links.pop(host).close()
             subscriber.leave(host)
-        for host in hosts - self._links.keys():
+        self._followed &= hosts
+        for host in hosts - self._followed:
             name = f"[{host}]" if ":" in host else host
             events, replay = f"tcp://{name}:{self._options.events_port}", self._options.replay_port
+            again = None if replay is None else f"tcp://{name}:{replay}"
             try:
-                subscriber.follow(
-                    host,
-                    Source(events, None if replay is None else f"tcp://{name}:{replay}", self._options.topic),
-                )
+                subscriber.follow(host, Source(events, again, self._options.topic))
             except ConfigError as error:
                 self._say(str(error))
                 continue
-            self._links[host] = _Link(context, events)
+            self._followed.add(host)
             log.info("following the KV events of %s", host)
 
     def _say(self, warning: str) -> None:
@@ -243,26 +201,20 @@ def install(endpoints: Callable[[], Iterable[Endpoint]], options: Options) -> No
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Start the router; its arguments are those that are not ours."""
-    parser = argparse.ArgumentParser(
-        prog="python -m kvroute.production_stack", allow_abbrev=False, add_help=False
-    )
-    ours = parser.add_argument_group("kvkeep")
-    ours.add_argument("--kvkeep-events-port", type=int, default=5557, help="port of each engine's KV events")
-    ours.add_argument("--kvkeep-replay-port", type=int, help="port of their replay (default: no replay)")
-    ours.add_argument("--kvkeep-topic", default="", help="only events whose topic begins so")
-    ours.add_argument(
-        "--kvkeep-min-share", type=float, default=0.5, help="share of a prompt that an engine must hold"
-    )
+    program = "python -m kvroute.production_stack"
+    parser = argparse.ArgumentParser(prog=program, allow_abbrev=False, add_help=False)
+    add = parser.add_argument_group("kvkeep").add_argument
+    add("--kvkeep-events-port", type=int, default=5557, help="port of each engine's KV events")
+    add("--kvkeep-replay-port", type=int, help="port of their replay (default: no replay)")
+    add("--kvkeep-topic", default="", help="only events whose topic begins so")
+    add("--kvkeep-min-share", type=float, default=0.5, help="share of a prompt that an engine must hold")
     given, rest = parser.parse_known_args(argv)
     if "--help" in rest or "-h" in rest:
         parser.print_help()
     logging.getLogger("kvroute").addHandler(logging.StreamHandler())
     logging.getLogger("kvroute").setLevel(logging.INFO)
     install(
-        _discovered,
-        Options(
-            given.kvkeep_events_port, given.kvkeep_replay_port, given.kvkeep_topic, given.kvkeep_min_share
-        ),
+        _discovered, Options(**{name.removeprefix("kvkeep_"): value for name, value in vars(given).items()})
     )
     try:
         from vllm_router.app import main as serve
@@ -298,11 +250,6 @@ def _module(name: str, package: ModuleType | None) -> ModuleType:
 @functools.lru_cache(maxsize=4096)
 def _host(url: str) -> str:
     return urlsplit(url).hostname or ""
-
-
-def _worth(held: Held) -> float:
-    gpu, cpu, storage = TIER_WEIGHTS
-    return gpu * held.gpu + cpu * held.cpu + storage * held.storage
 
 
 def _slowest(held: Held) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 from xxhash import xxh3_128_digest
 
-__all__ = ["BadRequest", "Body", "read_body"]
+__all__ = ["BadRequest", "Body", "fields_of", "read_body"]
 
 
 class BadRequest(Exception):
@@ -44,9 +44,19 @@ class Body(msgspec.Struct):
 
     @property
     def digest(self) -> bytes:
-        """Of all that a prompt's tokens depend on."""
+        """Of all that a prompt's tokens depend on, and of the tenant: none is to be quicker for another's."""
         parts = (self.prompt, self.messages, self.tools, self.chat_template_kwargs)
-        return xxh3_128_digest(b"\0".join([self.model.encode("utf-8", "replace"), *map(bytes, parts)]))
+        names = (name.encode("utf-8", "replace") for name in (self.model, self.cache_salt or ""))
+        return xxh3_128_digest(b"\0".join([*names, *map(bytes, parts)]))
+
+
+def fields_of(data: bytes) -> dict[str, Any]:
+    """All fields of a body. Raises BadRequest: of those that nobody has read yet a name may be wrong."""
+    try:
+        fields: dict[str, Any] = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise BadRequest(f"the body is no JSON object of a request: {error}") from error
+    return fields
 
 
 _decoder = msgspec.json.Decoder(Body)

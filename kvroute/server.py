@@ -20,16 +20,16 @@ from kvkeep.errors import ConfigError
 from kvkeep.observe.traces import otlp
 from kvroute.backends import Backend, Engine, Pool
 from kvroute.discover import Cluster, discover
-from kvroute.figures import CONTENT_TYPE, Figures, Summary, metrics
-from kvroute.forward import Forwarder, upstream_headers
+from kvroute.figures import CONTENT_TYPE, Figures, metrics, summary
+from kvroute.forward import Course, Forwarder, upstream_headers, with_params
 from kvroute.gate import Gate
 from kvroute.index import Index
 from kvroute.options import Options, Role
-from kvroute.policy import Ask, Choice, Expected, Kv, Policy, PrefixHash, RoundRobin, Session
-from kvroute.request import BadRequest, Body, read_body
-from kvroute.subscribe import Subscriber
+from kvroute.policy import PLAIN, Ask, Expected, Kv, Policy
+from kvroute.request import BadRequest, Body, fields_of, read_body
+from kvroute.subscribe import Subscriber, say_why
 from kvroute.tokens import EngineTokens, LocalTokens, Tokens, TokensSource
-from kvroute.traces import Trace, Traces
+from kvroute.traces import Traces
 
 __all__ = ["Router"]
 
@@ -42,7 +42,6 @@ _FIRST_CHECK = 10.0
 _BACKLOG = 8192  # a full one costs a client seconds
 _PROMISES = 20.0  # seconds until events must have told what an engine computed
 _GUESSES = 600.0  # where there are no events: what we sent it, it may still hold
-_HEADER_BYTES = 16384
 _WAIT_AT_ONCE = 4
 _OPEN = ("/health",)
 _TOPIC = re.compile(r"kv@([^@]+)@.*")
@@ -54,17 +53,19 @@ class Router:
     def __init__(self, options: Options) -> None:
         """Raises ConfigError on keys, certificates or a tokenizer that cannot be read."""
         self._options = options
-        self._keys = {blake3(key.encode()).digest() for key in options.client_keys()}
+        self._keys = {blake3(key.encode()).digest(): salt for key, salt in options.client_keys().items()}
+        self._salts = {salt for salt in self._keys.values() if salt is not None}
         self._backend_key = options.key_for_backends()
         self._tls, self._backend_tls = options.server_tls(), options.client_tls()
         self._local = LocalTokens(options.tokenizer) if options.tokenizer else None
         self._traces = Traces(otlp(options.traces) if options.traces else None)
-        self._gate = Gate(options.max_requests, options.queue, options.queue_wait)
+        self._gate = Gate(options.max_requests, options.queue, options.queue_wait, options.max_bodies)
         self.figures = Figures()
         self.index = Index()
         told = options.events_listen or any(place.events for place in options.backends)
-        self._expected = Expected(time.monotonic, _PROMISES if told else _GUESSES)
-        self._policy = self._chosen_policy()
+        self.expected = Expected(time.monotonic, _PROMISES if told else _GUESSES)
+        plain = PLAIN.get(options.policy)
+        self._policy = Kv(self.index, self.expected) if plain is None else Policy(plain)
         self._draining = False
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -84,17 +85,13 @@ class Router:
         )
         headers = {} if self._backend_key is None else {"Authorization": f"Bearer {self._backend_key}"}
         self.pool = Pool(self._session, options.check_interval, headers)
+        self.pool.lost = self.expected.forget
         self._subscriber = self.pool.subscriber = Subscriber(self.index)
         self._tokens: TokensSource = self._local or EngineTokens(self._session, headers)
-        self._forwarder = Forwarder(
-            self._session, self.pool, self.figures, retries=options.retries, timeout=options.timeout
-        )
+        self._forwarder = Forwarder(self._session, self.pool, self.figures, options)
+        app = self._app()
         self._runner = web.AppRunner(
-            self._app(),
-            access_log=None,
-            handler_cancellation=True,
-            max_field_size=_HEADER_BYTES,
-            shutdown_timeout=0.5,
+            app, access_log=None, handler_cancellation=True, max_field_size=16384, shutdown_timeout=0.5
         )
         try:
             await self._find_engines()
@@ -135,12 +132,6 @@ class Router:
         await self._session.close()
         await asyncio.to_thread(self._traces.close)
 
-    def _chosen_policy(self) -> Policy:
-        if self._options.policy == "kv":
-            return Kv(self.index, self._expected)
-        plain: dict[str, Callable[[], Policy]] = {"session": Session, "prefix-hash": PrefixHash}
-        return plain.get(self._options.policy, RoundRobin)()
-
     async def _find_engines(self) -> None:
         """Look everywhere, in the background; the first look is waited for, though not long."""
         options = self._options
@@ -169,14 +160,9 @@ class Router:
             self._keep(self._log())
 
     def _keep(self, work: Coroutine[Any, Any, None]) -> None:
-        """Do it until the end; where it ends before, say so."""
-
-        def ended(task: asyncio.Task[None]) -> None:
-            if not task.cancelled() and (error := task.exception()):
-                log.error("%s has ended: %s", task.get_name(), error, exc_info=error)
-
+        """Do it until the end."""
         task = asyncio.create_task(work, name=getattr(work, "__qualname__", "a task"))
-        task.add_done_callback(ended)
+        task.add_done_callback(say_why)
         self._tasks.append(task)
 
     def _engine_of(self, topic: str) -> str | None:
@@ -187,12 +173,10 @@ class Router:
         return found[0] if len(found) == 1 else None
 
     async def _log(self) -> None:
-        before = Summary.of(self.figures)
         while True:
-            await asyncio.sleep(self._options.log_interval)
-            now = Summary.of(self.figures)
-            log.info("%s", now.line(before, self._options.log_interval, self.pool))
-            before = now
+            before, every = self.figures.totals(), self._options.log_interval
+            await asyncio.sleep(every)
+            log.info("%s", summary(self.figures.totals() - before, every, self.pool))
 
     # Requests
 
@@ -222,9 +206,7 @@ class Router:
     def _admit(self, request: web.Request) -> None:
         certificates = self._options.certificates
         if self._keys or certificates:
-            kind, _, key = request.headers.get("Authorization", "").partition(" ")
-            known = kind.lower() == "bearer" and blake3(key.strip().encode()).digest() in self._keys
-            known = known or (certificates and bool(request.get_extra_info("peercert")))
+            known = _key(request) in self._keys or (certificates and bool(request.get_extra_info("peercert")))
             if not known and request.path not in _OPEN:
                 ways = ["send the header Authorization: Bearer KEY"] if self._keys else []
                 ways += ["show a client's certificate"] if certificates else []
@@ -250,17 +232,32 @@ class Router:
             raise BadRequest("this router is about to end", 503, "overloaded")
         if request.content_type != "application/json":
             raise BadRequest("send the header Content-Type: application/json", 415)
-        async with self._gate:  # before the body: what waits takes no memory
+        most, size = self._options.max_body, request.content_length
+        if size is None or size > most or "Content-Encoding" in request.headers:
+            size = most  # for all that is known
+        async with self._gate.turn(size) as turn:  # before the body: what waits takes no memory
             try:
                 data = await asyncio.wait_for(request.read(), _BODY_WAIT)
             except asyncio.TimeoutError as error:
                 raise BadRequest(f"the body did not come within {_BODY_WAIT:g} s", 408) from error
+            self._gate.resize(turn, len(data))
             arrived = time.perf_counter()
             body = read_body(data, chat=request.path.endswith("/chat/completions"))
+            data = self._salted(data, body, self._keys.get(_key(request)))
             if self.pool.serves(body.model) is False:
                 raise BadRequest(f"no engine serves the model {body.model!r}", 404, "not_found_error")
             self.figures.requests += 1
             return await self._route(request, data, body, arrived)
+
+    def _salted(self, data: bytes, body: Body, salt: str | None) -> bytes:
+        """The body with the cache salt that the client's key is bound to, and with no other's."""
+        given = body.cache_salt
+        if given not in (None, salt) and (salt is not None or given in self._salts):
+            raise BadRequest("that cache_salt is not this key's: leave it out", 403, "permission_error")
+        if salt is None:
+            return data
+        body.cache_salt = salt
+        return msgspec.json.encode({**fields_of(data), "cache_salt": salt})
 
     async def _route(
         self, request: web.Request, data: bytes, body: Body, arrived: float
@@ -275,30 +272,30 @@ class Router:
             if self.pool.is_lora(body.model):
                 ask = ask._replace(lora=body.model)
             trace.note(model=body.model, prompt_tokens=-1 if tokens is None else len(tokens))
+            ask = self._policy.look(ask)
+            course = Course(ask, trace, self.figures, self.expected, arrived, waited)
             choices = self._policy.rank(ask, first)
-            self.figures.own.add(time.perf_counter() - arrived - waited)
-            told = (
-                lambda choice: self._note(ask, choice, trace),
-                lambda: self._first_byte(arrived, trace),
-            )
             if not split:
-                return await self._forwarder.answer(request, data, headers, choices, *told)
+                return await self._forwarder.answer(request, data, headers, choices, course)
             there = self._policy.rank(ask, self._usable(body.model, "decode"))
             if ask.tokens_to_compute(there[0]) < self._options.prefill_from:
                 self.figures.prefill_skipped += 1
-                return await self._forwarder.answer(request, data, headers, there, *told)
-            self._expected.promise(ask, choices[0].backend.name)
+                return await self._forwarder.answer(request, data, headers, there, course)
+            self.expected.promise(ask, choices[0].backend.name)
             trace.event("prefill")
             # It begins now, and few wait where it is waited for.
             begins = choices[0].backend.waiting == 0 and there[0].backend.waiting < _WAIT_AT_ONCE
             if self._options.at_once and begins:
-                return await self._forwarder.answer_at_once(request, data, headers, choices, there, *told)
+                return await self._forwarder.answer_at_once(request, data, headers, choices, there, course)
+            began = time.perf_counter()
             prefilled = await self._forwarder.prefill(request, data, headers, choices)
+            course.waited += time.perf_counter() - began
             trace.event("prefilled")
             if isinstance(prefilled, web.Response):
                 return prefilled
-            there = self._policy.rank(ask, self._usable(body.model, "decode"))
-            return await self._forwarder.answer(request, prefilled, headers, there, *told)
+            there = self._policy.rank(ask, self._usable(body.model, "decode"))  # the load is another now
+            data = with_params(data, prefilled)
+            return await self._forwarder.answer(request, data, headers, there, course)
 
     def _usable(self, model: str, role: Role) -> list[Backend]:
         if found := self.pool.usable(model, role):
@@ -316,34 +313,26 @@ class Router:
         self.figures.unknown_tokens += tokens is None
         return tokens, took
 
-    def _first_byte(self, arrived: float, trace: Trace) -> None:
-        self.figures.first_byte.add(time.perf_counter() - arrived)
-        trace.event("first_byte")
-
-    def _note(self, ask: Ask, choice: Choice, trace: Trace) -> None:
-        """A request goes there."""
-        trace.chose(choice)
-        if ask.tokens is not None:
-            self.figures.prompt_tokens += len(ask.tokens)
-            self.figures.held_tokens += choice.held
-            self._expected.promise(ask, choice.backend.name)
-
     async def _models(self, request: web.Request) -> web.Response:
         return _json({"object": "list", "data": list(self.pool.models())})
 
     async def _health(self, request: web.Request) -> web.Response:
         """Healthy: requests are taken on, and an engine of each kind is up."""
-        kinds = {place.role for place in self._options.backends}
-        up = {
-            kind: sum(one.up and one.engine.role == kind for one in self.pool.backends.values())
-            for kind in kinds
-        }
+        up = dict.fromkeys((place.role for place in self._options.backends), 0)
+        for one in self.pool.backends.values():
+            up[one.engine.role] += one.up
         healthy = not self._draining and all(up.values())
         return _json({"healthy": healthy, "draining": self._draining, "up": up}, 200 if healthy else 503)
 
     async def _metrics(self, request: web.Request) -> web.Response:
         text = metrics(self.figures, self.pool, self._gate, self.index, self._subscriber)
         return web.Response(body=text, headers={"Content-Type": CONTENT_TYPE})
+
+
+def _key(request: web.Request) -> bytes:
+    """Of the key that a client sends, a digest."""
+    kind, _, key = request.headers.get("Authorization", "").partition(" ")
+    return blake3(key.strip().encode("utf-8", "replace")).digest() if kind.lower() == "bearer" else b""
 
 
 def _session_of(request: web.Request, body: Body, options: Options) -> str | None:

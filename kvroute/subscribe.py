@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -22,22 +22,28 @@ from kvkeep.errors import ConfigError
 from kvroute.events import END_SEQUENCE, Batch, Decoder
 from kvroute.index import Index
 
-__all__ = ["Counters", "Source", "Subscriber"]
+__all__ = ["Counters", "Source", "Subscriber", "say_why"]
 
 log = logging.getLogger("kvroute.subscribe")
 
 _QUEUE = 20_000  # messages that wait for us, per engine; ZMQ drops what is more, and we ask for it again
 _MOST_BYTES = 64 << 20
-_AT_ONCE = 16  # messages taken before others have a turn
+_TURN = 0.001  # seconds for messages before others have a turn
 _REPLAYS = 20  # a long replay may overflow the sender's queue, and is then asked for again from there
 
 
 class Source(NamedTuple):
-    """Where an engine's events come from; addresses as ZMQ writes them, tcp://host:port."""
+    """Where an engine's events come from; addresses as ZMQ writes them, tcp://host:port.
+
+    `ranks`: of data parallelism; the ports of each are one above those of the rank before. `node`: engines
+    with the same share a keeper.
+    """
 
     events: str
     replay: str | None = None
     topic: str = ""
+    ranks: int = 1
+    node: str | None = None
 
 
 @dataclass
@@ -53,9 +59,10 @@ class Counters:
 
 @dataclass
 class _Feed:
-    """How far one engine has been followed. `last`: digest of the message before `next`."""
+    """How far one rank of an engine has been followed. `last`: digest of the message before `next`."""
 
     engine: str
+    rank: int = 0
     replay: str | None = None
     next: int = 0
     live: int = -1
@@ -64,41 +71,58 @@ class _Feed:
 
 
 class Subscriber:
-    """Follows engines, as tasks of the running event loop, which owns the index too.
-
-    `replay_wait`: seconds without an answer after which a replay is given up.
-    """
+    """Follows engines, on the event loop that owns the index. `replay_wait`: seconds without an answer after
+    which a replay is given up."""
 
     def __init__(self, index: Index, *, replay_wait: float = 3.0) -> None:
         self.counters = Counters()
+        self.connected: set[str] = set()  # engines, at least by one of their ranks' events
         self.decoder = Decoder()
         self._index, self._replay_wait = index, replay_wait
         self._context = zmq.asyncio.Context(io_threads=1)
-        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._tasks: dict[str, list[asyncio.Task[None]]] = {}
 
     def follow(self, engine: str, source: Source) -> None:
         """Follow an engine until `leave`. Raises ConfigError on an address that is none."""
         self.leave(engine)
-        sub = self._subscribed(source.topic)
-        monitor = sub.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)  # before there is one to miss
+        self._index.place(engine, source.node)
+        for rank in range(source.ranks):
+            replay = source.replay and _of_rank(source.replay, rank)
+            try:
+                self._follow_rank(_Feed(engine, rank, replay), _of_rank(source.events, rank), source.topic)
+            except ConfigError:
+                self.leave(engine)
+                raise
+
+    def _follow_rank(self, feed: _Feed, events: str, topic: str) -> None:
+        sub = self._subscribed(topic)
+        what = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+        monitor = sub.get_monitor_socket(what)  # before there is one to miss
         try:
-            sub.connect(source.events)
-            if source.replay is not None:
+            sub.connect(events)
+            if feed.replay is not None:
                 with self._context.socket(zmq.DEALER) as tried:
-                    tried.connect(source.replay)
+                    tried.connect(feed.replay)
         except zmq.ZMQError as error:
             _close(sub, monitor)
-            wrong = f"{source.events} and {source.replay} are no addresses of events and their replay"
+            wrong = f"{events} and {feed.replay} are no addresses of events and their replay"
             raise ConfigError(f"{wrong} ({error}): write tcp://HOST:PORT") from error
-        task = asyncio.create_task(self._follow(_Feed(engine, source.replay), sub, monitor))
+        task = self._keep(feed.engine, self._follow(feed, sub, monitor))
         task.add_done_callback(lambda _: _close(sub, monitor))  # also where it was ended before it began
-        self._tasks[engine] = task
 
     def leave(self, engine: str) -> None:
         """Follow it no more, and forget what it held."""
-        if task := self._tasks.pop(engine, None):
+        for task in self._tasks.pop(engine, []):
             task.cancel()
+        self.connected.discard(engine)
+        self._index.place(engine, None)
         self._index.forget(engine)
+
+    def _keep(self, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work, name=f"following {name}")
+        task.add_done_callback(say_why)
+        self._tasks.setdefault(name, []).append(task)
+        return task
 
     def listen(self, address: str, engine_of: Callable[[str], str | None], topic: str = "") -> str:
         """Let engines connect to us; `engine_of` says by a message's topic whose it is, None: nobody's.
@@ -111,12 +135,12 @@ class Subscriber:
         except zmq.ZMQError as error:
             sub.close(0)
             raise ConfigError(f"cannot listen for events on {address}: {error}") from error
-        self._tasks[f"listen {address}"] = asyncio.create_task(self._collect(sub, engine_of))
+        self._keep(address, self._collect(sub, engine_of))
         return str(sub.getsockopt_string(zmq.LAST_ENDPOINT))
 
     async def close(self) -> None:
         """Follow nobody any more."""
-        tasks = list(self._tasks.values())
+        tasks = [task for tasks in self._tasks.values() for task in tasks]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -128,13 +152,14 @@ class Subscriber:
         sub.setsockopt(zmq.RCVHWM, _QUEUE)
         sub.setsockopt(zmq.MAXMSGSIZE, _MOST_BYTES)
         sub.setsockopt(zmq.RECONNECT_IVL_MAX, 5000)
-        sub.setsockopt(zmq.TCP_KEEPALIVE, 1)
-        sub.setsockopt(zmq.TCP_KEEPALIVE_IDLE, 30)
+        sub.setsockopt(zmq.HEARTBEAT_IVL, 1000)
+        sub.setsockopt(zmq.HEARTBEAT_TIMEOUT, 10_000)  # while our queue is full, none is heard
         sub.setsockopt_string(zmq.SUBSCRIBE, topic)
         return sub
 
     async def _follow(self, feed: _Feed, sub: zmq.asyncio.Socket, monitor: zmq.asyncio.Socket) -> None:
-        watching = asyncio.create_task(self._watch(feed, monitor))
+        watching = asyncio.create_task(self._watch(feed, monitor), name=f"watching {feed.engine}")
+        watching.add_done_callback(say_why)
         try:
             async for batch, digest in self._messages(sub):
                 async with feed.lock:
@@ -145,22 +170,29 @@ class Subscriber:
     async def _watch(self, feed: _Feed, monitor: zmq.asyncio.Socket) -> None:
         """After each connection: what was said while there was none?"""
         while True:
-            await recv_monitor_message(monitor)
+            event = await recv_monitor_message(monitor)
+            if event["event"] == zmq.EVENT_DISCONNECTED:
+                self.connected.discard(feed.engine)
+                continue
+            self.connected.add(feed.engine)
             async with feed.lock:
                 await self._catch_up(feed)
 
     async def _collect(self, sub: zmq.asyncio.Socket, engine_of: Callable[[str], str | None]) -> None:
-        feeds = dict[str, _Feed]()
+        feeds = dict[tuple[str, int], _Feed]()
         try:
             async for batch, digest in self._messages(sub):
                 if (engine := engine_of(batch.topic)) is not None:
-                    await self._take(feeds.setdefault(engine, _Feed(engine)), batch, digest)
+                    feed = feeds.setdefault((engine, batch.rank), _Feed(engine, batch.rank))
+                    await self._take(feed, batch, digest)
         finally:
             sub.close(0)
 
     async def _messages(self, sub: zmq.asyncio.Socket) -> AsyncIterator[tuple[Batch, bytes]]:
+        clock = asyncio.get_running_loop().time
         while True:
-            for _ in range(_AT_ONCE):
+            until = clock() + _TURN
+            while clock() < until:
                 frames: list[bytes] = await sub.recv_multipart()
                 self.counters.messages += 1
                 if (batch := self.decoder.decode(frames)) is not None:
@@ -181,17 +213,17 @@ class Subscriber:
             self._apply(feed, batch, digest)
 
     def _apply(self, feed: _Feed, batch: Batch, digest: bytes) -> None:
-        self._index.apply(feed.engine, batch.events)
+        self._index.apply(feed.engine, batch.events, feed.rank)
         feed.next, feed.last = batch.sequence + 1, digest
 
     def _reset(self, feed: _Feed) -> None:
         self.counters.resets += 1
-        self._index.clear(feed.engine)
+        self._index.clear(feed.engine, feed.rank)
         log.info("events of %s are lost: what it held is not known any more", feed.engine)
 
     def _begin_anew(self, feed: _Feed) -> None:
         self.counters.restarts += 1
-        self._index.forget(feed.engine)
+        self._index.forget(feed.engine, feed.rank)
         feed.next, feed.live, feed.last = 0, -1, None
         log.info("%s was started anew: it holds nothing yet", feed.engine)
 
@@ -227,8 +259,7 @@ class Subscriber:
         return False
 
     async def _replayed(self, feed: _Feed) -> AsyncIterator[tuple[Batch | None, bytes]]:
-        """What an engine has kept, from our last message on; (None, b"") at its end. Ends without that where
-        it does not answer."""
+        """What an engine has kept, from our last message on; (None, b"") at its end, where it answers."""
         if feed.replay is None:
             return
         start = max(0, feed.next - 1)
@@ -239,8 +270,10 @@ class Subscriber:
         try:
             ask.connect(feed.replay)
             await ask.send_multipart([b"", start.to_bytes(8, "big")])
+            clock = asyncio.get_running_loop().time
             while await ask.poll(int(1000 * self._replay_wait)):
-                for _ in range(_AT_ONCE):
+                until = clock() + _TURN
+                while clock() < until:
                     frames: list[Any] = await ask.recv_multipart()
                     if len(frames) < 3:
                         return
@@ -256,6 +289,18 @@ class Subscriber:
             log.warning("no replay from %s: %s", feed.replay, error)
         finally:
             ask.close(0)
+
+
+def say_why(task: asyncio.Task[None]) -> None:
+    """For a task that goes on until it is cancelled: where it ends before, say so."""
+    if not task.cancelled() and (error := task.exception()):
+        log.error("%s has ended: %s", task.get_name(), error, exc_info=error)
+
+
+def _of_rank(address: str, rank: int) -> str:
+    """As vLLM's `offset_endpoint_port`."""
+    base, _, port = address.rpartition(":")
+    return f"{base}:{int(port) + rank}" if rank and base.startswith("tcp") and port.isdecimal() else address
 
 
 def _close(sub: zmq.asyncio.Socket, monitor: zmq.asyncio.Socket) -> None:

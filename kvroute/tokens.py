@@ -132,7 +132,8 @@ class LocalTokens:
             return text
         # A template writes the special tokens that begin a text itself.
         pieces = [(piece, number == 0 and not body.chat) for number, piece in enumerate(cut(text))]
-        keys = [xxh3_128_digest(piece.encode("utf-8", "replace"), begins) for piece, begins in pieces]
+        whose = (body.cache_salt or "").encode("utf-8", "replace") + b"\0"
+        keys = [xxh3_128_digest(whose + piece.encode("utf-8", "replace"), begins) for piece, begins in pieces]
         found = {key: tokens for key in keys if (tokens := self._cached.get(key)) is not None}
         missing = {key: piece for key, piece in zip(keys, pieces, strict=True) if key not in found}
         if sum(len(piece) for piece, _ in missing.values()) > 2 * _PIECE:  # long enough to hold others up
@@ -146,8 +147,7 @@ class LocalTokens:
     def _encode(self, pieces: dict[bytes, tuple[str, bool]]) -> dict[bytes, Tokens]:
         encode = self._tokenizer.encode
         return {
-            key: _array(encode(piece, add_special_tokens=begins).ids)
-            for key, (piece, begins) in pieces.items()
+            key: _array(encode(text, add_special_tokens=first).ids) for key, (text, first) in pieces.items()
         }
 
 
@@ -168,7 +168,7 @@ def given(body: Body) -> Tokens | str | None:
     if body.chat:
         return None
     with contextlib.suppress(msgspec.DecodeError, OverflowError, TypeError):
-        prompt = msgspec.json.decode(body.prompt, type=str | list[int | str | list[int]])
+        prompt: Any = msgspec.json.decode(body.prompt, type=str | list[int | str | list[int]])
         if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
             prompt = prompt[0]
         if prompt:
@@ -180,11 +180,7 @@ def _question(body: Body, prompt: str | None) -> bytes | None:
     """What to ask an engine's /tokenize."""
     if not body.chat:
         return None if prompt is None else msgspec.json.encode({"model": body.model, "prompt": prompt})
-    fields = {
-        "messages": body.messages,
-        "tools": body.tools,
-        "chat_template_kwargs": body.chat_template_kwargs,
-    }
+    fields = {name: getattr(body, name) for name in ("messages", "tools", "chat_template_kwargs")}
     given = {name: value for name, value in fields.items() if bytes(value) != b"null"}
     return msgspec.json.encode({"model": body.model, **given})
 

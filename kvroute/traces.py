@@ -28,28 +28,26 @@ class Trace:
     def note(self, **attributes: str | int) -> None:
         """Attributes, as `kvroute.name`."""
         if self._span is not None:
-            for name, value in attributes.items():
-                self._span.set_attribute(f"kvroute.{name}", value)
+            self._span.set_attributes(_named(attributes))
 
     def chose(self, choice: Choice) -> None:
         """The request goes there; a second choice is told as the first was."""
-        if self._span is not None:
-            told: dict[str, str | int] = {
-                "kvroute.engine": choice.backend.name,
-                "kvroute.held_tokens": choice.held,
-            }
-            self._span.add_event("kvroute.chosen", told)
-            self._span.set_attributes(told)
+        told: dict[str, str | int] = {"engine": choice.backend.name, "held_tokens": choice.held}
+        self.event("chosen", **told)
+        self.note(**told)
 
-    def event(self, name: str) -> None:
+    def event(self, name: str, **attributes: str | int) -> None:
         """Something that happened now."""
         if self._span is not None:
-            self._span.add_event(f"kvroute.{name}")
+            self._span.add_event(f"kvroute.{name}", _named(attributes))
+
+
+def _named(attributes: dict[str, str | int]) -> dict[str, str | int]:
+    return {f"kvroute.{name}": value for name, value in attributes.items()}
 
 
 class Traces:
-    """Makes the spans; they are exported by a thread of the library's. Without an exporter there are none,
-    and the client's headers pass as they are."""
+    """Makes the spans. Without an exporter there are none, and the client's headers pass as they are."""
 
     def __init__(self, exporter: SpanExporter | None) -> None:
         self._provider = None
@@ -63,8 +61,7 @@ class Traces:
 
     @contextlib.contextmanager
     def request(self, headers: CIMultiDict[str]) -> Iterator[Trace]:
-        """The span of a request, from here to the end of its answer. `headers`, which go on to the engine,
-        then name it as the engine's parent."""
+        """The span of a request, which `headers`, that go on to the engine, then name as its parent."""
         if self._provider is None:
             yield Trace()
             return

@@ -23,23 +23,24 @@ PACKAGE_LINES = {
     "kvkeep/engines/vllm": 3_000,
     "kvkeep/engines/transformers": 1_500,
     "kvbench": 6_000,
-    "kvroute": 3_550,
+    "kvroute": 3_700,
 }
 FILE_LINES, FUNCTION_LINES = 400, 50
 USUAL_FUNCTION_LINES, USUAL_SHARE = 35, 0.9  # nine functions of ten stay under this
-ABSTRACT_METHODS, CONFIG_FIELDS = 7, 32
+ABSTRACT_METHODS, CONFIG_FIELDS = 7, 30
 DUPLICATE_LINES, IMPORT_SECONDS = 8, 1.0
 
 # What a part of the tree may import or use of GUARDED, beside itself; the longest name that fits counts.
 _LOW = (
     *("kvkeep.errors", "kvkeep.config", "kvkeep.layout"),
-    *("kvkeep.identity", "kvkeep.background", "kvkeep.pages", "kvkeep.tls"),
+    *("kvkeep.identity", "kvkeep.terms", "kvkeep.background", "kvkeep.pages", "kvkeep.tls"),
 )
 _ENGINE = (*_LOW, "kvkeep.wire", "kvkeep.observe", "kvkeep.transfer", "torch")
 MAY_USE: dict[str, tuple[str, ...]] = {
     "kvkeep": (*_LOW, "kvkeep.wire", "kvkeep.observe"),  # whatever is not named below
     "kvkeep.errors": (),
     "kvkeep.background": (),
+    "kvkeep.terms": (),
     "kvkeep.pages": ("kvkeep.background", "kvkeep.errors"),
     "kvkeep.tls": _LOW[:1],
     "kvkeep.config": (*_LOW[:1], "os"),

@@ -26,6 +26,11 @@ class Pem(NamedTuple):
         return self.cert, self.key, self.ca
 
     @property
+    def options(self) -> str:
+        """The same as a keeper's `--http` takes it."""
+        return f"cert={self.cert}&key={self.key}&ca={self.ca}"
+
+    @property
     def client(self) -> tuple[str, str, str]:
         """What its client takes."""
         return self.ca, self.client_cert, self.client_key

@@ -108,6 +108,15 @@ def _machine() -> Iterator[Check]:
     yield check_pages(huge, probes.meminfo(), probes.collapses())
     yield check_folder(Path(config.default_socket()).parent, os.getuid())
     yield check_keeper(config.default_socket(), _keeper_version)
+    yield from _gpus(probes.graphics_driver(), probes.gpu_nodes(), probes.installed("torch"))
+
+
+def _gpus(driver: str, nodes: Mapping[str, int], torch: str | None) -> Iterator[Check]:
+    """`torch`: the version of what may compute on them, in whatever engine; a keeper does not."""
+    if driver and torch is not None and "+cpu" not in torch:
+        yield check_driver(driver, probes.installed("triton"))
+    if nodes:
+        yield from check_nodes(nodes, _arena_nodes(config.default_socket()))
 
 
 def check_python(version: tuple[int, ...]) -> Check:
@@ -233,9 +242,8 @@ def _engine() -> Iterator[Check]:
         yield check_command(names)
         yield from check_variables(config.environment(_VARIABLES), os.cpu_count() or 1)
         yield check_bfloat16(probes.cpu_flags())
-    else:
-        yield check_driver(probes.graphics_driver(), probes.installed("triton"))
-        yield check_nodes(probes.gpu_nodes(), _arena_nodes(config.default_socket()))
+    elif not probes.graphics_driver():
+        yield check_driver("", None)
     yield check_connector(probes.python(_INSPECT))
 
 
@@ -273,15 +281,26 @@ def check_driver(driver: str, triton: str | None) -> Check:
     return Check("gpu driver", Level.OK, f"{driver}; copies are submitted in batches")
 
 
-def check_nodes(gpus: Mapping[str, int], arena: Mapping[int, int]) -> Check:
-    """`gpus`: NUMA node by PCI address; `arena`: how many of the running keeper's pages lie on which."""
-    near, total = set(gpus.values()) - {-1}, sum(arena.values())
-    away = total - sum(arena.get(node, 0) for node in near)
-    where = ", ".join(f"{name} on node {node}" for name, node in gpus.items() if node >= 0)
-    if near and total and away > total // 10:
-        detail = f"{away / total:.0%} of the arena lies on a node of no GPU ({where}): copies are slower"
-        return Check("numa", Level.WARNING, detail, f"numactl --membind={min(near)} kvkeep serve …")
-    return Check("numa", Level.OK, where or "one node")
+def check_nodes(gpus: Mapping[str, int], arena: Mapping[int, int]) -> Iterator[Check]:
+    """`gpus`: NUMA node by PCI address; `arena`: how many of the running keeper's pages lie on which. One for
+    each GPU: more than what an arena that is spread over the GPUs' nodes must have elsewhere is too much."""
+    nodes, total = sorted(set(gpus.values()) - {-1}), sum(arena.values())
+    if not nodes:
+        yield Check("numa", Level.OK, "one node")
+    for name, node in gpus.items():
+        if node < 0:
+            continue
+        away = 1 - arena.get(node, 0) / total if total else 0.0
+        detail = f"GPU {name} is on node {node}"
+        detail += f", and {away:.0%} of the arena on others" if total else ""
+        if away <= 1.1 - 1 / len(nodes):
+            yield Check("numa", Level.OK, detail)
+            continue
+        remedy = f"numactl --membind={node} kvkeep serve …"
+        if len(nodes) > 1:
+            spread = ",".join(map(str, nodes))
+            remedy = f"numactl --interleave={spread} kvkeep serve …, or a keeper for each node"
+        yield Check("numa", Level.WARNING, f"{detail}: its copies are slower", remedy)
 
 
 def check_command(names: Sequence[str]) -> Check:

@@ -9,7 +9,7 @@ import json
 import ssl
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,9 +20,10 @@ from kvkeep.config import default_socket
 from kvkeep.errors import ConfigError, KeeperUnavailable, KVKeepError, RequestRefused
 from kvkeep.tls import client_context
 
-__all__ = ["Keeper", "Outcome", "add_keepers", "choose", "each", "report"]
+__all__ = ["Keeper", "add_keepers", "each", "fetch"]
 
 _AT_ONCE = 16
+_MOST = 64 << 20  # bytes of an answer
 _REMEDIES = (
     ("self-signed certificate", "; give the file of its CA as --tls"),
     ("unable to get local issuer", "; give the file of its CA as --tls"),
@@ -40,16 +41,12 @@ class Keeper(NamedTuple):
     timeout: float
     tls: ssl.SSLContext | None = None
 
-    def call(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        """GET, or POST of a body as JSON. Raises KeeperUnavailable or RequestRefused."""
-        headers = {"Content-Type": "application/json"}
-        if self.token is not None:
-            headers["Authorization"] = f"Bearer {self.token}"
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, headers)
+    def call(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        """As `fetch`. Raises KeeperUnavailable or RequestRefused."""
+        headers = {} if self.token is None else {"Authorization": f"Bearer {self.token}"}
         try:
-            with urllib.request.urlopen(request, timeout=self.timeout, context=self.tls) as answer:
-                return json.loads(answer.read())
+            said: dict[str, Any] = fetch(self.url + path, body, self.timeout, headers, self.tls)
+            return said
         except urllib.error.HTTPError as refusal:
             text = refusal.read(4096).decode(errors="replace").strip()
             if refusal.code == 401:
@@ -57,17 +54,40 @@ class Keeper(NamedTuple):
             with contextlib.suppress(ValueError, LookupError, TypeError):
                 text = str(json.loads(text)["error"])
             raise RequestRefused(text or f"status {refusal.code}") from refusal
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            said = next((what for text, what in _REMEDIES if text in str(error)), "")
-            raise KeeperUnavailable(f"no keeper answers: {error}{said}") from error
+        except (OSError, ValueError) as error:
+            remedy = next((what for text, what in _REMEDIES if text in str(error)), "")
+            raise KeeperUnavailable(f"no keeper answers: {error}{remedy}") from error
 
 
-class Outcome(NamedTuple):
-    """What one keeper said, or why it did not."""
+class _Stay(urllib.request.HTTPRedirectHandler):
+    """Goes nowhere else: token and prompt are for the address that the operator named."""
 
-    url: str
-    said: dict[str, Any]
-    error: str | None
+    def redirect_request(self, *_: Any, **__: Any) -> None:
+        return None
+
+
+def fetch(
+    url: str,
+    body: dict[str, Any] | None,
+    timeout: float,
+    headers: Mapping[str, str] | None = None,
+    tls: ssl.SSLContext | None = None,
+) -> Any:
+    """GET, or POST of a body as JSON, by no proxy; what is answered, JSON of a bounded size. Raises OSError
+    (HTTPError for a refusal), ValueError, and ConfigError where it is no URL."""
+    if not url.startswith(("http://", "https://")):
+        raise ConfigError(f"{url!r} is not a server's URL: write it as http://127.0.0.1:8000")
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json", **(headers or {})})
+    handlers = urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=tls), _Stay()
+    try:
+        with urllib.request.build_opener(*handlers).open(request, timeout=timeout) as answer:
+            text = answer.read(_MOST + 1)
+        if len(text) > _MOST:
+            raise ValueError(f"an answer of more than {_MOST >> 20} MiB")
+        return json.loads(text)
+    except (RecursionError, http.client.HTTPException) as error:
+        raise ValueError(f"no answer in JSON over HTTP: {error!r}") from error
 
 
 def add_keepers(parser: argparse.ArgumentParser) -> None:
@@ -92,7 +112,7 @@ def add_keepers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
-def choose(args: argparse.Namespace) -> list[Keeper]:
+def _choose(args: argparse.Namespace) -> list[Keeper]:
     """The keepers that are meant. Raises ConfigError on a token or a certificate that cannot be read."""
     token = None
     place = args.token or Path(f"{default_socket()}.token")
@@ -108,26 +128,28 @@ def choose(args: argparse.Namespace) -> list[Keeper]:
     return [Keeper(url.rstrip("/"), token, args.timeout, tls) for url in urls]
 
 
-def each(keepers: list[Keeper], ask: Callable[[Keeper], dict[str, Any]]) -> list[Outcome]:
-    """Ask all of them, some at once; one that fails does not keep the others from answering."""
+def each(
+    args: argparse.Namespace, ask: Callable[[Keeper], dict[str, Any]], line: Callable[[dict[str, Any]], str]
+) -> int:
+    """Ask all keepers that are meant, some at once, and print what they say, by `line` or as JSON; returns 1
+    where one failed, which does not keep the others from answering. Raises ConfigError as `_choose`."""
 
-    def one(keeper: Keeper) -> Outcome:
+    def one(keeper: Keeper) -> tuple[dict[str, Any], str]:
         try:
-            return Outcome(keeper.url, ask(keeper), None)
-        except KVKeepError as error:
-            return Outcome(keeper.url, {}, str(error))
+            said = ask(keeper)
+            return {"url": keeper.url, "said": said, "error": None}, line(said)
+        except KVKeepError as failure:
+            error = str(failure)
+        except (LookupError, TypeError, ValueError, AttributeError) as stranger:
+            error = f"what answers there is not a keeper of this version ({stranger!r})"
+        return {"url": keeper.url, "said": {}, "error": error}, f"failed: {error}"
 
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        return list(pool.map(one, keepers))
-
-
-def report(outcomes: list[Outcome], as_json: bool, line: Callable[[dict[str, Any]], str]) -> int:
-    """Print what they said, a line for each; returns 1 where one failed."""
-    if as_json:
-        print(json.dumps({"keepers": [outcome._asdict() for outcome in outcomes]}))
+        outcomes = list(pool.map(one, _choose(args)))
+    if args.json:
+        print(json.dumps({"keepers": [outcome for outcome, _ in outcomes]}))
     else:
         console = Console(highlight=False, soft_wrap=True)
-        for outcome in outcomes:
-            text = line(outcome.said) if outcome.error is None else f"failed: {outcome.error}"
-            console.print(f"{outcome.url.partition('://')[2]}  {text}", markup=False)
-    return 1 if any(outcome.error is not None for outcome in outcomes) else 0
+        for outcome, text in outcomes:
+            console.print(f"{outcome['url'].partition('://')[2]}  {text}", markup=False)
+    return 1 if any(outcome["error"] is not None for outcome, _ in outcomes) else 0

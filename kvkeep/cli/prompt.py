@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import struct
 import sys
-import urllib.request
 from pathlib import Path
 from typing import Any
 
-from kvkeep.cli.fleet import Keeper
+from kvkeep.cli.fleet import Keeper, fetch
 from kvkeep.errors import ConfigError, RequestRefused
 from kvkeep.identity import ChainHasher, encode_extra
 
@@ -49,9 +47,10 @@ def tokens(args: argparse.Namespace) -> list[int] | None:
         return None
     text = _read(args.text)
     said = {"messages": [{"role": "user", "content": text}]} if args.chat else {"prompt": text}
+    engine = args.engine.rstrip("/")
     try:
-        model = args.model or _post(args, "/v1/models", None)["data"][0]["id"]
-        return [int(token) for token in _post(args, "/tokenize", {"model": model, **said})["tokens"]]
+        said["model"] = args.model or fetch(f"{engine}/v1/models", None, args.timeout)["data"][0]["id"]
+        return [int(token) for token in fetch(f"{engine}/tokenize", said, args.timeout)["tokens"]]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ConfigError(f"{args.engine} does not tokenise ({error}): give --engine, or --tokens") from error
 
@@ -96,13 +95,3 @@ def _read(name: str) -> str:
         return sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read {name} as UTF-8 text: {error}") from error
-
-
-def _post(args: argparse.Namespace, path: str, body: dict[str, Any] | None) -> Any:
-    if not args.engine.startswith(("http://", "https://")):
-        raise ConfigError(f"{args.engine!r} is not a server's URL: write it as http://127.0.0.1:8000")
-    data = None if body is None else json.dumps(body).encode()
-    headers = {"Content-Type": "application/json"}
-    request = urllib.request.Request(args.engine.rstrip("/") + path, data, headers)
-    with urllib.request.urlopen(request, timeout=args.timeout) as answer:
-        return json.loads(answer.read())

@@ -12,7 +12,7 @@ import signal
 from typing import TYPE_CHECKING
 
 from kvkeep import config
-from kvkeep.errors import ConfigError
+from kvkeep.errors import ConfigError, KVKeepError
 from kvkeep.observe.logs import set_up
 from kvkeep.observe.traces import Traces, otlp
 from kvkeep.observe.watch import Watch, tier_names
@@ -45,7 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--peers",
         metavar="HOST:PORT",
-        help="let other keepers read this one there, e.g. 10.0.0.1:7440?token_file=FILE (default: nowhere)",
+        help="let other keepers read this one there, e.g. 10.0.0.1:7440?cert=FILE&key=FILE&token_file=FILE "
+        "(default: nowhere)",
     )
     parser.add_argument(
         "--drain", help="seconds that the end waits for chunks to be written to the tiers (default: 30)"
@@ -53,16 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--record", metavar="FILE", help="record requests for `kvkeep bench simulate`: ids and lengths only"
     )
-    parser.add_argument("--http", metavar="HOST:PORT", help="serve metrics, health and a web page there")
     parser.add_argument(
-        "--http-token", metavar="FILE", help="token for actions (default: made, in a file beside the socket)"
-    )
-    parser.add_argument(
-        "--http-tls",
-        nargs="+",
-        metavar="FILE",
-        help="TLS for --http: certificate, key, and the CA of clients whose certificates do as well as the "
-        "token (default: no TLS)",
+        "--http",
+        metavar="ADDRESS:PORT",
+        help="serve metrics, health and a web page there, e.g. 0.0.0.0:9400?token_file=FILE; for TLS "
+        "cert=FILE, key=FILE, and ca=FILE of clients whose certificates do as well as the token",
     )
     parser.add_argument(
         "--tenant-quota",
@@ -78,6 +74,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serve; returns 0 after SIGTERM or SIGINT, or when the last client of an embedded keeper left."""
+    try:
+        return _run(args)
+    except KVKeepError as error:
+        if args.linger is not None:  # an engine has started it, and reads this
+            print(error)
+        raise
+
+
+def _run(args: argparse.Namespace) -> int:
     names = [field.name for field in dataclasses.fields(config.KeeperConfig)]
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
     settings = config.load(config.KeeperConfig, {"socket": config.default_socket(), **given})
@@ -101,13 +106,9 @@ async def _serve(settings: config.KeeperConfig) -> None:
     look = _look_on(server, settings)
 
     def ready() -> None:
-        log.info(
-            "keeper %s serves %s: %.2f GiB of memory, policy %s",
-            server.identity[:8],
-            settings.socket,
-            server.keeper.arena.nbytes / 2**30,
-            settings.policy,
-        )
+        about = {"keeper": server.identity[:8], "socket": settings.socket, "policy": settings.policy}
+        about["memory"] = f"{server.keeper.arena.nbytes / 2**30:.2f} GiB"
+        log.info("keeper %(keeper)s serves %(socket)s: %(memory)s of memory, policy %(policy)s", about)
         if look is not None:
             look.announce()
 
@@ -120,7 +121,7 @@ async def _serve(settings: config.KeeperConfig) -> None:
             await look.close()
         if server.watch is not None:
             server.watch.close()
-    log.info("keeper %s has stopped", server.identity[:8])
+    log.info("keeper %(keeper)s has stopped", {"keeper": server.identity[:8]})
 
 
 def _look_on(server: KeeperServer, settings: config.KeeperConfig) -> Web | None:

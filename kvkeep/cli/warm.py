@@ -11,7 +11,6 @@ import argparse
 import json
 import time
 import urllib.error
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from kvkeep.cli.fleet import fetch
 from kvkeep.errors import ConfigError
 
 __all__ = ["add_arguments", "run"]
@@ -93,12 +93,8 @@ class _Server:
     """An OpenAI-compatible server."""
 
     def __init__(self, url: str, key: str | None, timeout: float) -> None:
-        if not url.startswith(("http://", "https://")):
-            raise ConfigError(f"{url!r} is not a server's URL: write it as http://127.0.0.1:8000")
         self._url, self._timeout = url, timeout
-        self._headers = {"Content-Type": "application/json"}
-        if key:
-            self._headers["Authorization"] = f"Bearer {key}"
+        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
 
     def first_model(self) -> str:
         """Name of the first model. Raises ConfigError if no server answers."""
@@ -124,7 +120,4 @@ class _Server:
         return Warmed(str(path), tokens, round(time.perf_counter() - began, 3), error)
 
     def _call(self, path: str, body: dict[str, Any] | None) -> Any:
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self._url + path, data, self._headers)
-        with urllib.request.urlopen(request, timeout=self._timeout) as reply:
-            return json.loads(reply.read())
+        return fetch(self._url + path, body, self._timeout, self._headers)

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import logging
-import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from kvkeep.config import EngineConfig
+from kvkeep.engines.search import Search
 from kvkeep.errors import KeeperUnavailable, KVKeepError
 from kvkeep.wire.client import Connection
 from kvkeep.wire.launch import embedded_socket, ensure_keeper
 
 __all__ = ["Identity", "Link", "Opened", "connect", "session_name"]
-
-log = logging.getLogger("kvkeep.engines")
-
-_RETRY_FIRST, _RETRY_MOST = 0.5, 10.0
 
 
 def session_name(engine_id: str, epoch: int) -> str:
@@ -24,9 +20,7 @@ def session_name(engine_id: str, epoch: int) -> str:
     return f"{engine_id}:{epoch}"
 
 
-def connect(
-    config: EngineConfig, engine_id: str, epoch: int, *, arena: bool, device: bool = False
-) -> Connection:
+def connect(config: EngineConfig, engine_id: str, epoch: int, *, arena: bool) -> Connection:
     """Connect to the configured keeper, or to the private one, which is started if need be.
 
     Raises KVKeepError: KeeperUnavailable also where this process is out of descriptors or memory.
@@ -36,7 +30,7 @@ def connect(
     try:
         if config.socket is None:
             ensure_keeper(socket, config)
-        return Connection.open(socket, session, arena=arena, device=device, timeout=config.timeout)
+        return Connection.open(socket, session, arena=arena, timeout=config.timeout)
     except OSError as error:
         raise KeeperUnavailable(f"no keeper can be asked at {socket}: {error}") from error
 
@@ -52,9 +46,8 @@ class Opened:
     """Of the namespace."""
 
 
-@dataclass(frozen=True)
-class Identity:
-    """What `Link` needs to open our namespace anywhere."""
+class Identity(NamedTuple):
+    """What `Link` needs to open our namespace anywhere: see `Connection.open_namespace`."""
 
     fingerprint: bytes
     label: str
@@ -78,9 +71,8 @@ class Link:
         self._engine_id = engine_id
         self._identity = identity
         self._arena = arena
-        self._opened: Opened | None = None
-        self._stop = threading.Event()
-        self._lock = threading.Lock()  # of what was found, against the end of the search
+        self._search: Search[Opened] | None = None
+        self._over = False
 
     def open(self, epoch: int) -> Opened:
         """Connect now. Raises KVKeepError."""
@@ -93,7 +85,7 @@ class Link:
 
     def rename(self, fingerprint: bytes) -> None:
         """Work in another namespace of the same geometry with whatever is opened from here on."""
-        self._identity = replace(self._identity, fingerprint=fingerprint)
+        self._identity = self._identity._replace(fingerprint=fingerprint)
 
     def renew(self, opened: Opened) -> Opened:
         """The same connection in the namespace that is ours now. Raises KVKeepError."""
@@ -102,49 +94,20 @@ class Link:
         return self._open_on(opened.connection, opened.epoch)
 
     def _open_on(self, connection: Connection, epoch: int) -> Opened:
-        who = self._identity
-        number = connection.open_namespace(
-            who.fingerprint, who.label, who.groups, who.parts, who.readers, who.chunk_tokens
-        )
-        return Opened(connection, number, epoch, who.fingerprint)
+        number = connection.open_namespace(*self._identity)
+        return Opened(connection, number, epoch, self._identity.fingerprint)
 
     def reopen(self, epoch: int) -> None:
-        """Begin to look for a keeper in the background; `fresh` will tell."""
-        threading.Thread(target=self._search, args=(epoch,), name="kvkeep-reconnect", daemon=True).start()
+        """Begin to look for a keeper in the background, unless all is over; `fresh` will tell."""
+        if not self._over:
+            self._search = Search(lambda: self.open(epoch), lambda found: found.connection.close())
 
     def fresh(self) -> Opened | None:
         """What the background search has found, once."""
-        if self._opened is None:
-            return None
-        opened, self._opened = self._opened, None
-        return opened
+        return None if self._search is None else self._search.take()
 
     def stop(self) -> None:
-        """End a search; what it found is closed unless `fresh` has given it away."""
-        with self._lock:
-            self._stop.set()
-            if (found := self.fresh()) is not None:
-                found.connection.close()
-
-    def _search(self, epoch: int) -> None:
-        wait = _RETRY_FIRST
-        while not self._stop.wait(wait):
-            wait = min(2 * wait, _RETRY_MOST)
-            if self._try(epoch):
-                return
-
-    def _try(self, epoch: int) -> bool:
-        """Whether the search is over: a keeper was found, or it does not want us."""
-        try:
-            found = self.open(epoch)
-        except KeeperUnavailable:
-            return False
-        except KVKeepError as error:
-            log.warning("the keeper refuses this engine, which goes on without it: %s", error)
-            return True
-        with self._lock:
-            if self._stop.is_set():
-                found.connection.close()
-            else:
-                self._opened = found
-        return True
+        """The engine ends: no search any more; what one found is closed unless `fresh` has given it away."""
+        self._over = True
+        if self._search is not None:
+            self._search.stop()

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from kvkeep.errors import RequestRefused
 from kvkeep.keeper.index import Records
 
-__all__ = ["check_distinct", "runs"]
+__all__ = ["check_distinct", "one_kind", "runs"]
 
 
 def runs(positions: Records) -> list[slice]:
@@ -26,3 +26,11 @@ def check_distinct(names: npt.NDArray[np.int64] | npt.NDArray[np.uint64]) -> Non
     ordered = np.sort(names)  # np.unique takes ten times as long
     if (ordered[1:] == ordered[:-1]).any():
         raise RequestRefused("a request names a chunk twice")
+
+
+def one_kind(kinds: npt.NDArray[np.int32]) -> int:
+    """The kind of one group's chunks. Raises RequestRefused on keys that were made to collide with another
+    group's: policies of two kinds must not mix."""
+    if (kinds != kinds[0]).any():
+        raise RequestRefused("a request names a chunk of another group")
+    return int(kinds[0])

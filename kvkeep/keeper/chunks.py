@@ -52,6 +52,7 @@ class Chunks:
         """A bit for each tier that it waits to be written to."""
         self.sealed = np.zeros(0, np.bool_)
         """Its slot ends with its seal: it came from a tier, or was lent before."""
+        self._columns = [name for name, value in vars(self).items() if isinstance(value, np.ndarray)]
         # By namespace and kind, and by namespace; kept, since counting a million took 30 ms.
         self._taken = np.zeros((0, 0), np.int64)
         self._readable = np.zeros(0, np.int64)
@@ -65,22 +66,8 @@ class Chunks:
     @property
     def nbytes(self) -> int:
         """Memory of the index, in bytes, the list of free records included."""
-        columns = (
-            self.state,
-            self.leases,
-            self.offset,
-            self.epoch,
-            self.kind,
-            self.namespace,
-            self.tenant,
-            self.position,
-            self.evictable,
-            self.pinned,
-            self.stored,
-            self.queued,
-            self.sealed,
-        )
-        return self.table.nbytes + sum(column.nbytes for column in columns) + 8 * len(self._free)
+        columns = sum(getattr(self, name).nbytes for name in self._columns)
+        return self.table.nbytes + int(columns) + 8 * len(self._free)
 
     def add(
         self, keys: Keys, namespace: int, kind: int, epoch: int, positions: Records, tenant: int
@@ -150,9 +137,14 @@ class Chunks:
     def readable(self, keys: Keys) -> Records:
         """Records of those keys whose chunks are COMMITTED; -1 for the others."""
         records = self.table.find(keys)
-        here = np.flatnonzero(records >= 0)
-        records[here[self.state[records[here]] != ChunkState.COMMITTED]] = -1
+        records[~self.committed(records)] = -1
         return records
+
+    def committed(self, records: Records) -> npt.NDArray[np.bool_]:
+        """Which of these are COMMITTED; -1 is not."""
+        flags: npt.NDArray[np.bool_] = records >= 0
+        flags[flags] = self.state[records[flags]] == ChunkState.COMMITTED
+        return flags
 
     def in_state(self, *states: ChunkState) -> Records:
         """Records that are in one of the states."""
@@ -194,21 +186,7 @@ class Chunks:
 
     def _grow(self) -> None:
         old, new = len(self.state), max(self._GROW, 2 * len(self.state))
-        for name in (
-            "state",
-            "leases",
-            "offset",
-            "epoch",
-            "kind",
-            "namespace",
-            "tenant",
-            "position",
-            "evictable",
-            "pinned",
-            "stored",
-            "queued",
-            "sealed",
-        ):
+        for name in self._columns:
             column: npt.NDArray[np.generic] = getattr(self, name)
             grown = np.zeros(new, column.dtype)
             grown[:old] = column

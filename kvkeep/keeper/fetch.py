@@ -9,7 +9,7 @@ its request has taken it. Chunks that another fetch is bringing already are wait
 from __future__ import annotations
 
 import enum
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -24,6 +24,7 @@ from kvkeep.keeper.keeper import Keeper
 from kvkeep.keeper.leases import ClaimKind
 from kvkeep.keeper.namespaces import Namespace
 from kvkeep.keeper.usable import usable_chunks
+from kvkeep.terms import Found
 
 __all__ = ["Batch", "Fetch", "Fetches", "Need", "Stage"]
 
@@ -83,8 +84,8 @@ class Fetch:
         self.attended = True
         """Whether a request will come for what lands."""
         self.leases: list[int] = []
-        self.landed: Counter[int] = Counter()
-        """By tier, chunks that it has given, all groups together."""
+        self.landed: defaultdict[int, list[Records]] = defaultdict(list)
+        """By tier, arena offsets of what came from it for this request; leased until that takes it."""
         self.pending: set[Batch] = set()
         self._sources = [np.full(len(keys), _UNKNOWN, np.int64) for keys in chains]
         self._windows = [group.window_chunks for group in space.groups]
@@ -149,6 +150,14 @@ class Fetch:
         window = self._windows[group]
         start = 0 if window is None else max(0, usable - window)
         return np.flatnonzero(self._sources[group][start:usable] >= 0) + start
+
+    def given(self, found: Found) -> Counter[int]:
+        """By tier, chunks of what the request's last lookup found: each once, in however many groups."""
+        source = np.full(found.chunks, -1)
+        for tier, batches in self.landed.items():
+            for row in found.offsets:
+                source[np.isin(row, np.concatenate(batches))] = tier
+        return Counter(source[source >= 0].tolist())
 
 
 class Fetches:
@@ -258,8 +267,8 @@ class Fetches:
         keeper.settle(batch.claim, MOVERS, good)
         for fetch in batch.waiters:
             fetch.pending.discard(batch)
-            fetch.landed[batch.tier] += len(kept)
             if fetch.attended and len(kept):
+                fetch.landed[batch.tier].append(keeper.chunks.offset[kept])
                 fetch.leases.append(keeper.hold(fetch.session, kept))
             if not fetch.pending:
                 fetch.stage = Stage.DONE
@@ -270,24 +279,26 @@ class Fetches:
         fetch = self._open.get(ticket)
         return fetch.stage if fetch is not None and fetch.session == session else Stage.DONE
 
-    def forget(self, session: str, ticket: int) -> Counter[int]:
+    def forget(self, session: str, ticket: int) -> Fetch | None:
         """Nobody waits for this fetch any more: what lands is as evictable as all else.
 
-        Returns how many chunks each tier has given so far."""
+        Returns it; None where the session has no such ticket, or has none any more."""
         fetch = self._open.get(ticket)
-        if fetch is None or fetch.session != session:
-            return Counter()
+        if fetch is None or fetch.session != session or not fetch.attended:
+            return None
         for lease in fetch.leases:
             self._keeper.release(session, lease, None)
         fetch.leases.clear()
         self._leave(fetch)
-        return fetch.landed
+        return fetch
 
-    def session_ended(self, session: str) -> None:
-        """A session is gone, and its claims with it."""
-        for fetch in [fetch for fetch in self._open.values() if fetch.session == session]:
+    def session_ended(self, session: str) -> list[int]:
+        """A session is gone, and its claims with it; the tickets that it had."""
+        gone = [fetch for fetch in self._open.values() if fetch.session == session]
+        for fetch in gone:
             fetch.leases.clear()
             self._leave(fetch)
+        return [fetch.ticket for fetch in gone]
 
     def _leave(self, fetch: Fetch) -> None:
         fetch.attended = False

@@ -16,20 +16,21 @@ from kvkeep.errors import ConfigError, RequestRefused
 from kvkeep.identity import group_keys
 from kvkeep.keeper.arena import Arena, SlotClass
 from kvkeep.keeper.books import check_books
-from kvkeep.keeper.chains import check_distinct, runs
+from kvkeep.keeper.chains import check_distinct, one_kind, runs
 from kvkeep.keeper.chunks import Chunks, ChunkState
 from kvkeep.keeper.index import Keys, Records
-from kvkeep.keeper.leases import REFUSED, Claim, ClaimKind, Claims, Found, Reserved
-from kvkeep.keeper.namespaces import Counters, GroupSpec, Namespace
+from kvkeep.keeper.leases import Claim, ClaimKind, Claims
+from kvkeep.keeper.namespaces import Answer, Counters, Namespace
 from kvkeep.keeper.policy import POLICIES, Policy, make_policy
 from kvkeep.keeper.tenants import Tenants, first_to_go
 from kvkeep.keeper.usable import usable_chunks
+from kvkeep.terms import REFUSED, Found, GroupSpec, Reserved
 
 if TYPE_CHECKING:
     from kvkeep.keeper.flush import FlushQueue
     from kvkeep.keeper.journal import Journal
 
-__all__ = ["Found", "Keeper", "Reserved"]
+__all__ = ["Keeper"]
 
 
 class Keeper:
@@ -101,33 +102,33 @@ class Keeper:
 
     # Reading
 
-    def lookup(self, session: str, space: Namespace, keys: bytes, first: int = 0) -> Found:
+    def lookup(self, session: str, space: Namespace, keys: bytes, first: int = 0, epoch: int = 0) -> Found:
         """Lease the longest usable run of chunks first, first+1, … of a chain.
 
         `keys`: 16 bytes per chunk of the prompt, from its beginning. The `first` chunks are in the
         engine already: they are marked as used, since a chain is worth only what is held from its
-        start. Once per request: ARC and S3-FIFO take a second touch for reuse.
+        start. Once per request, since ARC and S3-FIFO take a second touch for reuse: `epoch` is that of
+        its lookup before, and what was brought or used since then is not marked again.
         """
-        self._clock += 1
+        epoch = epoch or self.now()
         chains = [
             self.chunks.table.find(group_keys(keys, space.fingerprint, group))
             for group in range(len(space.groups))
         ]
         records = [chain[first:] for chain in chains]
-        held = [(found >= 0) & (self._state(found) == ChunkState.COMMITTED) for found in records]
+        held = [self.chunks.committed(found) for found in records]
         windows = [group.window_chunks for group in space.groups]
         usable = usable_chunks(held, windows)
         for counters in (self.counters, space.counters):
             counters.lookups += 1
-            counters.asked_chunks += len(records[0])
-            counters.hit_chunks += usable
         positions = [np.flatnonzero(chain[: first + usable] >= 0) for chain in chains]
         used = [chain[places] for chain, places in zip(chains, positions, strict=True)]
         check_distinct(np.concatenate(used))
         for chain, places in zip(used, positions, strict=True):
-            self._touch(chain, places, self._clock)
+            new = self.chunks.epoch[chain] < epoch
+            self._touch(chain[new], places[new], epoch)
         if not usable:
-            return Found(0, 0, self._clock, [])
+            return Found(0, 0, epoch, [])
         starts = [0 if window is None else max(0, usable - window) for window in windows]
         leased = [found[start:usable] for found, start in zip(records, starts, strict=True)]
         together = np.concatenate(leased)
@@ -135,7 +136,13 @@ class Keeper:
             np.concatenate([np.full(start, -1, np.int64), self.chunks.offset[needed]])
             for needed, start in zip(leased, starts, strict=True)
         ]
-        return Found(self.hold(session, together, space.readers), usable, self._clock, offsets)
+        return Found(self.hold(session, together, space.readers), usable, epoch, offsets)
+
+    def answered(self, space: Namespace, tenant: bytes, answer: Answer) -> None:
+        """A request that looked up waits for no tier, or no more. Whatever counts requests counts here."""
+        for counters in (self.counters, space.counters):
+            counters.add(answer)
+        self.tenants.asked(tenant, answer.asked, answer.found)
 
     def hold(self, session: str, records: Records, ranks: int = 1) -> int:
         """Lease readable chunks until so many ranks have released them; the lease's number.
@@ -175,28 +182,28 @@ class Keeper:
         older than the request can be evicted (of its tenant, above the quota) are refused, never waited for.
         """
         check_distinct(np.frombuffer(keys, "<u8")[::2])  # half a key tells chunks apart as surely
-        if not epoch:
-            self._clock += 1
-        epoch = min(epoch or self._clock, self._clock)
-        offsets, written, owner = [], [], self.tenants.number(tenant)
-        for group, flags in enumerate(wanted):
-            placed = np.full(len(keys) // 16, -1, np.int64)
-            named = group_keys(keys, space.fingerprint, group)
-            found = self.chunks.table.find(named)
-            # A chunk that somebody else wrote is this request's too: a parent must not be older than
-            # the children that are placed behind it.
-            known = np.flatnonzero(found >= 0)
-            self._touch(found[known], first + known, epoch)
-            new = np.flatnonzero((found < 0) & np.asarray(flags, np.bool_))
-            if len(new):
-                records = self.place(space, group, named[new], first + new, epoch, owner)
-                placed[new] = np.where(records >= 0, self.chunks.offset[records], REFUSED)
-                written.append(records[records >= 0])
-            offsets.append(placed)
-        together = np.concatenate(written) if written else np.zeros(0, np.int64)
-        if not len(together):
-            return Reserved(0, offsets)
-        return Reserved(self.claims.open(ClaimKind.RESERVATION, session, together, space.parts), offsets)
+        epoch = min(epoch, self._clock) or self.now()
+        offsets, written, owner = list[Records](), [np.zeros(0, np.int64)], self.tenants.number(tenant)
+        try:
+            for group, flags in enumerate(wanted):
+                placed = np.full(len(keys) // 16, -1, np.int64)
+                named = group_keys(keys, space.fingerprint, group)
+                found = self.chunks.table.find(named)
+                # What somebody else wrote is used too: no parent may be older than what is placed behind it.
+                known = np.flatnonzero(found >= 0)
+                self._touch(found[known], first + known, epoch)
+                new = np.flatnonzero((found < 0) & np.asarray(flags, np.bool_))
+                if len(new):
+                    records = self.place(space, group, named[new], first + new, epoch, owner)
+                    placed[new] = np.where(records >= 0, self.chunks.offset[records], REFUSED)
+                    written.append(records[records >= 0])
+                offsets.append(placed)
+        except BaseException:
+            self._drop(np.concatenate(written), evicted=False)  # no claim would ever end them
+            raise
+        together, kind = np.concatenate(written), ClaimKind.RESERVATION
+        number = self.claims.open(kind, session, together, space.parts) if len(together) else 0
+        return Reserved(number, offsets)
 
     def commit(self, session: str, reservation: int, part: int) -> None:
         """A rank has written its part; with the last part the chunks become readable."""
@@ -246,8 +253,7 @@ class Keeper:
     def slot_bytes(self, records: Records) -> Records:
         """Length of each record's slot, in bytes."""
         sizes = np.array([kind.slot_bytes for kind in self.kinds] or [0], np.int64)
-        lengths: Records = sizes[self.chunks.kind[records]]
-        return lengths
+        return np.asarray(sizes[self.chunks.kind[records]])
 
     # Housekeeping
 
@@ -279,11 +285,6 @@ class Keeper:
 
     # Below: how room is made
 
-    def _state(self, records: Records) -> Records:
-        if not len(self.chunks.state):
-            return np.zeros(len(records), np.int64)
-        return self.chunks.state[records].astype(np.int64)  # record -1 reads the last; callers mask it
-
     def _kind(self, slot_bytes: int) -> int:
         kind = self.arena.size_class(slot_bytes)
         if kind not in self.kinds:
@@ -295,8 +296,8 @@ class Keeper:
         """Note one request's use of chunks of one group, at `positions` of its chain."""
         if not len(records):
             return
+        policy = self.policies[one_kind(self.chunks.kind[records])]
         self.chunks.epoch[records] = np.maximum(self.chunks.epoch[records], epoch)
-        policy = self.policies[int(self.chunks.kind[records[0]])]
         for run in runs(positions):
             policy.touch(records[run], epoch, int(positions[run.start]))
         for queue in self.queues:
@@ -324,8 +325,7 @@ class Keeper:
             evictable[newcomers] = True
             victims = policy.victims(short, evictable)
             evictable[newcomers] = False
-            oldest_own = int(self.chunks.epoch[victims].min())
-            if self._take_slab(number, oldest_own):
+            if self._take_slab(number, oldest_own=int(self.chunks.epoch[victims].min())):
                 continue
             own = np.isin(victims, newcomers)
             coldest = self.chunks.coldest[number]

@@ -8,38 +8,11 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from kvkeep.errors import RequestRefused
 from kvkeep.keeper.index import Records
 
-__all__ = ["REFUSED", "Claim", "ClaimKind", "Claims", "Found", "Reserved", "Session"]
-
-
-REFUSED = -2
-"""Stands for the offset of a chunk for which there is no room."""
-
-
-class Found(NamedTuple):
-    """Result of a lookup."""
-
-    lease: int
-    """0 where nothing was found."""
-    chunks: int
-    """Leading chunks, of those asked for, that can be loaded."""
-    epoch: int
-    """The request's place in time; a later `reserve` for the same request passes it on."""
-    offsets: list[Records]
-    """Per group, the arena offset of each of those chunks; -1 where the group does not need it."""
-
-
-class Reserved(NamedTuple):
-    """Result of a reservation."""
-
-    reservation: int
-    """0 where there is nothing to write."""
-    offsets: list[Records]
-    """Per group, where to write each chunk; -1 for one that is held or being written, or was not wanted."""
+__all__ = ["Claim", "ClaimKind", "Claims", "Session"]
 
 
 class ClaimKind(enum.Enum):
@@ -95,6 +68,10 @@ class Claims:
     def alive(self, session: str) -> bool:
         """Whether the session has a connection."""
         return session in self._sessions
+
+    def held(self, session: str) -> bool:
+        """Whether a session that has a connection has claims."""
+        return bool(self._sessions[session].claims)
 
     def attach(self, session: str) -> None:
         """Count one more connection of a session, which begins with its first."""

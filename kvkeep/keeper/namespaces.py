@@ -2,37 +2,53 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from kvkeep.identity import SPACE_BYTES
+from kvkeep.terms import GroupSpec
 
-__all__ = ["Counters", "GroupSpec", "Namespace"]
+__all__ = ["Answer", "Counters", "Namespace"]
 
 
-class GroupSpec(NamedTuple):
-    """One KV-cache group of a namespace."""
+class Answer(NamedTuple):
+    """What came of one request, in chunks: each counts once, in however many KV-cache groups."""
 
-    slot_bytes: int
-    """Bytes of one chunk, all parts together."""
-    window_chunks: int | None
-    """Chunks that a sliding window looks back on; None for full attention."""
+    local: int
+    """That its engine had."""
+    asked: int
+    """Beyond those."""
+    found: int
+    """Of those asked for."""
+    tiers: Counter[int]
+    """Of those found, the ones that tiers gave while the request waited. The others were in memory."""
 
 
 @dataclass
 class Counters:
-    """What happened so far. Asked and hit chunks count once per prompt position; all others once per
-    KV-cache group, as slots do."""
+    """What happened so far. Lookups are as they come, chunks of answers as `Answer` has them; all others
+    count once per KV-cache group, as slots do."""
 
     lookups: int = 0
+    local_chunks: int = 0
     asked_chunks: int = 0
     hit_chunks: int = 0
+    tier_chunks: Counter[int] = field(default_factory=Counter)
+    """Of hits, those that each tier gave."""
     stored_chunks: int = 0
     stored_bytes: int = 0
     fetched_chunks: int = 0
     refused_chunks: int = 0
     evicted_chunks: int = 0
     aborted_chunks: int = 0
+
+    def add(self, answer: Answer) -> None:
+        """A request has its answer."""
+        self.local_chunks += answer.local
+        self.asked_chunks += answer.asked
+        self.hit_chunks += answer.found
+        self.tier_chunks.update(answer.tiers)
 
 
 @dataclass(frozen=True)

@@ -31,16 +31,17 @@ from kvkeep.config import KeeperConfig
 from kvkeep.errors import ConfigError, RequestRefused, TierUnavailable
 from kvkeep.identity import KEY_BYTES
 from kvkeep.keeper.index import Records
-from kvkeep.keeper.moves import move_down, move_up, tier_named
 from kvkeep.keeper.namespaces import Namespace
+from kvkeep.keeper.operator_moves import move_down, move_up, tier_named
 from kvkeep.keeper.pins import chain_records, held_chunks, pin, space_records, unpin
 from kvkeep.keeper.tenants import parse_tenant
-from kvkeep.observe.listen import Door, parse_address
+from kvkeep.observe.listen import Door
 from kvkeep.observe.metrics import CONTENT_TYPE, Exporter, Served, arena_bytes
 from kvkeep.observe.traces import Traces
 from kvkeep.observe.watch import SAMPLE_EVERY, Watch, tier_names
 from kvkeep.tiers.base import Usage
 from kvkeep.tiers.open import Opened
+from kvkeep.tiers.url import TierURL
 from kvkeep.tls import server_context
 
 __all__ = ["Web"]
@@ -84,19 +85,22 @@ class Web:
 
     def __init__(self, served: Served, config: KeeperConfig, traces: Traces | None = None) -> None:
         """Raises ConfigError on an address, a token or a certificate that will not do."""
-        self._host, self._port = parse_address(config.http or "")
+        url = TierURL(f"http://{config.http}")
+        self._host, self._port = _address(url)
         self._loopback = ipaddress.ip_address(self._host).is_loopback
+        token, cert, key, ca = (url.take(name, str, None) for name in ("token_file", "cert", "key", "ca"))
+        url.finish()
         # A certificate is asked for and not demanded: probes of health have none.
-        self._tls = server_context(*config.http_tls, optional=True) if config.http_tls else None
-        self._certificates = len(config.http_tls) == 3
-        if not (self._loopback or self._certificates or config.http_token is not None):
+        self._tls = server_context(cert, key, ca, optional=True) if cert or key or ca else None
+        self._certificates = ca is not None
+        if not (self._loopback or self._certificates or token is not None):
             raise ConfigError(
-                f"--http {config.http} is open to other hosts, so it needs a token: write one to a file "
-                "(openssl rand -hex 32) and give it as --http-token FILE; or a CA of clients: --http-tls "
-                "CERT KEY CLIENT_CA; or listen on 127.0.0.1"
+                f"--http {url.netloc} is open to other hosts, so it needs a token (openssl rand -hex 32 > "
+                "FILE, and ?token_file=FILE), or the CA of those who may read (ca=, with cert= and key=); or "
+                "listen on 127.0.0.1"
             )
-        self._token = None if config.http_token is None else _read_token(Path(config.http_token))
-        self._token_file = Path(config.http_token or f"{config.socket}.token")
+        self._token = None if token is None else _read_token(Path(token))
+        self._token_file = Path(token or f"{config.socket}.token")
         self._served = served
         self._tiers = [] if served.movers is None else served.movers.tiers
         self._names = tier_names(served.movers)
@@ -145,10 +149,11 @@ class Web:
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             with os.fdopen(os.open(self._token_file, flags, 0o600), "w") as file:
                 file.write(self._token + "\n")
-        log.info("web page and metrics at %s, the token for actions is in %s", url, self._token_file)
+        about = {"url": url, "token_file": self._token_file}
+        log.info("web page and metrics at %(url)s, the token for actions is in %(token_file)s", about)
         if not self._loopback and self._tls is None:
             log.warning(
-                "the token goes to %s in the clear: give --http-tls, or put a TLS proxy in front", url
+                "the token goes to %s in the clear: give cert= and key=, or put a TLS proxy in front", url
             )
 
     async def close(self) -> None:
@@ -280,7 +285,8 @@ class Web:
             return _json({"error": f"not an action: {error}"}, 400)
         except RequestRefused as error:
             return _json({"error": str(error)}, 409)
-        log.info("%s %s, by HTTP: %s", request.path, body[:200].decode(errors="replace"), done)
+        about = {"action": request.path, "body": body[:200].decode(errors="replace"), "done": done}
+        log.info("%(action)s %(body)s, by HTTP: %(done)s", about)
         return _json(done)
 
     async def _move(self, action: Action) -> dict[str, int]:
@@ -353,11 +359,22 @@ def _json(value: object, status: int = 200) -> web.Response:
     return web.Response(body=msgspec.json.encode(value), status=status, content_type="application/json")
 
 
+def _address(url: TierURL) -> tuple[str, int]:
+    host = "127.0.0.1" if url.host == "localhost" else url.host
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        host = ""
+    if not host or url.port is None:  # port 0: a free one
+        raise ConfigError(f"--http takes ADDRESS:PORT, such as 127.0.0.1:9400, not {url.netloc!r}")
+    return host, url.port
+
+
 def _read_token(path: Path) -> str:
     try:
         token = path.read_text(encoding="ascii").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the token of --http-token {path}: {error}") from error
+        raise ConfigError(f"cannot read the token in {path}: {error}") from error
     if len(token) < _TOKEN_CHARACTERS or not token.isprintable() or " " in token:
         raise ConfigError(f"the token in {path} must be one word of {_TOKEN_CHARACTERS} characters or more")
     return token

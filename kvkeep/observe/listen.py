@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import ssl
 
 from aiohttp import web
 
-from kvkeep.errors import ConfigError
-
-__all__ = ["Door", "parse_address"]
+__all__ = ["Door"]
 
 _MOST_CONNECTIONS = 64
 _HANDSHAKE_WAIT = 5.0
@@ -89,17 +86,3 @@ class _Full(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         transport.close()
-
-
-def parse_address(text: str) -> tuple[str, int]:
-    """Host and port of 127.0.0.1:9400, localhost:9400, [::1]:9400; port 0: a free one. Raises ConfigError."""
-    host, _, port = text.rpartition(":")
-    host = "127.0.0.1" if host == "localhost" else host.strip("[]")
-    try:
-        ipaddress.ip_address(host)
-        number = int(port)
-    except ValueError:
-        number = -1
-    if not 0 <= number < 1 << 16:
-        raise ConfigError(f"--http takes ADDRESS:PORT, such as 127.0.0.1:9400, not {text!r}")
-    return host, number

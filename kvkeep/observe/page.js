@@ -62,19 +62,52 @@ function terms(pairs) {
     ([term, value]) => element("div", {}, element("dt", {}, term), element("dd", {}, value))));
 }
 
-function drawMemory({ arena, keeper }) {
+function drawMemory({ arena, keeper, history }) {
   const uses = [["held", "memory"], ["pinned", "pinned"], ["reserved", "reserved"], ["free", "computed"]];
   const counters = keeper.counters;
+  $("used").textContent = percent(keeper.memory_bytes - arena.free, keeper.memory_bytes);
   show("memory",
     bar(uses.map(([use, name]) => [arena[use], name, `${use}: ${size(arena[use])}`])),
     element("div", { class: "legend" }, ...legend(uses.map(([use, name]) => [`${use} ${size(arena[use])}`, name]))),
+    chart("memory in use", steps(history).map(([from, to]) => [from[0], to[0], [to[4]]]),
+      [["in use", "memory"]], keeper.memory_bytes, size),
     terms([
       ["of", size(keeper.memory_bytes)], ["prepared", percent(keeper.prefaulted_bytes, keeper.memory_bytes)],
+      ["huge pages", percent(keeper.huge_page_bytes, keeper.memory_bytes)], ["index", size(keeper.index_bytes)],
       ["chunks", count(keeper.chunks)], ["stored", count(counters.stored_chunks)],
       ["evicted", count(counters.evicted_chunks)], ["refused", count(counters.refused_chunks)],
-      ["leases", count(keeper.leases)], ["engines", count(keeper.sessions)],
-      ["protocol errors", count(keeper.protocol_errors)],
     ]));
+}
+
+function drawKeeper({ keeper }) {
+  const { peers, recorded } = keeper;
+  show("keeper", terms([
+    ["engines", count(keeper.sessions)], ["connections", count(keeper.connections)],
+    ["leases", count(keeper.leases)], ["reservations", count(keeper.reservations)],
+    ["protocol errors", count(keeper.protocol_errors)], ["process", keeper.pid],
+    ["socket", element("span", { class: "name" }, keeper.socket)],
+    ["peers", peers ? `may read at ${peers.address}` : "may not read (--peers)"],
+    ...(peers ? [["peers now", `${count(peers.connections)} connections, ${size(peers.lent_bytes)} lent`],
+      ["given to peers", `${count(peers.given_chunks)} chunks of ${count(peers.asked)}, ${size(peers.given_bytes)}`],
+      ["peers dropped", count(peers.dropped)]] : []),
+    ["recording", recorded ? element("span", { class: recorded.recording ? "" : "bad" },
+      recorded.recording ? "on" : "ended: its file cannot be written") : "off (--record)"],
+    ...(recorded ? [["recorded", `${count(recorded.lines)} requests, ${count(recorded.dropped)} left out`],
+      ["to", element("span", { class: "name" }, recorded.file)]] : []),
+  ]));
+}
+
+function drawTenants({ keeper }) {
+  $("tenants").parentElement.hidden = !keeper.tenants.length;
+  show("tenants", table([
+    ["tenant", "name", (t) => element("code", {}, t.tenant)],
+    ["of its quota", "bars", (t) => (t.quota_bytes === null ? element("span", { class: "faint" }, "no quota")
+      : bar([[t.used_bytes, "memory", size(t.used_bytes)]], t.quota_bytes))],
+    ["used", "num", (t) => size(t.used_bytes)], ["quota", "num wide", (t) => size(t.quota_bytes)],
+    ["hit ratio", "num", (t) => percent(t.hit_chunks, t.asked_chunks)],
+    ["stored", "num wide", (t) => count(t.stored_chunks)], ["evicted", "num wide", (t) => count(t.evicted_chunks)],
+    ["refused", "num wide", (t) => count(t.refused_chunks)],
+  ], keeper.tenants, ""));
 }
 
 function drawTiers({ tiers }) {
@@ -84,7 +117,7 @@ function drawTiers({ tiers }) {
     ["full", "bars", (t) => t.capacity_bytes
       ? bar([[t.used_bytes, `tier${tiers.indexOf(t) % 4}`, size(t.used_bytes)]], t.capacity_bytes) : "–"],
     ["used", "num", (t) => size(t.used_bytes)], ["of", "num wide", (t) => size(t.capacity_bytes)],
-    ["had", "num", (t) => percent(t.found, t.asked)], ["read", "num wide", (t) => size(t.got_bytes)],
+    ["hit ratio", "num", (t) => percent(t.found, t.asked)], ["read", "num wide", (t) => size(t.got_bytes)],
     ["GB/s", "num wide", (t) => t.read_GBps ?? "–"], ["written", "num wide", (t) => size(t.put_bytes)],
     ["waiting", "num wide", (t) => count(t.waiting_chunks)], ["lost", "num wide", (t) => count(t.lost_chunks)],
     ["damaged", "num wide", (t) => count(t.damaged)], ["errors", "num", (t) => count(t.errors)],
@@ -92,39 +125,78 @@ function drawTiers({ tiers }) {
   show("tiers", table(columns, tiers, "Memory only: no tier is configured (--tier)."));
 }
 
-/** Share of asked chunks that came from memory, and on top from tiers, between each two samples. */
+/** What lies between samples, or between every second, third, … of many: pairs of them, 60 at most. */
+function steps(history) {
+  const every = Math.ceil((history.length - 1) / 60) || 1;
+  const kept = history.filter((_, i) => (history.length - 1 - i) % every === 0);
+  return kept.slice(1).map((sample, i) => [kept[i], sample]);
+}
+
+/** The next larger number that begins with 1, 2 or 5. */
+function round(number) {
+  const power = 10 ** Math.floor(Math.log10(number));
+  return power * [1, 2, 5, 10].find((digit) => digit * power >= number);
+}
+
+/** Bars over the last hour: [from, to, values], values stacked in the order of `kinds`. */
+function chart(name, bars, kinds, most, format) {
+  if (!bars.length) return element("p", { class: "faint" }, `The first point of ${name} comes in 15 s.`);
+  const [width, height, left, low, high] = [Math.max(240, $("history").clientWidth), 130, 62, 112, 8];
+  const make = (tag, attributes, text = "") => {
+    const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
+    for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+    made.append(text);
+    return made;
+  };
+  const svg = make("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `${name} over time` });
+  const end = bars.at(-1)[1], start = Math.max(end - 3600, Math.min(bars[0][0], end - 300));
+  const x = (at) => left + (width - left - 4) * (Math.max(at, start) - start) / (end - start);
+  const y = (value) => low - (low - high) * Math.min(1, value / (most || 1));
+  for (const share of [0, 0.5, 1]) {
+    svg.append(make("line", { x1: left, x2: width - 4, y1: y(share * most), y2: y(share * most), class: "grid" }),
+      make("text", { x: left - 6, y: y(share * most) + 4, class: "right" }, format(share * most)));
+  }
+  const every = [60, 120, 300, 600, 900].find((step) => (end - start) / step <= Math.max(2, width / 110));
+  for (let at = Math.ceil(start / every) * every; at <= end; at += every) {
+    svg.append(make("line", { x1: x(at), x2: x(at), y1: low, y2: low + 4, class: "grid" }));
+    if (x(at) > left + 18 && x(at) < width - 20) {
+      svg.append(make("text", { x: x(at), y: height - 3, class: "middle" }, clock(at).slice(0, 5)));
+    }
+  }
+  for (const [from, to, values] of bars) {
+    let below = 0;
+    const told = kinds.map(([label], i) => `${label} ${format(values[i])}`).join(", ");
+    values.forEach((value, i) => {
+      const piece = make("rect", { x: x(from), width: Math.max(0.5, x(to) - x(from)), y: y(below + value),
+        height: y(below) - y(below + value), class: kinds[i][1] });
+      piece.append(make("title", {}, `until ${clock(to)}: ${told}`));
+      if (value > 0) svg.append(piece);
+      below += value;
+    });
+  }
+  return svg;
+}
+
+/** What came from where between each two samples: shares of what was asked for, and chunks per second. */
 function drawHistory({ history }) {
-  const steps = [];
-  for (let i = 1; i < history.length; i++) {
-    const [before, now] = [history[i - 1], history[i]];
-    const asked = now[1] - before[1];
-    if (asked > 0) steps.push([now[0], (now[2] - before[2]) / asked, (now[3] - before[3]) / asked]);
-    else steps.push([now[0], 0, 0]);
+  const kinds = [["memory", "memory"], ["tiers", "tier0"], ["computed", "computed"]];
+  const shares = [], rates = [];
+  for (const [from, to] of steps(history)) {
+    const [seconds, asked, memory, tiers] = to.map((value, at) => value - from[at]);
+    shares.push([from[0], to[0], asked > 0 ? [memory / asked, tiers / asked] : [0, 0]]);
+    rates.push([from[0], to[0], [memory, tiers, asked - memory - tiers].map((chunks) => chunks / seconds)]);
   }
   const last = history.at(-1), first = history[0];
   const asked = history.length > 1 ? last[1] - first[1] : 0;
   $("ratio").textContent = asked ? percent(last[2] - first[2] + last[3] - first[3], asked) : "–";
-  if (!steps.length) return show("history", element("p", { class: "faint" }, "The first sample comes in 15 s."));
-  const [width, height] = [600, 150];
-  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
-  const add = (tag, attributes) => {
-    const made = document.createElementNS(svg.namespaceURI, tag);
-    for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
-    svg.append(made);
-  };
-  svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
-  svg.setAttribute("preserveAspectRatio", "none");
-  const floor = height - 2, slot = width / 240;
-  const y = (share) => floor - (floor - 2) * Math.min(1, share);
-  for (const share of [0, 0.5, 1]) add("line", { x1: 0, x2: width, y1: y(share), y2: y(share), class: "grid" });
-  steps.forEach(([, memory, tiers], i) => {
-    const x = width - (steps.length - i) * slot;
-    add("rect", { x, width: slot * 0.92, y: y(memory), height: floor - y(memory), class: "memory" });
-    add("rect", { x, width: slot * 0.92, y: y(memory + tiers), height: y(memory) - y(memory + tiers), class: "tiers" });
-  });
-  show("history", svg, element("div", { class: "legend" },
-    ...legend([["memory", "memory"], ["tiers", "tier0"]]),
-    element("span", { class: "faint" }, `lines at 0, 50, 100 %; the last hour, up to ${clock(last[0])}`)));
+  const busiest = round(Math.max(1, ...rates.map(([, , values]) => values.reduce((a, b) => a + b, 0))));
+  const perSecond = (chunks) => `${chunks < 10 ? Number(chunks.toFixed(1)) : count(Math.round(chunks))}/s`;
+  show("history",
+    element("div", { class: "legend" }, ...legend(kinds)),
+    element("p", { class: "faint" }, "share of the chunks that engines asked for and did not have themselves"),
+    chart("the hit ratio", shares, kinds.slice(0, 2), 1, (share) => `${Math.round(100 * share)} %`),
+    element("p", { class: "faint" }, "chunks per second"),
+    chart("the chunks asked for", rates, kinds, busiest, perSecond));
 }
 
 function drawRequests({ requests, keeper }) {
@@ -144,7 +216,7 @@ function drawRequests({ requests, keeper }) {
     ["model", "name wide", (r) => labelOf(keeper, r.namespace)],
     ["where its tokens came from", "bars", (r) => bar(pieces(r), 0, "small")],
     ["tokens", "num", (r) => amount(r, r.chunks)],
-    ["found here", "num", (r) => (r.waiting ? "waits" : amount(r, found(r)))],
+    ["found here", "num", (r) => r.state || amount(r, found(r))],
   ], requests.slice(0, 25), "No request yet."));
 }
 
@@ -176,6 +248,7 @@ function drawNamespaces({ keeper }) {
     ["namespace", "name", (s) => element("span", {}, s.label, " ", element("code", { class: "faint" },
       s.fingerprint.slice(0, 8)))],
     ["size", "num", (s) => size(s.used_bytes)], ["chunks", "num wide", (s) => count(s.chunks)],
+    ["hit ratio", "num wide", (s) => percent(s.hit_chunks, s.asked_chunks)],
     ["lookups", "num wide", (s) => count(s.lookups)], ["", "num", actions],
   ], keeper.namespaces, "No engine has come yet."));
 }
@@ -187,7 +260,9 @@ function draw(state) {
   const keeper = state.keeper;
   $("about").textContent = `${keeper.version}, policy ${keeper.policy}, up ${duration(keeper.uptime_s)}, `
     + `${count(keeper.counters.lookups)} lookups`;
-  for (const part of [drawMemory, drawTiers, drawHistory, drawRequests, drawPrefixes, drawNamespaces]) part(state);
+  const parts = [drawMemory, drawHistory, drawTiers, drawRequests, drawPrefixes, drawNamespaces, drawTenants,
+    drawKeeper];
+  for (const part of parts) part(state);
 }
 
 function note(text, bad = false) {
@@ -229,5 +304,6 @@ $("token").addEventListener("change", refresh);
 $("clear").addEventListener("click", () => act("clear", {}, "Forget everything that is held?"));
 $("drain").addEventListener("click", () =>
   act("drain", {}, "Write what the tiers lack, and end this keeper? Engines go on without it."));
+document.title = `kvkeep ${location.host}`;
 refresh();
 setInterval(refresh, EVERY);

@@ -5,27 +5,25 @@ All of it is bounded, whatever is asked. The event loop's, like the keeper.
 
 from __future__ import annotations
 
+import re
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 from kvkeep.identity import KEY_BYTES, group_keys
 from kvkeep.keeper.chunks import ChunkState
-from kvkeep.keeper.keeper import Found, Keeper
+from kvkeep.keeper.keeper import Keeper
 from kvkeep.keeper.movers import Movers
-from kvkeep.keeper.namespaces import Namespace
+from kvkeep.keeper.namespaces import Answer, Namespace
 from kvkeep.observe.histogram import LOOKUP_SECONDS, Histogram
 from kvkeep.observe.traces import Traces
 
-__all__ = ["MEMORY", "MOST_LABELS", "Prefix", "Seen", "Watch", "tier_names"]
+__all__ = ["Prefix", "Seen", "Watch", "tier_names"]
 
-MEMORY = "memory"
-MOST_LABELS = 32
-"""Namespaces with figures of their own: the first ones. All later ones are summed up."""
 SAMPLE_EVERY = 15.0
 _SAMPLES = 240  # an hour
 _REQUESTS, _PREFIXES, _SHOWN = 100, 128, 12
@@ -37,14 +35,12 @@ class Seen(NamedTuple):
     session: str
     space: Namespace
     keys: bytes
-    first: int
-    found: Found
+    answer: Answer
     settles: int
     """Ticket of the lookup that this one ends; 0: none."""
     ticket: int
     """Not 0: tiers may have more, a second lookup of the same request will tell."""
-    landed: Counter[int]
-    """By tier, chunks that it gave, all groups together."""
+    lease: int
     trace: str
 
 
@@ -55,11 +51,9 @@ class Request:
     at: float
     engine: str
     space: Namespace
-    chunks: int
-    local: int
-    memory: int
-    ticket: int
-    tiers: dict[str, int] = field(default_factory=dict)
+    answer: Answer
+    state: str = ""
+    """Empty once it is answered; otherwise `waits` for tiers, or `gave up`."""
 
 
 @dataclass
@@ -100,57 +94,48 @@ class Watch:
         self._traces = traces
         self._clock = clock
         self.seconds = Histogram(LOOKUP_SECONDS)
-        self.asked = [0] * (MOST_LABELS + 1)
-        """Chunks that requests asked for, by namespace, the last one being all others'."""
-        self.local = [0] * (MOST_LABELS + 1)
-        self.hits: list[Counter[str]] = [Counter() for _ in range(MOST_LABELS + 1)]
-        """By namespace and the place that they came from."""
         self.history: deque[Sample] = deque(maxlen=_SAMPLES)
         self._requests: deque[Request] = deque(maxlen=_REQUESTS)
+        self._waiting: dict[int, Request] = {}
+        """By ticket; as many as there are fetches at most."""
         self._prefixes: dict[str, Prefix] = {}
 
     def looked_up(self, seen: Seen, seconds: float) -> None:
         """A lookup was answered, and took the keeper so long."""
         self.seconds.add(seconds)
-        label = min(seen.space.number, MOST_LABELS)
-        if seen.settles:
-            self._settle(seen, label)
-        else:
-            asked = len(seen.keys) // KEY_BYTES - seen.first
-            self.asked[label] += asked
-            self.local[label] += seen.first
-            self.hits[label][MEMORY] += seen.found.chunks
-            engine = seen.session.rpartition(":")[0] or seen.session
-            line = (seen.space, seen.first + asked, seen.first, seen.found.chunks, seen.ticket)
-            self._requests.append(Request(self._clock(), engine, *line))
-        if not seen.ticket:
+        line = self._waiting.pop(seen.settles, None)
+        if line is None:
+            line = Request(self._clock(), _engine(seen.session), seen.space, seen.answer)
+            self._requests.append(line)
+        line.answer, line.state = seen.answer, ""
+        if seen.ticket:
+            line.state = "waits"
+            self._waiting[seen.ticket] = line
+        elif seen.answer.found:
             self._used(seen)
         if self._traces is not None and seen.trace:
-            place = {self._tiers[tier]: count for tier, count in seen.landed.items()}
-            self._traces.looked_up(seen.trace, seen.found, seen.settles, seen.ticket, place, seconds)
+            nbytes = _bytes_of(seen.space, seen.answer.found)
+            self._traces.looked_up(seen, nbytes, self._from(seen.answer), seconds)
+
+    def gave_up(self, ticket: int) -> None:
+        """The request of a ticket waits for tiers no more, and takes nothing."""
+        line = self._waiting.pop(ticket, None)
+        if line is not None:
+            line.state = "gave up"
+        if self._traces is not None:
+            self._traces.gave_up(ticket)
 
     def released(self, lease: int, read: bool) -> None:
         """A rank has read what it was leased, or the whole lease was given back unread."""
         if self._traces is not None and lease not in self._keeper.claims:
             self._traces.released(lease, read)
 
-    def _settle(self, seen: Seen, label: int) -> None:
-        line = next((line for line in reversed(self._requests) if line.ticket == seen.settles), None)
-        if line is None:  # a hundred others came in between
-            return
-        line.ticket = 0
-        gained = max(0, seen.found.chunks - line.memory)
-        total = sum(seen.landed.values())
-        for tier, count in seen.landed.items():
-            # A chunk of a prompt is one in each group, and groups may come from different tiers.
-            line.tiers[self._tiers[tier]] = round(gained * count / total) if total else 0
-        self.hits[label].update(line.tiers)
+    def _from(self, answer: Answer) -> dict[str, int]:
+        return {self._tiers[tier]: chunks for tier, chunks in answer.tiers.items()}
 
     def _used(self, seen: Seen) -> None:
         """Count one use of the prefix that was found: where a prompt leaves what is held, many others do."""
-        end = (seen.first + seen.found.chunks) * KEY_BYTES
-        if not end:
-            return
+        end = (seen.answer.local + seen.answer.found) * KEY_BYTES
         name = seen.keys[end - KEY_BYTES : end - KEY_BYTES + 6].hex()
         prefix = self._prefixes.get(name)
         if prefix is None:
@@ -176,10 +161,10 @@ class Watch:
 
     def sample(self) -> None:
         """Note the totals; every SAMPLE_EVERY seconds."""
-        memory = sum(hits[MEMORY] for hits in self.hits)
-        tiers = sum(sum(hits.values()) for hits in self.hits) - memory
-        used = int(self._keeper.usage()[1].sum())
-        self.history.append(Sample(self._clock(), sum(self.asked), memory, tiers, used))
+        counters, used = self._keeper.counters, int(self._keeper.usage()[1].sum())
+        tiers = counters.tier_chunks.total()
+        memory = counters.hit_chunks - tiers
+        self.history.append(Sample(self._clock(), counters.asked_chunks, memory, tiers, used))
 
     def prefix(self, name: str) -> Prefix | None:
         """A prefix by the name that `prefixes` gives it, while it is remembered."""
@@ -217,14 +202,14 @@ class Watch:
         return [
             {
                 "at": line.at,
-                "engine": line.engine[:12],
+                "engine": line.engine,
                 "namespace": line.space.number,
                 "chunk_tokens": line.space.chunk_tokens,
-                "chunks": line.chunks,
-                "local": line.local,
-                "memory": line.memory,
-                "tiers": line.tiers,
-                "waiting": bool(line.ticket),
+                "chunks": line.answer.local + line.answer.asked,
+                "local": line.answer.local,
+                "memory": line.answer.found - line.answer.tiers.total(),
+                "tiers": self._from(line.answer),
+                "state": line.state,
             }
             for line in reversed(self._requests)
         ]
@@ -237,6 +222,12 @@ def tier_names(movers: Movers | None) -> list[str]:
         name = opened.url.partition("?")[0]
         names.append(f"{name}#{len(names)}" if name in names else name)
     return names
+
+
+def _engine(session: str) -> str:
+    """For people: an engine's name, or the beginning of the UUID that it has where nobody gave it one."""
+    name = session.rpartition(":")[0] or session
+    return re.sub(r"([0-9a-f]{8})-?[0-9a-f]{4}-?[0-9a-f]{4}-?[0-9a-f]{4}-?[0-9a-f]{12}", r"\1", name)[:40]
 
 
 def _bytes_of(space: Namespace, chunks: int) -> int:

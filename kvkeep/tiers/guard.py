@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from kvkeep.errors import TierUnavailable
+from kvkeep.errors import TierSwitchedOff, TierUnavailable
 from kvkeep.tiers.base import KEY_BYTES, Buffer, Got, Key, Put, Tier
 from kvkeep.tiers.wrap import Wrapper
 
@@ -153,7 +153,7 @@ class Guarded(Wrapper):
             self._put_failed()
             raise
         if self._writes.succeeded():
-            log.info("tier %s takes values again", self._name)
+            log.info("tier %(tier)s takes values again", {"tier": self._name})
         return results
 
     def _put_failed(self) -> None:
@@ -162,7 +162,8 @@ class Guarded(Wrapper):
         why = self.last_error
         self.probe(enough=1)  # is it the place that is away?
         if self.available:
-            log.warning("tier %s is only read until it takes values again: %s", self._name, why)
+            about = {"tier": self._name, "error": why}
+            log.warning("tier %(tier)s is only read until it takes values again: %(error)s", about)
         else:
             self._writes.succeeded()
 
@@ -171,10 +172,11 @@ class Guarded(Wrapper):
             result = self._called(verb)
         except TierUnavailable as error:
             if self._place.failed(enough):
-                log.warning("tier %s is switched off until it answers again: %s", self._name, error)
+                about = {"tier": self._name, "error": error}
+                log.warning("tier %(tier)s is switched off until it answers again: %(error)s", about)
             raise
         if self._place.succeeded():
-            log.info("tier %s is back", self._name)
+            log.info("tier %(tier)s is back", {"tier": self._name})
         return result
 
     def _called(self, verb: Callable[[], _T]) -> _T:
@@ -186,10 +188,10 @@ class Guarded(Wrapper):
         except Exception as error:
             # The edge to clients of stores, other people's tiers among them: a bug of theirs is as good as a
             # store that is away, and must not end a mover's thread, which would pin slots for good.
-            log.exception("tier %s: an unexpected error", self._name)
+            log.exception("tier %(tier)s: an unexpected error", {"tier": self._name})
             self.last_error = f"{type(error).__name__}: {error}"
             raise TierUnavailable(self.last_error) from error
 
     def _refuse_unless(self, well: bool) -> None:
         if not well:
-            raise TierUnavailable(f"{self._name} is switched off: {self.last_error}")
+            raise TierSwitchedOff(f"{self._name} is switched off: {self.last_error}")

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TypeVar
 
-from kvkeep.errors import TierUnavailable
+from kvkeep.errors import TierSwitchedOff, TierUnavailable
 from kvkeep.observe.histogram import BYTES, MOVE_SECONDS, Histogram
 from kvkeep.tiers.base import Buffer, Got, Key, Put, Tier
 from kvkeep.tiers.wrap import Wrapper
 
-__all__ = ["Metered", "TierCounters"]
+__all__ = ["ERROR_KINDS", "Metered", "TierCounters"]
 
 _T = TypeVar("_T")
+_KINDS = {"off": TierSwitchedOff, "timeout": TimeoutError, "connection": ConnectionError, "system": OSError}
+ERROR_KINDS = (*_KINDS, "other")
+"""Why verbs fail; `off`: not tried, after failures."""
 _SHARE = 0.2  # of the newest sample in a running mean
 
 
@@ -30,12 +34,9 @@ class TierCounters:
     misses: int = 0
     damaged: int = 0
     got_bytes: int = 0
-    get_seconds: float = 0.0
     stored: int = 0
     refused: int = 0
     put_bytes: int = 0
-    put_seconds: float = 0.0
-    deleted: int = 0
     errors: int = 0
 
 
@@ -47,6 +48,7 @@ class Metered(Wrapper):
         self._clock = clock
         self._lock = threading.Lock()
         self.counters = TierCounters()
+        self._errors = Counter[str]()
         self.seconds = {verb: Histogram(MOVE_SECONDS) for verb in ("contains", "get", "put")}
         """Of each batch by verb; of `contains` those that failed too."""
         self.nbytes = {verb: Histogram(BYTES) for verb in ("get", "put")}
@@ -59,7 +61,7 @@ class Metered(Wrapper):
     def figures(self) -> dict[str, float]:
         """The counters as a dict, for `kvkeep status`."""
         with self._lock:
-            return asdict(self.counters)
+            return asdict(self.counters) | {f"errors_{kind}": self._errors[kind] for kind in ERROR_KINDS}
 
     def contains(self, keys: Sequence[Key]) -> list[bool]:
         began = self._clock()
@@ -85,7 +87,6 @@ class Metered(Wrapper):
             self.counters.misses += results.count(Got.MISS)
             self.counters.damaged += results.count(Got.DAMAGED)
             self.counters.got_bytes += nbytes
-            self.counters.get_seconds += took
             self.seconds["get"].add(took)
             self.nbytes["get"].add(nbytes)
             if nbytes:
@@ -101,23 +102,32 @@ class Metered(Wrapper):
             self.counters.stored += len(stored)
             self.counters.refused += len(results) - len(stored)
             self.counters.put_bytes += sum(stored)
-            self.counters.put_seconds += took
             self.seconds["put"].add(took)
             self.nbytes["put"].add(sum(stored))
         return results
 
     def delete(self, keys: Sequence[Key]) -> None:
         self._counted(lambda: self.inner.delete(keys))
-        with self._lock:
-            self.counters.deleted += len(keys)
 
     def _counted(self, verb: Callable[[], _T]) -> _T:
         try:
             return verb()
-        except TierUnavailable:
+        except TierUnavailable as error:
             with self._lock:
                 self.counters.errors += 1
+                self._errors[_kind(error)] += 1
             raise
+
+
+def _kind(error: TierUnavailable) -> str:
+    """Of ERROR_KINDS: what it came from tells."""
+    cause: BaseException | None = error
+    for _ in range(8):  # one that is raised again may be among its own causes
+        for kind, of in _KINDS.items():
+            if isinstance(cause, of):
+                return kind
+        cause = cause and (cause.__cause__ or cause.__context__)
+    return ERROR_KINDS[-1]
 
 
 def _mean(old: float | None, new: float) -> float:

@@ -29,7 +29,7 @@ from kvkeep.errors import ConfigError, TierUnavailable
 from kvkeep.tiers.base import Buffer
 from kvkeep.tiers.landing import address_of
 
-__all__ = ["Agent", "load", "loaded"]
+__all__ = ["Agent", "allow", "load", "loaded"]
 
 log = logging.getLogger("kvkeep.tiers")
 
@@ -48,6 +48,17 @@ def load() -> Any:
         except ImportError:
             continue
     raise ConfigError("transport=nixl needs NIXL: pip install 'kvkeep[nixl]'")
+
+
+def allow(device: str, plain: bool) -> None:
+    """Raises ConfigError where NIXL is not installed, or would show the arena to a network that nobody has
+    called safe (`plain`)."""
+    if device != "lo" and not plain:
+        raise ConfigError(
+            f"transport=nixl on {device} asks nobody for a token and encrypts nothing: whoever reaches it "
+            "can read the whole arena; where only keepers are on that network, say so: plain=yes"
+        )
+    load()
 
 
 def loaded() -> bool:

@@ -12,53 +12,29 @@ import socket
 import struct
 import time
 from collections.abc import Sequence
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
 from kvkeep.errors import KeeperUnavailable, ProtocolError, RequestRefused
 from kvkeep.pages import map_shared
+from kvkeep.terms import Found, GroupSpec, Reserved
 from kvkeep.wire import messages as msg
 
-__all__ = ["Connection", "Found", "Reserved"]
+__all__ = ["Connection"]
 
 _R = TypeVar("_R", bound=msg.Reply)
-_HELLO_TIMEOUT = 2.0
-_REFUSED = -2  # kvkeep.keeper.leases.REFUSED
-
-
-class Found(NamedTuple):
-    """What a lookup leased: see `kvkeep.keeper.keeper.Found`."""
-
-    lease: int
-    chunks: int
-    epoch: int
-    offsets: list[npt.NDArray[np.int64]]
-    ticket: int = 0
-    """Not 0: more may come from the tiers; see `Connection.poll`."""
-
-
-class Reserved(NamedTuple):
-    """What was reserved for one request: its number (0: nothing) and offsets per group."""
-
-    reservation: int
-    offsets: list[npt.NDArray[np.int64]]
-
-    def kept(self) -> int:
-        """How many leading chunks of those asked about are there, or will be once they are written: those
-        before the first that some group was refused."""
-        refused = [row == _REFUSED for row in self.offsets]
-        return min(int(row.argmax()) if row.any() else len(row) for row in refused)
+_HELLO_TIMEOUT, _CLEAR_TIMEOUT = 2.0, 30.0
 
 
 class Connection:
     """One connection of one session. Used by one thread at a time."""
 
     def __init__(
-        self, sock: socket.socket, welcome: msg.Welcome, arena_fd: int | None, timeout: float
+        self, sock: socket.socket, path: str, welcome: msg.Welcome, arena_fd: int | None, timeout: float
     ) -> None:
         self._sock = sock
+        self.path = path
         self._timeout = timeout
         self._arena_fd = arena_fd
         self.keeper = welcome.keeper
@@ -66,19 +42,16 @@ class Connection:
         self.arena_bytes = welcome.arena_bytes
 
     @classmethod
-    def open(
-        cls, path: str, session: str, *, arena: bool = False, device: bool = False, timeout: float = 1.0
-    ) -> Connection:
+    def open(cls, path: str, session: str, *, arena: bool = False, timeout: float = 1.0) -> Connection:
         """Connect and say hello.
 
         `session` names the engine instance: leases and reservations live as long as any of its
-        connections, and a little longer where a `device` copies. `timeout` bounds each later call, in
-        seconds. Raises KeeperUnavailable, or RequestRefused where the keeper does not want us (its
-        message says why).
+        connections, and a little longer. `timeout` bounds each later call, in seconds. Raises
+        KeeperUnavailable, or RequestRefused where the keeper does not want us (its message says why).
         """
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            reply, fds = _greet(sock, path, msg.Hello(msg.VERSION, session, arena, device))
+            reply, fds = _greet(sock, path, msg.Hello(msg.VERSION, session, arena))
         except (OSError, ProtocolError) as error:
             sock.close()
             raise KeeperUnavailable(f"no keeper answers at {path}: {error}") from error
@@ -89,7 +62,7 @@ class Connection:
             if isinstance(reply, msg.Refused):
                 raise RequestRefused(reply.reason)
             raise KeeperUnavailable("the arena did not come: this process may be out of descriptors")
-        return cls(sock, reply, fds[0] if fds else None, timeout)
+        return cls(sock, path, reply, fds[0] if fds else None, timeout)
 
     @property
     def closed(self) -> bool:
@@ -137,7 +110,7 @@ class Connection:
         chunk_tokens: int = 0,
     ) -> int:
         """Handle of a namespace; `groups`: (bytes per chunk, window in chunks or None) each."""
-        specs = [msg.GroupSpec(size, window) for size, window in groups]
+        specs = [GroupSpec(*group) for group in groups]
         request = msg.OpenNamespace(fingerprint, label[:512], specs, parts, readers, chunk_tokens)
         return self._call(request, msg.Namespace).namespace
 
@@ -156,7 +129,7 @@ class Connection:
 
         `recompute`: seconds that the engine takes to compute a chunk (0: not known; -1: memory only).
         `patience`: seconds that its request may wait to hear whether tiers have anything (0: no ticket).
-        `ticket`: of an earlier lookup, whose fetch this one settles. `trace`: the request's `traceparent`.
+        `ticket`: of an earlier lookup, whose fetch this one settles. `trace`: see `messages.Lookup`.
         `tenant`: `identity.tenant_of` its cache_salt.
         """
         request = msg.Lookup(namespace, keys, first, recompute, patience, ticket, trace, tenant)
@@ -195,16 +168,17 @@ class Connection:
         return self._call(msg.Changes(namespace, keys, after), msg.Changed)
 
     def clear(self, namespace: int | None = None, tenant: bytes = b"") -> int:
-        """Forget what is held (of a namespace, of a tenant); returns the number of chunks."""
-        return self._call(msg.Clear(namespace, tenant), msg.Cleared).chunks
+        """Forget what is held (of a namespace, of a tenant); returns the number of chunks. It may take longer
+        than other calls, and is given 30 s at least."""
+        return self._call(msg.Clear(namespace, tenant), msg.Cleared, _CLEAR_TIMEOUT).chunks
 
     def status(self, tenant: bytes = b"") -> dict[str, object]:
         """The keeper's figures; `tenant`: one to be among those shown."""
         return self._call(msg.Status(tenant), msg.StatusReply).figures
 
-    def _call(self, request: msg.Request, expected: type[_R]) -> _R:
+    def _call(self, request: msg.Request, expected: type[_R], at_least: float = 0.0) -> _R:
         self._send(request)
-        reply = self._receive()
+        reply = self._receive(max(self._timeout, at_least))
         if isinstance(reply, expected):
             return reply
         if isinstance(reply, msg.Refused):
@@ -222,8 +196,8 @@ class Connection:
             self.close()
             raise KeeperUnavailable(f"the keeper went away: {error}") from error
 
-    def _receive(self) -> msg.Reply:
-        deadline = time.monotonic() + self._timeout
+    def _receive(self, timeout: float) -> msg.Reply:
+        deadline = time.monotonic() + timeout
         try:
             length = msg.frame_length(self._read(4, deadline))
             return msg.decode_reply(self._read(length, deadline))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
@@ -11,6 +12,7 @@ import time
 from collections import Counter
 from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
 
 from kvkeep import __version__
@@ -19,7 +21,7 @@ from kvkeep.identity import TENANT_BYTES
 from kvkeep.keeper.fetch import Stage
 from kvkeep.keeper.journal import Journal, states
 from kvkeep.keeper.movers import Asked
-from kvkeep.keeper.namespaces import GroupSpec, Namespace
+from kvkeep.keeper.namespaces import Answer, Namespace
 from kvkeep.observe.watch import Seen
 from kvkeep.wire import messages as msg
 
@@ -31,7 +33,9 @@ __all__ = ["ServerConnection"]
 log = logging.getLogger("kvkeep.keeper")
 
 _HELLO_DEADLINE = 5.0
-_DEVICE_REST = 5.0  # seconds; copies that a killed engine had submitted end within milliseconds
+# Seconds that a session's claims last beyond its last connection: what a killed engine had submitted to its
+# device, and what a thread copies beside the one that gave up the connection, ends within milliseconds.
+_REST = 5.0
 _MAX_NAMESPACES = 65536
 _MAX_BACKLOG = 256 << 20  # bytes of unread answers at which a client is taken for dead
 # What others may have to wait for: in chunks of all groups together, and in items of a Reserve times groups.
@@ -45,7 +49,6 @@ class ServerConnection(asyncio.Protocol):
         self._server = server
         self._keeper = server.keeper
         self._session: str | None = None
-        self._device = False
         self._buffer = bytearray()
         self._transport: asyncio.Transport | None = None
         self._deadline: asyncio.TimerHandle | None = None
@@ -57,7 +60,8 @@ class ServerConnection(asyncio.Protocol):
         _, uid, _ = struct.unpack("3i", peer)
         if uid not in (os.getuid(), 0):
             self._server.errors["user"] += 1
-            log.warning("refused a connection of user %d: this keeper serves user %d", uid, os.getuid())
+            about = {"user": uid, "own": os.getuid()}
+            log.warning("refused a connection of user %(user)d: this keeper serves user %(own)d", about)
             self._refuse(f"this keeper belongs to user {os.getuid()}, you are {uid}")
             return
         self._deadline = asyncio.get_running_loop().call_later(_HELLO_DEADLINE, self._too_late)
@@ -65,23 +69,47 @@ class ServerConnection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._cancel_deadline()
         self._server.connections.discard(self)
-        session, self._session = self._session, None
-        if session is None:
+        self._transport = None
+        if self._session is not None:
+            self._ended(self._session)
+
+    def close(self) -> None:
+        """Drop the client. Its claims last until it has closed its end of the socket too: until then it may
+        be writing to the arena."""
+        transport, self._transport = self._transport, None
+        if transport is None:
             return
-        if self._device:
-            asyncio.get_running_loop().call_later(_DEVICE_REST, self._detach, session)
-        else:
-            self._detach(session)
+        self._buffer.clear()
+        if self._session is not None:
+            session, self._session = self._session, None
+            sock = transport.get_extra_info("socket")
+            fd = os.dup(sock.fileno())
+            with contextlib.suppress(OSError):  # it has gone already
+                sock.shutdown(socket.SHUT_WR)
+            asyncio.get_running_loop().add_reader(fd, self._await_end, fd, session)
+        transport.abort()
+
+    def _await_end(self, fd: int, session: str) -> None:
+        try:
+            if os.read(fd, 1 << 16):
+                return  # what it had sent before it heard
+        except BlockingIOError:
+            return
+        except OSError:
+            pass
+        asyncio.get_running_loop().remove_reader(fd)
+        os.close(fd)
+        self._ended(session)
+
+    def _ended(self, session: str) -> None:
+        rest = _REST if self._keeper.claims.held(session) else 0.0
+        asyncio.get_running_loop().call_later(rest, self._detach, session)
 
     def _detach(self, session: str) -> None:
         self._keeper.detach(session)
         if self._server.movers is not None and not self._keeper.claims.alive(session):
-            self._server.movers.session_ended(session)
-
-    def close(self) -> None:
-        """Drop the client."""
-        if self._transport is not None:
-            self._transport.abort()
+            for ticket in self._server.movers.fetches.session_ended(session):
+                self._gave_up(ticket)
 
     def data_received(self, data: bytes) -> None:
         self._buffer += data
@@ -89,8 +117,11 @@ class ServerConnection(asyncio.Protocol):
             self._parse()
         except ProtocolError as error:
             self._server.errors["protocol"] += 1
-            log.warning("dropped a client: %s", error)
+            log.warning("dropped a client: %(error)s", {"error": error, "session": self._session})
             self._refuse(str(error))
+        except Exception:
+            self.close()  # as asyncio does, but with its claims
+            raise
 
     def _parse(self) -> None:
         start, buffer = 0, self._buffer
@@ -126,8 +157,8 @@ class ServerConnection(asyncio.Protocol):
             case msg.Poll():
                 return msg.Progress(bytes(self._stage(session, ticket) for ticket in request.tickets))
             case msg.Forget():
-                if self._server.movers is not None:
-                    self._server.movers.forget(session, request.ticket)
+                if self._server.movers and self._server.movers.fetches.forget(session, request.ticket):
+                    self._gave_up(request.ticket)
             case msg.Reserve():
                 return self._reserve(session, request)
             case msg.Commit():
@@ -158,26 +189,25 @@ class ServerConnection(asyncio.Protocol):
         space, keys, movers = self._space(request.namespace), _keys(request.keys), self._server.movers
         tenant = _tenant(request.tenant)
         _check_size(len(keys) // 16 * len(space.groups))
-        found = self._keeper.lookup(session, space, keys, request.first)
-        ticket, landed = 0, Counter[int]()
+        asked = max(0, len(keys) // 16 - request.first)
+        waited = movers.fetches.forget(session, request.ticket) if movers and request.ticket else None
+        epoch = 0 if waited is None else waited.epoch
+        found = self._keeper.lookup(session, space, keys, request.first, epoch)
+        ticket = 0
         if movers is not None:
-            if request.ticket:
-                landed = movers.forget(session, request.ticket)
-            elif found.chunks < len(keys) // 16 - request.first:
+            if not request.ticket and found.chunks < asked:
                 terms = (request.recompute, request.patience, tenant)
                 ticket = movers.fetch(Asked(session, space, keys, request.first, *terms), found)
             movers.kick()
+        tiers = Counter[int]() if waited is None else waited.given(found)
+        answer = Answer(min(request.first, len(keys) // 16), asked, found.chunks, tiers)
         if not ticket:  # else this request asks again
-            asked = len(keys) // 16 - request.first
-            self._keeper.tenants.asked(tenant, asked, found.chunks)
-        if self._server.recorder is not None:
-            self._server.recorder.looked_up(
-                space.number, keys, request.first, found.epoch, ticket, request.ticket
-            )
+            self._keeper.answered(space, tenant, answer)
+        if self._server.recorder is not None and waited is None:
+            self._server.recorder.looked_up(space.number, keys, request.first, found.epoch)
         if self._server.watch is not None:
-            seen = Seen(
-                session, space, keys, request.first, found, request.ticket, ticket, landed, request.trace
-            )
+            settles = 0 if waited is None else waited.ticket
+            seen = Seen(session, space, keys, answer, settles, ticket, found.lease, request.trace)
             # Noted once the answer is out: the engine waits for that.
             took = time.perf_counter() - began
             asyncio.get_running_loop().call_soon(self._server.watch.looked_up, seen, took)
@@ -185,9 +215,13 @@ class ServerConnection(asyncio.Protocol):
             found.lease, found.chunks, found.epoch, [_int64(row) for row in found.offsets], ticket
         )
 
+    def _gave_up(self, ticket: int) -> None:
+        if self._server.watch is not None:
+            self._server.watch.gave_up(ticket)
+
     def _stage(self, session: str, ticket: int) -> Stage:
         movers = self._server.movers
-        return Stage.DONE if movers is None else movers.stage(session, ticket)
+        return Stage.DONE if movers is None else movers.fetches.stage(session, ticket)
 
     def _reserve(self, session: str, request: msg.Reserve) -> msg.Reserved:
         space = self._space(request.namespace)
@@ -227,17 +261,9 @@ class ServerConnection(asyncio.Protocol):
     def _open(self, request: msg.OpenNamespace) -> msg.Namespace:
         if not self._keeper.knows(request.fingerprint) and len(self._keeper.namespaces) >= _MAX_NAMESPACES:
             raise RequestRefused(f"more than {_MAX_NAMESPACES} namespaces: restart this keeper")
-        groups = [GroupSpec(group.slot_bytes, group.window_chunks) for group in request.groups]
-        space = self._keeper.open_namespace(
-            request.fingerprint,
-            request.label,
-            groups,
-            request.parts,
-            request.readers,
-            request.chunk_tokens,
-        )
+        space = self._keeper.open_namespace(*msgspec.structs.astuple(request))
         if self._server.recorder is not None:
-            nbytes = sum(group.slot_bytes for group in groups)
+            nbytes = sum(group.slot_bytes for group in request.groups)
             self._server.recorder.opened(space.number, request.chunk_tokens, nbytes)
         return msg.Namespace(space.number)
 
@@ -257,7 +283,7 @@ class ServerConnection(asyncio.Protocol):
         if request.session.startswith("~"):
             raise ProtocolError("sessions whose names begin with ~ are the keeper's own")
         self._cancel_deadline()
-        self._session, self._device = request.session, request.device
+        self._session = request.session
         self._keeper.attach(request.session)
         self._server.opened(self)
         welcome = msg.encode(msg.Welcome(msg.VERSION, self._server.identity, self._keeper.arena.nbytes))
@@ -287,15 +313,14 @@ class ServerConnection(asyncio.Protocol):
         self._transport.write(frame)
         if self._transport.get_write_buffer_size() > _MAX_BACKLOG:
             self._server.errors["unread"] += 1
-            log.warning("dropped a client that does not read its answers")
+            about = {"session": self._session}
+            log.warning("dropped a client that does not read its answers: %(session)s", about)
             self.close()
 
     def _refuse(self, reason: str) -> None:
         if self._transport is not None:
             self._transport.write(msg.encode(msg.Refused(reason[:1000])))
-            self._transport.close()
-        self._transport = None
-        self._buffer.clear()
+        self.close()
 
     def _too_late(self) -> None:
         self._server.errors["silent"] += 1

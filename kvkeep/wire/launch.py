@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import signal
 import subprocess
@@ -17,12 +18,14 @@ import sys
 import time
 from pathlib import Path
 
-from kvkeep.config import EngineConfig, child_environment, runtime_dir
-from kvkeep.errors import CONFIG_EXIT, ConfigError, KeeperUnavailable
+from kvkeep.config import EngineConfig, child_environment, default_socket, runtime_dir
+from kvkeep.errors import CONFIG_EXIT, ConfigError, KeeperUnavailable, KVKeepError
 from kvkeep.wire.client import Connection
 from kvkeep.wire.listen import discard, locked
 
 __all__ = ["embedded_socket", "ensure_keeper"]
+
+log = logging.getLogger("kvkeep.engines")
 
 _LINGER = 5.0
 _START_DEADLINE = 20.0
@@ -47,8 +50,9 @@ def embedded_socket(engine_id: str) -> str:
 def ensure_keeper(socket: str, config: EngineConfig) -> None:
     """Start a keeper on `socket` unless one answers there.
 
-    Returns when it answers. Raises KeeperUnavailable if it does not within 20 s, and ConfigError if
-    it refuses its options. The keeper logs to the engine's standard error.
+    Returns when it answers. Raises KeeperUnavailable if it does not within 20 s, ConfigError if it
+    refuses its options, and OSError if another process has been starting it for 30 s. The keeper logs to the
+    engine's standard error.
     """
     path = Path(socket)
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -59,15 +63,19 @@ def ensure_keeper(socket: str, config: EngineConfig) -> None:
         command = [sys.executable, "-m", "kvkeep.cli", "serve", "--socket", socket, "--linger", str(_LINGER)]
         command += ["--memory", str(config.memory), "--policy", config.policy]
         # A session of its own: Ctrl-C at the engine must not end the keeper before the engine.
-        starter = subprocess.Popen(
+        with subprocess.Popen(
             [sys.executable, "-c", _STARTER, *command],
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,  # what it says when it refuses
             start_new_session=True,
             # Not as arguments, which everybody on the machine can read: URLs may hold passwords.
             env=child_environment({"KVKEEP_TIERS": " ".join(config.tiers)}),
-        )
-        _await(starter, socket)
+        ) as starter:
+            _await(starter, socket)
+    with contextlib.suppress(KVKeepError):
+        if _alive(shared := default_socket()):
+            said = "kvkeep: a private keeper was started; a shared one answers at %s, with KVKEEP_SOCKET=%s"
+            log.warning(said, shared, shared)
 
 
 def _await(starter: subprocess.Popen[bytes], socket: str) -> None:
@@ -79,9 +87,9 @@ def _await(starter: subprocess.Popen[bytes], socket: str) -> None:
             return
         if starter.poll() == CONFIG_EXIT:
             # No keeper will ever start with these options: the operator must hear of it, at start-up.
-            raise ConfigError(
-                "the private keeper refuses its options (memory, policy, tiers): see its message above"
-            )
+            assert starter.stdout is not None
+            said = starter.stdout.read().decode(errors="replace").strip()
+            raise ConfigError(f"the private keeper refuses its options (memory, policy, tiers): {said}")
         if starter.poll() is not None:
             raise KeeperUnavailable(f"the private keeper ended with status {starter.returncode}; see above")
         time.sleep(0.02)

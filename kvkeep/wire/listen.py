@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import socket
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from kvkeep.errors import ConfigError
 
 __all__ = ["discard", "listen", "locked"]
+
+_LOCK_WAIT, _LOCK_POLL = 30.0, 0.01  # seconds; to start a keeper may take 20
 
 
 def listen(path: Path) -> socket.socket:
@@ -40,37 +44,40 @@ def listen(path: Path) -> socket.socket:
 
 def discard(path: Path) -> None:
     """Remove a socket that nobody serves. Raises OSError: a keeper is starting on it, or not ours."""
-    with locked(_lock_path(path), wait=False):
+    with locked(_lock_path(path), wait=0.0):
         if stat.S_ISSOCK(path.lstat().st_mode) and not _answers(path):
             path.unlink()
 
 
 @contextlib.contextmanager
-def locked(path: Path, wait: bool = True) -> Iterator[None]:
+def locked(path: Path, wait: float = _LOCK_WAIT) -> Iterator[None]:
     """Hold an exclusive lock on the file `path`, which is there only meanwhile.
 
-    Raises BlockingIOError where another process holds it and we do not want to wait.
+    Raises BlockingIOError where another process still holds it after `wait` seconds: it may be stopped.
     """
-    while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_at(fd, path):
-                try:
-                    yield
-                finally:
-                    path.unlink(missing_ok=True)
-                return
-        finally:
-            os.close(fd)
-
-
-def _is_at(fd: int, path: Path) -> bool:
-    """Whether the open file is still the one at `path`: who held the lock before us has removed it."""
+    deadline = time.monotonic() + wait
+    while (fd := _lock(path)) is None:
+        if time.monotonic() >= deadline:
+            raise BlockingIOError(errno.EAGAIN, f"another process holds {path}")
+        time.sleep(_LOCK_POLL)
     try:
-        return os.path.samestat(os.fstat(fd), path.lstat())
-    except FileNotFoundError:
-        return False
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(fd)
+
+
+def _lock(path: Path) -> int | None:
+    """The file at `path`, locked; None where another process holds it, or has removed it meanwhile."""
+    with contextlib.ExitStack() as stack:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        stack.callback(os.close, fd)
+        with contextlib.suppress(BlockingIOError, FileNotFoundError):
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(fd), path.lstat()):
+                stack.pop_all()
+                return fd
+    return None
 
 
 def _lock_path(path: Path) -> Path:

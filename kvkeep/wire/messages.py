@@ -1,4 +1,4 @@
-"""The messages of protocol version 6, and their framing.
+"""The messages of protocol version 7, and their framing.
 
 A frame is a little-endian u32 length and that many bytes of msgpack: an array whose first item
 names the message. Arrays of numbers travel as bytes (little-endian int64), keys as 16 bytes each.
@@ -14,6 +14,7 @@ import msgspec
 
 from kvkeep.errors import ProtocolError
 from kvkeep.identity import TENANT_BYTES
+from kvkeep.terms import GroupSpec
 
 __all__ = [
     "MAX_FRAME",
@@ -26,7 +27,6 @@ __all__ = [
     "Commit",
     "Forget",
     "Found",
-    "GroupSpec",
     "Hello",
     "Lookup",
     "Namespace",
@@ -49,7 +49,7 @@ __all__ = [
     "frame_length",
 ]
 
-VERSION = 6
+VERSION = 7
 """Raised with every change of a message: `tests/wire/test_version.py` holds each to its version."""
 MAX_FRAME = 32 << 20
 """Longest frame in bytes; 2 M chunk keys. A longer one is not from a client of ours."""
@@ -75,15 +75,6 @@ class Hello(_Message):
     session: Name
     arena: bool
     """Whether to send the arena's file descriptor along with the answer."""
-    device: bool = False
-    """Whether a device writes into the arena for this client, and may go on for a moment when it is dead."""
-
-
-class GroupSpec(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
-    """One KV-cache group: bytes per chunk, and the window in chunks (None: full attention)."""
-
-    slot_bytes: Annotated[int, msgspec.Meta(ge=1, le=2**40)]
-    window_chunks: Annotated[int, msgspec.Meta(ge=1, le=2**31)] | None
 
 
 class OpenNamespace(_Message):
@@ -113,8 +104,9 @@ class Lookup(_Message):
     takes longer."""
     ticket: Natural = 0
     """A ticket that this lookup settles: its request takes what has landed, and waits no more. 0: none."""
-    trace: Annotated[str, msgspec.Meta(max_length=64)] = ""
-    """The request's trace, as in W3C's header `traceparent`; empty: none."""
+    trace: Annotated[str, msgspec.Meta(max_length=640)] = ""
+    """The request's trace, as in W3C's header `traceparent`, and behind a space, where there is one, in
+    `tracestate`; empty: none."""
     tenant: Tenant = b""
 
 
@@ -207,7 +199,7 @@ class Namespace(_Message):
 
 
 class Found(_Message):
-    """See kvkeep.keeper.keeper.Found; offsets as int64 per group."""
+    """See kvkeep.terms.Found; offsets as int64 per group."""
 
     lease: Natural
     chunks: Natural

@@ -26,7 +26,7 @@ from kvkeep.keeper.keeper import Keeper
 from kvkeep.keeper.lend import BUSY, OTHER_LENGTH, Lender, Loan
 from kvkeep.tiers import peer_wire as wire
 from kvkeep.tiers.base import KEY_BYTES
-from kvkeep.tiers.peer_nixl import Agent, load
+from kvkeep.tiers.peer_nixl import Agent, allow
 from kvkeep.tiers.peer_wire import PORT, Channel, State
 from kvkeep.tiers.seal import seal
 from kvkeep.tiers.url import TierURL
@@ -64,12 +64,13 @@ class Peers:
         self._token = wire.read_token(url.take("token_file", str, None))
         cert, key, ca = (url.take(name, str, None) for name in ("cert", "key", "ca"))
         self._tls = server_context(cert, key, ca) if cert or key or ca else None
-        self._address = _address(url, closed=bool(self._token) or ca is not None)
+        plain = url.take_flag("plain", False)
+        self._address = _address(url, bool(self._token) or ca is not None, self._tls is not None or plain)
         self._nixl = url.take_choice("transport", ("tcp", "nixl"), "tcp") == "nixl"
         self._device = url.take("device", str, "lo")
         self._agent: Agent | None = None
         if self._nixl:
-            load()
+            allow(self._device, plain)
         url.finish()
         self._lender = Lender(keeper)
         self._memory = memory
@@ -127,25 +128,31 @@ class Peers:
         while True:
             try:
                 sock, address = self._listener.accept()
-            except OSError as error:
+                if len(self._channels) >= 2 * _MOST_CONNECTIONS:  # those that have yet to say who they are
+                    sock.close()
+                else:
+                    self._begin(sock, str(address[0]))
+            except (OSError, RuntimeError) as error:
                 if self._closed:
                     return
                 if not isinstance(error, ConnectionError):
                     log.warning("--peers: %s", error)
-                    time.sleep(0.1)  # out of descriptors: they come free in time
-                continue
-            if len(self._channels) >= 2 * _MOST_CONNECTIONS:  # those that have yet to say who they are
-                sock.close()
-                continue
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            threading.Thread(
-                target=self._serve, args=(sock, str(address[0])), name="kvkeep-peer", daemon=True
-            ).start()
+                    time.sleep(0.1)  # out of descriptors or threads: they come free in time
 
-    def _serve(self, sock: socket.socket, who: str) -> None:
-        channel, loans = Channel(sock, _HELLO_SECONDS), dict[int, Loan]()
+    def _begin(self, sock: socket.socket, who: str) -> None:
+        """A thread for a connection, which counts from now on. Raises OSError, RuntimeError."""
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        channel = Channel(sock, _HELLO_SECONDS)
         with self._lock:
             self._channels.add(channel)
+        try:
+            threading.Thread(target=self._serve, args=(channel, who), name="kvkeep-peer", daemon=True).start()
+        except RuntimeError:
+            self._leave(channel)
+            raise
+
+    def _serve(self, channel: Channel, who: str) -> None:
+        loans = dict[int, Loan]()
         try:
             channel.secure(self._tls, _HELLO_SECONDS)
             wire.welcome(channel, self._token, room=len(self._greeted) < _MOST_CONNECTIONS)
@@ -158,16 +165,19 @@ class Peers:
                 self._answer(channel, request, loans)
         except (ProtocolError, RequestRefused, ssl.SSLError) as error:
             self._add("dropped", 1)
-            log.warning("dropped a peer at %s: %s", who, error)
+            log.warning("dropped a peer at %(peer)s: %(error)s", {"peer": who, "error": error})
         except OSError as error:
             log.debug("a peer at %s went away: %s", who, error)
         finally:
             for loan in loans.values():
                 self._give_back(loan, 0)
-            with self._lock:
-                self._channels.discard(channel)
-                self._greeted.discard(channel)
-            channel.close()
+            self._leave(channel)
+
+    def _leave(self, channel: Channel) -> None:
+        with self._lock:
+            self._channels.discard(channel)
+            self._greeted.discard(channel)
+        channel.close()
 
     def _answer(self, channel: Channel, request: wire.Request, loans: dict[int, Loan]) -> None:
         match request:
@@ -275,8 +285,9 @@ def _states(loan: Loan) -> bytes:
     )
 
 
-def _address(url: TierURL, closed: bool) -> tuple[str, int]:
-    """Where to listen; `closed`: only to those who can show that they may read. Raises ConfigError."""
+def _address(url: TierURL, closed: bool, safe: bool) -> tuple[str, int]:
+    """Where to listen; `closed`: only to those who can show that they may read, `safe`: with TLS, or the
+    operator's word that none is needed. Raises ConfigError."""
     host = "127.0.0.1" if url.host in ("", "localhost") else url.host
     try:
         address = ipaddress.ip_address(host)
@@ -289,5 +300,11 @@ def _address(url: TierURL, closed: bool) -> tuple[str, int]:
             f"--peers {url.netloc} is open to other hosts, so it needs a token that both keepers have "
             "(openssl rand -hex 32 > FILE, and ?token_file=FILE), or the CA of those who may read "
             "(ca=, with cert= and key=); or listen on 127.0.0.1"
+        )
+    if not address.is_loopback and not safe:
+        raise ConfigError(
+            f"--peers {url.netloc} without TLS: a token keeps strangers out, but whoever can change what "
+            "passes on the network can put other KV in its place, and read it; give cert= and key=, or, "
+            "where only keepers are on that network, say so: plain=yes"
         )
     return str(address), PORT if url.port is None else url.port

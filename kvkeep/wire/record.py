@@ -54,9 +54,7 @@ class _Request:
     space: _Space
     keys: bytes
     local: int
-    ticket: int
-    epochs: list[int]
-    """One more for the lookup that settles its ticket."""
+    epoch: int
     output: bytes = b""
 
 
@@ -73,7 +71,6 @@ class Recorder:
         self._spaces = dict[int, _Space]()
         self._requests = deque[_Request]()
         self._by_epoch = dict[int, _Request]()
-        self._by_ticket = dict[int, _Request]()
         self._noted = self._taken = 0  # bytes, each counted by one side alone
         self._lines = self._dropped = self._size = 0
         self._recording = True  # until it cannot write
@@ -89,22 +86,16 @@ class Recorder:
         if chunk_tokens:
             self._spaces[number] = _Space(number, chunk_tokens, chunk_bytes)
 
-    def looked_up(self, space: int, keys: bytes, local: int, epoch: int, ticket: int, settles: int) -> None:
-        """A request has asked for chunks; `ticket`: that it was given, `settles`: that it gives back."""
+    def looked_up(self, space: int, keys: bytes, local: int, epoch: int) -> None:
+        """A request has asked for chunks, for the first time; `epoch` stands for it."""
         if not self._recording or space not in self._spaces:
             return
-        request = self._by_ticket.get(settles) if settles else None
-        if request is not None:  # the same one, once more
-            request.epochs.append(epoch)
-        elif settles or self._noted - self._taken > _MOST_NOTED:
-            self._dropped += not settles
+        if self._noted - self._taken > _MOST_NOTED:
+            self._dropped += 1
             return
-        else:
-            request = _Request(self._clock(), self._spaces[space], keys, local, ticket, [epoch])
-            self._noted += len(keys) + _REQUEST_BYTES
-            self._requests.append(request)
-            if ticket:
-                self._by_ticket[ticket] = request
+        request = _Request(self._clock(), self._spaces[space], keys, local, epoch)
+        self._noted += len(keys) + _REQUEST_BYTES
+        self._requests.append(request)
         self._by_epoch[epoch] = request
 
     def saved(self, epoch: int, first: int, keys: bytes) -> None:
@@ -144,9 +135,7 @@ class Recorder:
             everything or self._requests[0].at < due or self._noted - self._taken > _MOST_NOTED // 2
         ):
             request = self._requests.popleft()
-            self._by_ticket.pop(request.ticket, None)
-            for epoch in request.epochs:
-                self._by_epoch.pop(epoch, None)
+            self._by_epoch.pop(request.epoch, None)
             self._taken += len(request.keys) + len(request.output) + _REQUEST_BYTES
             if self._recording:
                 self._write(request)

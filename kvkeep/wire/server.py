@@ -139,7 +139,7 @@ class KeeperServer:
             "sessions": keeper.claims.sessions,
             "connections": len(self.connections),
             "protocol_errors": self.errors["protocol"] + self.errors["silent"],
-            "counters": _asdict(keeper.counters),
+            "counters": vars(keeper.counters),
             "recorded": None if self.recorder is None else self.recorder.figures(),
             "tiers": [] if self.movers is None else self.movers.figures(),
             "tenants": keeper.tenants.report(keeper.tenants.heaviest(_TENANTS_SHOWN, tenant)),
@@ -152,7 +152,7 @@ class KeeperServer:
                     "chunk_tokens": space.chunk_tokens,
                     "chunks": held,
                     "used_bytes": nbytes,
-                    **_asdict(space.counters),
+                    **vars(space.counters),
                 }
                 for space, held, nbytes in zip(keeper.namespaces, chunks.tolist(), used.tolist(), strict=True)
                 if held or space.number >= len(keeper.namespaces) - _NEWEST_SHOWN
@@ -171,15 +171,13 @@ class KeeperServer:
         while movers.unwritten and time.monotonic() < deadline:
             if time.monotonic() - told > 1.0:
                 told = time.monotonic()
-                log.info("writing %d chunks to the tiers before the end", movers.unwritten)
+                about = {"chunks": movers.unwritten}
+                log.info("writing %(chunks)d chunks to the tiers before the end", about)
             movers.tick()
             await asyncio.sleep(0.02)
         if movers.unwritten:
-            log.warning(
-                "ended with %d chunks unwritten: give --drain more than %g s",
-                movers.unwritten,
-                self.config.drain,
-            )
+            left = {"chunks": movers.unwritten, "drain": self.config.drain}
+            log.warning("ended with %(chunks)d chunks unwritten: give --drain more than %(drain)g s", left)
         movers.close()
 
     async def _until_done(self) -> None:
@@ -219,7 +217,3 @@ class KeeperServer:
                 pages.populate(place + self.prefaulted, step)
             self.prefaulted += step
             give_way()
-
-
-def _asdict(counters: object) -> dict[str, int]:
-    return dict(vars(counters))

@@ -165,7 +165,7 @@ def test_no_keeper(command: list[str], keeper_process, capsys: pytest.CaptureFix
         (["--memory", "16MiB", "--prefault", "perhaps"], "prefault='perhaps'"),
         (["--memory", "16MiB", "--linger", "-1"], "linger"),
         (["--memory", "16MiB", "--tenant-quota", "acme=1GiB"], "'acme' is no tenant"),
-        (["--memory", "16MiB", "--http", "127.0.0.1:0", "--http-tls", "cert"], "CERT KEY"),
+        (["--memory", "16MiB", "--http", "127.0.0.1:0?cert=cert"], "give a key too"),
         (["--memory", "16MiB", "--socket", "/tmp/" + "x" * 200], "longer than 107 bytes"),
     ],
 )

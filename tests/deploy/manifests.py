@@ -10,7 +10,8 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
-FILES = sorted(path for path in DEPLOY.rglob("*.y*ml"))
+FILES = sorted(path for path in DEPLOY.rglob("*.yaml"))
+"""Kubernetes' and the charts'; what Prometheus itself reads is .yml, and promtool's to check."""
 HELM = "Helm values"
 
 Object = dict[str, Any]
@@ -53,7 +54,7 @@ def pods(manifest: Manifest) -> Iterator[Pod]:
     if kind == HELM:
         for model in body["servingEngineSpec"]["modelSpec"]:
             yield Pod(file, model["name"], _chart_pod(body["servingEngineSpec"], model))
-    elif kind in ("Deployment", "DaemonSet"):
+    elif kind in ("Deployment", "DaemonSet", "StatefulSet"):
         yield Pod(file, name, spec["template"]["spec"])
     elif kind == "InferenceService":
         predictor = {k: v for k, v in spec["predictor"].items() if k not in ("model", "minReplicas")}
@@ -64,6 +65,8 @@ def pods(manifest: Manifest) -> Iterator[Pod]:
         yield Pod(file, name, {k: v for k, v in spec.items() if k in ("containers", "volumes")})
     elif kind == "LLMInferenceService":
         yield Pod(file, name, spec["template"])
+        if "prefill" in spec:
+            yield Pod(file, f"{name}-prefill", spec["prefill"]["template"])
     elif kind == "DynamoGraphDeployment":
         for component in spec["components"]:
             yield Pod(file, component["name"], component["podTemplate"]["spec"])

@@ -97,6 +97,7 @@ PARAMETERS = {
         speculativeIndexing={"type": "boolean"},
         speculativeTTL=_TEXT,
     ),
+    "disagg-profile-handler": _object("deciders", deciders=_object("prefill", prefill=_TEXT)),
     "prefix-cache-scorer": _object("prefixMatchInfoProducerName", prefixMatchInfoProducerName=_TEXT),
     **dict.fromkeys(
         (
@@ -104,6 +105,10 @@ PARAMETERS = {
             "metrics-data-source",
             "core-metrics-extractor",
             "single-profile-handler",
+            "always-disagg-pd-decider",
+            "prefill-filter",
+            "decode-filter",
+            "active-request-scorer",
             "kv-cache-utilization-scorer",
             "queue-scorer",
             "max-score-picker",
@@ -116,21 +121,66 @@ _REFERENCE = _object("pluginRef", pluginRef=_TEXT)
 _SCORED = _object("pluginRef", pluginRef=_TEXT, weight=_WEIGHT)
 _SOURCE = _object("pluginRef extractors", pluginRef=_TEXT, extractors=_list(_REFERENCE))
 
+# prometheus-operator, pkg/apis/monitoring/v1/podmonitor_types.go: the fields that we use.
+_SECRET_KEY = _object("name key", name=_TEXT, key=_TEXT)
+_METRICS_ENDPOINT = _object(
+    "port",
+    port=_TEXT,
+    path=_TEXT,
+    interval=_TEXT,
+    authorization=_object("credentials", credentials=_SECRET_KEY),
+)
+_POD_MONITOR = _object(
+    "selector podMetricsEndpoints",
+    jobLabel=_TEXT,
+    selector=_SELECTOR,
+    podMetricsEndpoints=_list(_METRICS_ENDPOINT),
+)
+_SERVICE_PORT = _object("name port targetPort", name=_TEXT, port=_WHOLE, targetPort=_TEXT)
+_RULE = _object(
+    "apiGroups resources verbs", apiGroups=_list(_TEXT), resources=_list(_TEXT), verbs=_list(_TEXT)
+)
+_ROLE_REFERENCE = _object("apiGroup kind name", apiGroup=_TEXT, kind={"const": "Role"}, name=_TEXT)
+_SUBJECT = _object("kind name", kind={"const": "ServiceAccount"}, name=_TEXT)
+
+
+def _plain(api_version: str, kind: str, **fields: Any) -> dict[str, Any]:
+    return _object(
+        f"apiVersion kind metadata {' '.join(fields)}",
+        apiVersion={"const": api_version},
+        kind={"const": kind},
+        metadata=NAMES,
+        **fields,
+    )
+
+
 SHAPES = {
+    "Service": _plain(
+        "v1",
+        "Service",
+        spec=_object(
+            "selector ports", clusterIP={"const": "None"}, selector=_FREE, ports=_list(_SERVICE_PORT)
+        ),
+    ),
+    "ServiceAccount": _plain("v1", "ServiceAccount"),
+    "Role": _plain("rbac.authorization.k8s.io/v1", "Role", rules=_list(_RULE)),
+    "RoleBinding": _plain(
+        "rbac.authorization.k8s.io/v1", "RoleBinding", roleRef=_ROLE_REFERENCE, subjects=_list(_SUBJECT)
+    ),
+    "StatefulSet": _workload(
+        "StatefulSet",
+        "replicas serviceName",
+        replicas=_WHOLE,
+        serviceName=_TEXT,
+        podManagementPolicy={"enum": ["OrderedReady", "Parallel"]},
+    ),
     "Deployment": _workload("Deployment", "replicas", replicas=_WHOLE),
     "DaemonSet": _workload("DaemonSet", "", updateStrategy=_UPDATE),
-    "NetworkPolicy": _object(
-        "apiVersion kind metadata spec",
-        apiVersion={"const": "networking.k8s.io/v1"},
-        kind={"const": "NetworkPolicy"},
-        metadata=NAMES,
-        spec=_POLICY,
-    ),
-    "DynamoGraphDeployment": _object(
-        "apiVersion kind metadata spec",
-        apiVersion={"const": "nvidia.com/v1beta1"},
-        kind={"const": "DynamoGraphDeployment"},
-        metadata=NAMES,
+    "NetworkPolicy": _plain("networking.k8s.io/v1", "NetworkPolicy", spec=_POLICY),
+    "PodMonitor": _plain("monitoring.coreos.com/v1", "PodMonitor", spec=_POD_MONITOR),
+    "DynamoGraphDeployment": _plain(
+        "nvidia.com/v1beta1",
+        "DynamoGraphDeployment",
         spec=_object("components", components=_list(_COMPONENT)),
     ),
     "EndpointPickerConfig": _object(

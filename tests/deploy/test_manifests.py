@@ -4,17 +4,21 @@ import argparse
 import ast
 import copy
 import importlib
+import itertools
 import json
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl, urlsplit
 
 import pytest
 
 from kvkeep import config
 from kvkeep.cli.main import _COMMANDS
 from kvkeep.errors import ConfigError
+from kvkeep.tiers.url import TierURL
+from kvroute.options import read_options
 from tests.deploy.manifests import (
     FILES,
     HELM,
@@ -68,7 +72,8 @@ def fields(body: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     if isinstance(body, dict):
         for key, value in body.items():
             yield (*path, key)
-            if key not in NAMES_OF_ITS_OWN:
+            named = key == "selector" and "matchLabels" not in value  # a service's: labels, by their names
+            if key not in NAMES_OF_ITS_OWN and not named:
                 yield from fields(value, (*path, key))
     elif isinstance(body, list):
         for number, item in enumerate(body):
@@ -88,7 +93,7 @@ def misspelt(body: Object, path: tuple[Any, ...]) -> Object:
 def test_a_misspelt_field_is_found(manifest: Manifest) -> None:
     """Each field of each manifest in turn, wherever it stands."""
     paths = [path for path in fields(manifest.body) if path[0] != "extraObjects" or len(path) == 1]
-    assert len(paths) >= 8
+    assert len(paths) >= 4
     for path in paths:
         try:
             changed = manifest._replace(body=misspelt(manifest.body, path))
@@ -174,7 +179,7 @@ def commands(pod: Pod) -> Iterator[list[str]]:
 
 def test_the_lines_of_kvkeep_parse() -> None:
     lines = [line for pod in PODS for line in commands(pod)]
-    assert {line[1] for line in lines} == {"serve", "status"}
+    assert {line[1] for line in lines} == {"serve", "status", "route"}
     for line in lines:
         parser = argparse.ArgumentParser(exit_on_error=False)
         importlib.import_module(_COMMANDS[line[1]][0]).add_arguments(parser)
@@ -217,11 +222,10 @@ def test_a_keeper_can_serve(pod: Pod, keeper: Object) -> None:
     grace = pod.spec.get("terminationGracePeriodSeconds", 30)
     assert not given.tiers or grace > given.drain
     if given.http is not None:
-        host, _, port = given.http.rpartition(":")
-        assert host == "0.0.0.0", "the kubelet asks at the pod's address"
-        assert given.http_token is not None
-        assert volume_at(pod, keeper, given.http_token)[0]["readOnly"]
-        (named,) = [p["name"] for p in keeper["ports"] if p["containerPort"] == int(port)]
+        url = TierURL(f"http://{given.http}")
+        assert url.host == "0.0.0.0", "the kubelet asks at the pod's address"
+        assert volume_at(pod, keeper, url.take("token_file", str, "none"))[0]["readOnly"]
+        (named,) = [p["name"] for p in keeper["ports"] if p["containerPort"] == url.port]
         probes = {kind: keeper[f"{kind}Probe"]["httpGet"] for kind in ("startup", "liveness")}
         assert probes == {
             "startup": {"path": "/readyz", "port": named},
@@ -276,24 +280,48 @@ def test_what_is_put_in_stands_before_it(pod: Pod) -> None:
 
 def test_workloads_select_their_own_pods() -> None:
     for manifest in ALL:
-        if manifest.kind in ("Deployment", "DaemonSet"):
+        if manifest.kind in ("Deployment", "DaemonSet", "StatefulSet"):
             spec = manifest.body["spec"]
             assert spec["selector"]["matchLabels"].items() <= spec["template"]["metadata"]["labels"].items()
 
 
+def test_monitors_select_pods_with_their_port_and_token() -> None:
+    monitors = [manifest.body["spec"] for manifest in ALL if manifest.kind == "PodMonitor"]
+    assert len(monitors) == 2
+    for monitor in monitors:
+        labels = monitor["selector"]["matchLabels"].items()
+        found = [
+            manifest.body["spec"]["template"]["spec"]
+            for manifest in ALL
+            if manifest.file.startswith("kubernetes/")
+            and "template" in manifest.body.get("spec", {})
+            and labels <= manifest.body["spec"]["template"]["metadata"]["labels"].items()
+        ]
+        assert found
+        for pod, endpoint in itertools.product(found, monitor["podMetricsEndpoints"]):
+            ports = {port["name"] for container in pod["containers"] for port in container["ports"]}
+            secrets = {one["secret"]["secretName"] for one in pod["volumes"] if "secret" in one}
+            assert endpoint["port"] in ports
+            if "authorization" in endpoint:
+                assert endpoint["authorization"]["credentials"]["name"] in secrets
+
+
 def test_schedulers_follow_the_events_of_their_engines() -> None:
     found = [(manifest, config) for manifest in ALL for config in picker_configs(manifest)]
-    assert len(found) == 2
+    assert len(found) == 3
     for manifest, picker in found:
         parameters = {plugin["type"]: plugin.get("parameters", {}) for plugin in picker["plugins"]}
-        producer = parameters["precise-prefix-cache-producer"]
-        weights = {one["name"]: one["weight"] for one in producer["indexerConfig"]["kvCacheBackendConfigs"]}
-        assert set(weights) == {"gpu", "cpu", "storage"}, "what is not named counts as the GPU's own"
         referred = {
             one["pluginRef"] for profile in picker["schedulingProfiles"] for one in profile["plugins"]
         }
-        referred |= {one["pluginRef"] for one in picker["dataLayer"]["sources"]}
+        referred |= {one["pluginRef"] for one in picker.get("dataLayer", {"sources": []})["sources"]}
         assert referred <= set(parameters)
+        if "disagg-profile-handler" in parameters:
+            assert parameters["disagg-profile-handler"]["deciders"]["prefill"] in parameters
+            continue
+        producer = parameters["precise-prefix-cache-producer"]
+        weights = {one["name"]: one["weight"] for one in producer["indexerConfig"]["kvCacheBackendConfigs"]}
+        assert set(weights) == {"gpu", "cpu", "storage"}, "what is not named counts as the GPU's own"
         (engine,) = [
             c
             for pod in PODS
@@ -316,8 +344,8 @@ def test_schedulers_follow_the_events_of_their_engines() -> None:
 def test_ports_of_the_router_are_those_of_the_events() -> None:
     """The chart's values say a port in three places."""
     (values,) = [m.body for m in ALL if m.kind == HELM and m.body["routerSpec"]["routingLogic"] == "kvaware"]
-    (policy,) = [m.body["spec"] for m in ALL if m.kind == "NetworkPolicy"]
     (pod,) = [pod for pod in PODS if pod.file == "production-stack/kv-aware.yaml"]
+    (policy,) = [m.body["spec"] for m in ALL if (m.kind, m.file) == ("NetworkPolicy", pod.file)]
     events = option(pod.spec["containers"][0], "--kv-events-config")
     assert events is not None
     published = [int(events[name].rpartition(":")[2]) for name in ("endpoint", "replay_endpoint")]
@@ -326,3 +354,77 @@ def test_ports_of_the_router_are_those_of_the_events() -> None:
     allowed = [port["port"] for rule in policy["ingress"] if "from" in rule for port in rule["ports"]]
     assert published == asked == allowed
     assert policy["podSelector"]["matchLabels"] == {"model": pod.name}
+
+
+def labels(kind: str, name: str) -> dict[str, str]:
+    """Of the pods of a workload."""
+    (spec,) = [m.body["spec"] for m in ALL if m.kind == kind and m.body["metadata"]["name"] == name]
+    found: dict[str, str] = spec["template"]["metadata"]["labels"]
+    return found
+
+
+def test_the_router_finds_its_engines_and_may_look() -> None:
+    (router,) = [pod for pod in PODS if any(words(c)[:2] == ["kvkeep", "route"] for c in containers(pod))]
+    (container,) = containers(router)
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    importlib.import_module(_COMMANDS["route"][0]).add_arguments(parser)
+    options = read_options(parser.parse_args(words(container)[2:]))
+    volume_at(router, container, str(options.api_keys))
+    assert router.spec["terminationGracePeriodSeconds"] > options.drain
+    services = {m.body["metadata"]["name"]: m.body["spec"] for m in ALL if m.kind == "Service"}
+    roles = {}
+    for place in options.backends:
+        service = services[place.host]
+        assert (place.kind, service["clusterIP"]) == ("k8s", "None")
+        assert place.port in [port["name"] for port in service["ports"]]
+        (engine,) = [pod for pod in ENGINES if pod.name == place.host]
+        roles[place.role] = option(engine.spec["containers"][0], "--kv-transfer-config")["kv_role"]
+        kind = "StatefulSet" if place.role == "prefill" else "Deployment"
+        assert service["selector"].items() <= labels(kind, place.host).items()
+        named = {port["name"]: port["containerPort"] for port in engine.spec["containers"][0]["ports"]}
+        assert all(named[port["targetPort"]] == port["port"] for port in service["ports"])
+    assert roles == {"prefill": "kv_producer", "decode": "kv_consumer"}
+    assert services["kvkeep-router"]["selector"].items() <= labels("Deployment", "kvkeep-router").items()
+    account = router.spec["serviceAccountName"]
+    of = {m.kind: m.body for m in ALL if m.file == router.file}
+    assert of["ServiceAccount"]["metadata"]["name"] == account
+    assert [subject["name"] for subject in of["RoleBinding"]["subjects"]] == [account]
+    assert of["RoleBinding"]["roleRef"]["name"] == of["Role"]["metadata"]["name"]
+    (rule,) = of["Role"]["rules"]
+    assert (rule["apiGroups"], rule["resources"]) == (["discovery.k8s.io"], ["endpointslices"])
+    assert set(rule["verbs"]) == {"list", "watch"}
+
+
+def test_keepers_find_their_peers() -> None:
+    """The decode engines' keepers name each pod that serves peers, over TLS and with the same token."""
+    file = "kubernetes/prefill-decode.yaml"
+    (prefill,) = [m.body["spec"] for m in ALL if (m.kind, m.file) == ("StatefulSet", file)]
+    served, asked = ((pod, keeper, settings(words(keeper))) for pod, keeper in KEEPERS if pod.file == file)
+    pod, keeper, given = served
+    lends = urlsplit(f"peers://{given.peers}")
+    mine = dict(parse_qsl(lends.query))
+    assert mine.keys() == {"cert", "key", "token_file"}
+    assert lends.port in [port["containerPort"] for port in keeper["ports"]]
+    for path in mine.values():
+        volume_at(pod, keeper, path)
+    hosts = [f"{pod.name}-{at}.{prefill['serviceName']}.default.svc" for at in range(prefill["replicas"])]
+    tiers = [urlsplit(url) for url in asked[2].tiers]
+    assert [(tier.hostname, tier.port) for tier in tiers] == [(host, lends.port) for host in hosts]
+    for tier in tiers:
+        theirs = dict(parse_qsl(tier.query))
+        assert theirs == {"ca": "/etc/kvkeep-peers/ca.crt", "token_file": mine["token_file"]}
+        volume_at(asked[0], asked[1], theirs["ca"])
+    (policy,) = [m.body["spec"] for m in ALL if (m.kind, m.file) == ("NetworkPolicy", file)]
+    allowed = {
+        rule["from"][0]["podSelector"]["matchLabels"]["app.kubernetes.io/name"]: rule["ports"][0]["port"]
+        for rule in policy["ingress"]
+    }
+    assert allowed == {"vllm-decode": lends.port, "kvkeep-router": 8000}
+
+
+def test_no_store_is_reached_in_the_clear() -> None:
+    """Of tiers that are reached by network: none without TLS, no password in a manifest."""
+    urls = [url for _, keeper in KEEPERS for url in settings(words(keeper)).tiers]
+    schemes = {urlsplit(url).scheme for url in urls if urlsplit(url).password is None}
+    assert schemes == {"fs", "peer", "rediss"}
+    assert all("ca=" in url for url in urls if url.startswith("peer"))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from typing import Any
 
 import pytest
 
 from kvkeep.config import EngineConfig
 from kvkeep.engines import link
+from kvkeep.engines import search as search_module
 from kvkeep.engines.link import Identity, Link, Opened
 from kvkeep.errors import KeeperUnavailable
 
@@ -19,7 +21,7 @@ OLD, NEW = b"o" * 32, b"n" * 32
 @pytest.fixture
 def search(monkeypatch: pytest.MonkeyPatch, wait_until):
     """Make a tie to this socket, which looks for a keeper at once, and often; ended with the test."""
-    monkeypatch.setattr(link, "_RETRY_FIRST", 0.001)
+    monkeypatch.setattr(search_module, "_RETRY_FIRST", 0.001)
     made: list[Link] = []
 
     def begin(socket: str) -> Link:
@@ -63,7 +65,7 @@ def test_a_keeper_that_comes_back_is_told_the_new_name(keeper_process, search, w
 def test_what_was_found_under_the_old_name_is_renamed(keeper_process, search, wait_until) -> None:
     keeper = keeper_process()
     tie = search(keeper.socket)
-    wait_until(lambda: tie._opened is not None)
+    wait_until(lambda: tie._search._found is not None)
     tie.rename(NEW)
     old = await_keeper(tie, wait_until)
     new = tie.renew(old)
@@ -73,6 +75,15 @@ def test_what_was_found_under_the_old_name_is_renamed(keeper_process, search, wa
     assert new.connection is old.connection
     assert tie.renew(new) is new
     new.connection.close()
+
+
+def test_an_engine_that_ends_looks_for_no_keeper_any_more(keeper_process, search, wait_until) -> None:
+    before = set(threading.enumerate())
+    tie = search(str(keeper_process.directory() / "keeper.sock"))
+    tie.stop()
+    wait_until(lambda: not set(threading.enumerate()) - before)
+    tie.reopen(2)
+    assert not set(threading.enumerate()) - before
 
 
 def test_want_of_descriptors_or_memory_passes(

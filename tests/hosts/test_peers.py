@@ -46,7 +46,9 @@ class Site:
         """`way`: port of the store's host at which the other one's keeper is reached from here."""
         assert isinstance(self.host, Host)
         tier = f"peer://{self.host.store}:{way}?token_file={self._token}&timeout=1s"
-        self.start("--peers", f"{self.host.address}:{PORT}?token_file={self._token}", "--tier", tier)
+        self.start(
+            "--peers", f"{self.host.address}:{PORT}?token_file={self._token}&plain=yes", "--tier", tier
+        )
 
     def start(self, *options: str) -> None:
         """A keeper with these options, and its engine."""
@@ -168,7 +170,7 @@ def test_a_link_is_cut_while_nixl_reads(
         giver, taker = Site(Here(), tmp_path / "giver", token), Site(host, tmp_path / "taker", token)
         for site in (giver, taker):
             stack.callback(site.kill)
-        at = f"{host.store}:{PORT}?token_file={token}&transport=nixl&device="
+        at = f"{host.store}:{PORT}?token_file={token}&plain=yes&transport=nixl&device="
         giver.start("--peers", f"{at}{host.link}")
         taker.start(
             "--tier",

@@ -211,7 +211,7 @@ def peers(sites: list[Site], folder: Path) -> Iterator[Callable[[Site, Site], No
             way = Proxy((peer.host.address, 7440), site.host.store)
             stack.callback(way.close)
             url = f"peer://{site.host.store}:{way.port}?token_file={token}&timeout=1s"
-            site.keep(url, "--peers", f"{site.host.address}:7440?token_file={token}")
+            site.keep(url, "--peers", f"{site.host.address}:7440?token_file={token}&plain=yes")
 
         try:
             keep(sites[0], sites[1])

@@ -10,7 +10,9 @@ import pytest
 from kvkeep.identity import group_keys
 from kvkeep.keeper.fetch import Batch, Fetch, Fetches, Stage
 from kvkeep.keeper.keeper import Keeper
-from kvkeep.keeper.namespaces import GroupSpec, Namespace
+from kvkeep.keeper.namespaces import Namespace
+from kvkeep.keeper.policy import POLICIES
+from kvkeep.terms import GroupSpec
 from tests.keeper.test_keeper import PAGE, SLABS, SLOTS, SMALL, chain_keys, opened, save
 
 FULL = [GroupSpec(PAGE, None)]
@@ -44,8 +46,8 @@ class Below:
 
 
 class Bench:
-    def __init__(self, groups: list[GroupSpec], memory: int = SMALL) -> None:
-        self.keeper = Keeper(memory, "lru")
+    def __init__(self, groups: list[GroupSpec], memory: int = SMALL, policy: str = "lru") -> None:
+        self.keeper = Keeper(memory, policy)
         self.keeper.attach("s")
         self.keeper.attach("t")
         self.space = opened(self.keeper, "one", groups)
@@ -73,10 +75,15 @@ class Bench:
             self.fetches.landed(batch, good)
             self.keeper.check_integrity()
 
-    def settle(self, fetch: Fetch, chain: int, length: int) -> int:
-        """The request's last lookup; returns the run that it got."""
-        found = self.keeper.lookup(fetch.session, self.space, chain_keys(chain, length))
-        self.fetches.forget(fetch.session, fetch.ticket)
+    def settle(self, fetch: Fetch, chain: int, length: int, first: int = 0) -> int:
+        """The request's last lookup; returns the run that it got. What came from where is in `given`."""
+        assert self.fetches.forget(fetch.session, fetch.ticket) is fetch
+        assert self.fetches.forget(fetch.session, fetch.ticket) is None
+        found = self.keeper.lookup(
+            fetch.session, self.space, chain_keys(chain, length), first, epoch=fetch.epoch
+        )
+        assert found.epoch == fetch.epoch, "one request, one place in time"
+        self.given = fetch.given(found)
         self.keeper.check_integrity()
         if found.lease:
             self.keeper.release(fetch.session, found.lease, None)
@@ -189,6 +196,59 @@ def test_two_requests_for_one_document_read_it_once() -> None:
     assert bench.settle(second, 0, 10) == 10
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_request_that_waited_has_used_each_chunk_once(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What memory had at its first lookup, what tiers brought, and what another engine saved meanwhile."""
+    bench = Bench(FULL, policy=policy)
+    save(bench.keeper, bench.space, chain_keys(0, 4), session="t")
+    used = np.zeros(64, np.int64)
+    touch = bench.keeper.policies[0].touch
+
+    def counted(ids: np.ndarray, epoch: int, first: int) -> None:
+        used[ids] += 1
+        touch(ids, epoch, first)
+
+    monkeypatch.setattr(bench.keeper.policies[0], "touch", counted)
+    fetch, held = bench.begin(0, 12)
+    assert held == 4
+    Below(bench.space, 0, 12, [set(range(9))]).determine(fetch)
+    bench.land(*bench.plan(fetch, held))
+    chain = group_keys(chain_keys(0, 12), bench.space.fingerprint, 0)
+    before = bench.keeper.reserve("t", bench.space, chain_keys(0, 12)[9 * 16 :], [[True] * 3], 9, 1)
+    bench.keeper.commit("t", before.reservation, 0)
+    assert bench.settle(fetch, 0, 12) == 12
+    assert used[bench.keeper.chunks.table.find(chain)].tolist() == [1] * 4 + [0] * 5 + [1] * 3
+
+
+def test_each_chunk_came_from_one_place() -> None:
+    """In however many groups, for however many requests at a time, and not what came in another way."""
+    groups = [GroupSpec(PAGE, None), GroupSpec(2 * PAGE, None)]
+    bench = Bench(groups)
+    save(bench.keeper, bench.space, chain_keys(0, 2))
+    long, held = bench.begin(0, 12)
+    below = [set(range(7)), set(range(7))], [set(range(10)), set(range(10))]
+    Below(bench.space, 0, 12, *below).determine(long)
+    batches = bench.plan(long, held)
+    short, held = bench.begin(0, 4, session="t", first=1)
+    Below(bench.space, 0, 4, *below).determine(short)
+    assert bench.plan(short, held) == []
+    bench.land(*batches)
+    save(bench.keeper, bench.space, chain_keys(0, 12))  # 10 and 11 are nobody's: saved while it waits
+    assert bench.settle(short, 0, 4, first=1) == 3
+    assert bench.given == {0: 2}
+    assert bench.settle(long, 0, 12) == 12
+    assert bench.given == {0: 5, 1: 3}
+
+
+def test_what_was_damaged_was_not_given() -> None:
+    bench = Bench(FULL)
+    fetch, held = bench.begin(0, 6)
+    Below(bench.space, 0, 6, everything(FULL, 6)).determine(fetch)
+    bench.land(*bench.plan(fetch, held), bad=(4,))
+    assert bench.settle(fetch, 0, 6) == 4
+    assert bench.given == {0: 4}
+
+
 def test_what_landed_for_a_request_stays_until_it_comes() -> None:
     bench = Bench(FULL)
     fetch, held = bench.begin(0, 10)
@@ -207,7 +267,7 @@ def test_a_session_that_ends_in_the_middle_leaves_nothing_behind() -> None:
     Below(bench.space, 0, 10, everything(FULL, 10)).determine(fetch)
     batches = bench.plan(fetch, held)
     bench.keeper.detach("s")
-    bench.fetches.session_ended("s")
+    assert bench.fetches.session_ended("s") == [fetch.ticket]
     bench.keeper.check_integrity()
     bench.land(*batches)
     assert len(bench.fetches) == 0

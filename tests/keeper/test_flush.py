@@ -8,7 +8,7 @@ import pytest
 from kvkeep.keeper import flush as flush_module
 from kvkeep.keeper.flush import MOVERS, Flush, FlushQueue
 from kvkeep.keeper.keeper import Keeper
-from kvkeep.keeper.namespaces import GroupSpec
+from kvkeep.terms import GroupSpec
 from tests.keeper.test_keeper import PAGE, SLABS, SLOTS, SMALL, chain_keys, held, opened, save
 
 ALL = 1 << 40

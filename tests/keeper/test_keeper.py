@@ -1,6 +1,7 @@
 """The keeper's books balance, and a hit is what was stored, after any sequence of operations."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
@@ -13,11 +14,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from kvkeep.errors import ConfigError, RequestRefused
 from kvkeep.identity import group_keys, tenant_of
 from kvkeep.keeper.chunks import ChunkState
-from kvkeep.keeper.keeper import Keeper, Reserved
-from kvkeep.keeper.leases import REFUSED
-from kvkeep.keeper.namespaces import GroupSpec, Namespace
+from kvkeep.keeper.keeper import Keeper
+from kvkeep.keeper.namespaces import Answer, Namespace
 from kvkeep.keeper.pins import MOST_PINNED, chain_records, pin, pinned_bytes, space_records, unpin
 from kvkeep.keeper.policy import POLICIES
+from kvkeep.terms import REFUSED, GroupSpec, Reserved
 
 PAGE = 4096
 SLABS = 16
@@ -725,6 +726,26 @@ def test_a_chunk_named_twice_leaves_no_trace() -> None:
     assert used_bytes(keeper) == 0
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+def test_keys_that_were_made_to_collide_across_groups_leave_no_trace(policy: str) -> None:
+    """What sets groups apart is XORed onto keys, and can be computed: policies of two sizes must not mix."""
+    keeper = Keeper(SMALL, policy)
+    keeper.attach("s")
+    space = opened(keeper, "two", TWO_GROUPS)
+    keeper.reserve("s", space, chain_keys(0, 1), [[True], [False]], 0, 0)
+    save(keeper, space, chain_keys(2, 1))
+    tweak = group_keys(bytes(16), space.fingerprint, 0) ^ group_keys(bytes(16), space.fingerprint, 1)
+    forged = (np.frombuffer(chain_key(0, 0), "<u8") ^ tweak).tobytes()  # in group 1 the chunk of group 0
+    keys = chain_key(2, 0) + forged + chain_key(4, 0)
+    with pytest.raises(RequestRefused, match="another group"):
+        keeper.reserve("s", space, keys, [[True] * 3] * 2, 0, 0)
+    keeper.check_integrity()
+    with pytest.raises(RequestRefused, match="another group"):
+        keeper.lookup("s", space, keys, 3)
+    keeper.check_integrity()
+    assert save(keeper, space, chain_keys(4, 2)) == [True, True]
+
+
 def test_one_group_cannot_be_read_as_another() -> None:
     keeper = Keeper(SMALL, "lru")
     keeper.attach("s")
@@ -764,10 +785,12 @@ def test_counters_count() -> None:
     keeper, space, room = small_keeper()
     save(keeper, space, chain_keys(0, room))
     held(keeper, space, chain_keys(0, room))
-    held(keeper, space, chain_keys(2, 5))
     save(keeper, space, chain_keys(2, 5))
+    keeper.answered(space, b"", Answer(3, room, room, Counter({1: 2})))
+    keeper.answered(space, b"t", Answer(0, 5, 0, Counter()))
     counters = keeper.counters
-    assert (counters.hit_chunks, counters.asked_chunks) == (room, room + 5)
+    assert (counters.hit_chunks, counters.asked_chunks, counters.local_chunks) == (room, room + 5, 3)
+    assert counters.tier_chunks == {1: 2}
     assert (counters.stored_chunks, counters.evicted_chunks) == (room + 5, 5)
     assert counters.stored_bytes == (room + 5) * 2 * PAGE
     assert vars(space.counters)["hit_chunks"] == room

@@ -7,7 +7,8 @@ from kvkeep.errors import RequestRefused
 from kvkeep.identity import group_keys
 from kvkeep.keeper.keeper import Keeper
 from kvkeep.keeper.lend import BUSY, MISSING, OTHER_LENGTH, Lender
-from kvkeep.keeper.namespaces import GroupSpec, Namespace
+from kvkeep.keeper.namespaces import Namespace
+from kvkeep.terms import GroupSpec
 from kvkeep.tiers.seal import SEAL_BYTES
 from tests.keeper.test_keeper import PAGE, SLABS, chain_keys, opened
 

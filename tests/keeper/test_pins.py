@@ -5,9 +5,10 @@ import pytest
 
 from kvkeep.errors import RequestRefused
 from kvkeep.keeper.keeper import Keeper
-from kvkeep.keeper.namespaces import GroupSpec, Namespace
+from kvkeep.keeper.namespaces import Namespace
 from kvkeep.keeper.pins import chain_records, pin, pinned_bytes, space_records, unpin
 from kvkeep.keeper.policy import POLICIES
+from kvkeep.terms import GroupSpec
 
 PAGE = 4096
 ROOM = 64

@@ -12,9 +12,10 @@ from kvkeep.identity import tenant_of
 from kvkeep.keeper import tenants
 from kvkeep.keeper.fetch import Fetches
 from kvkeep.keeper.keeper import Keeper
-from kvkeep.keeper.namespaces import GroupSpec, Namespace
+from kvkeep.keeper.namespaces import Namespace
 from kvkeep.keeper.policy import POLICIES
 from kvkeep.keeper.tenants import Tenants, first_to_go
+from kvkeep.terms import GroupSpec
 from tests.keeper.test_fetch import Below, everything
 from tests.keeper.test_keeper import PAGE, SMALL, chain_keys, opened
 

@@ -5,6 +5,7 @@ import json
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -47,7 +48,7 @@ class Api:
 
     def __init__(self) -> None:
         self.slices: dict[str, dict] = {}
-        self.version, self.lists, self.expired, self.down = 1, 0, 0, False
+        self.version, self.lists, self.expired, self.down, self.closing = 1, 0, 0, False, False
         self.watches: list[asyncio.Queue[dict | None]] = []
         self.headers: list[str | None] = []
         self.queries: list[dict] = []
@@ -90,6 +91,8 @@ class Api:
             return web.Response(status=410)
         response = web.StreamResponse()
         await response.prepare(request)
+        if self.closing:
+            return response
         queue: asyncio.Queue[dict | None] = asyncio.Queue()
         self.watches.append(queue)
         while (event := await queue.get()) is not None:
@@ -97,14 +100,16 @@ class Api:
         return response
 
 
-async def watched(api: Api, account: Path, play: Callable[[Reports], Any]) -> None:
+async def watched(
+    api: Api, account: Path, play: Callable[[Reports], Any], text: str = "k8s://vllm:http"
+) -> None:
     app = web.Application()
     app.router.add_get("/apis/discovery.k8s.io/v1/namespaces/{namespace}/endpointslices", api.get)
     runner = web.AppRunner(app, shutdown_timeout=0.1, handler_cancellation=True)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     cluster = discover.Cluster(f"http://127.0.0.1:{runner.addresses[0][1]}", account)
-    place = parse_place("k8s://vllm:http", "any", "tcp://{host}:5557", "tcp://{host}:5558")
+    place = parse_place(text, "any", "tcp://{host}:5557", "tcp://{host}:5558")
     reports = Reports()
     task = asyncio.create_task(discover.watch_service(place, reports, cluster))
     try:
@@ -148,6 +153,56 @@ def test_endpoints_of_a_service(account: Path) -> None:
         api.change("MODIFIED", api.slice("one", "10.0.0.9"))
         await reports.until("10.0.0.9:8000")
         assert api.lists == 1
+
+    played(lambda: watched(api, account, play))
+
+
+def test_a_service_with_addresses_of_both_kinds_has_each_engine_once(account: Path) -> None:
+    api = Api()
+    api.change("ADDED", api.slice("six", "fd00::1", "fd00::2") | {"addressType": "IPv6"})
+    api.change("ADDED", api.slice("four", "10.0.0.1", "10.0.0.2"))
+
+    async def play(reports: Reports) -> None:
+        await reports.until("10.0.0.1:8000", "10.0.0.2:8000")
+        await _until(lambda: api.watches, lambda: "no watch")
+        api.change("DELETED", api.slices["four"])
+        await reports.until("[fd00::1]:8000", "[fd00::2]:8000")
+
+    played(lambda: watched(api, account, play))
+
+
+def test_engines_of_one_node_share_its_keeper(account: Path) -> None:
+    api = Api()
+    one = api.slice("one", "10.0.0.1", "10.0.0.2", "10.0.0.3")
+    for endpoint, node in zip(one["endpoints"], ("n1", "n2", None), strict=True):
+        endpoint.update({"nodeName": node} if node else {})
+    api.change("ADDED", one)
+
+    async def play(reports: Reports) -> None:
+        await _until(lambda: reports.all, lambda: "no report")
+        assert [engine.source.node for engine in reports.all[-1] if engine.source] == ["n1", "n2", None]
+
+    played(lambda: watched(api, account, play, "k8s://vllm:http,node={node}"))
+
+
+def test_a_watch_that_ends_at_once_is_not_begun_anew_at_once(
+    account: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[float] = []
+
+    async def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        await asyncio.Event().wait()
+
+    api = Api()
+    api.change("ADDED", api.slice("one", "10.0.0.1"))
+    api.closing = True
+    monkeypatch.setattr(discover, "asyncio", SimpleNamespace(sleep=pause, TimeoutError=asyncio.TimeoutError))
+
+    async def play(reports: Reports) -> None:
+        await reports.until("10.0.0.1:8000")
+        await _until(lambda: pauses or len(api.queries) > 5, lambda: "no watch")
+        assert (len(api.queries), pauses) == (2, [discover._RETRY_AFTER])
 
     played(lambda: watched(api, account, play))
 
@@ -220,6 +275,23 @@ def test_a_name_that_resolves_to_many(monkeypatch: pytest.MonkeyPatch) -> None:
     played(play)
 
 
+def test_a_name_with_addresses_of_both_kinds_has_each_engine_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    six, four = socket.AF_INET6, socket.AF_INET
+
+    async def resolve(host: str, port: int, **more: object) -> list:
+        found = [(six, "fd00::2"), (six, "fd00::1"), (four, "10.0.0.1"), (four, "10.0.0.2")]
+        return [(kind, socket.SOCK_STREAM, 6, "", (one, port)) for kind, one in found]
+
+    async def play() -> None:
+        monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", resolve)
+        reports = Reports()
+        task = asyncio.create_task(discover.watch_dns(parse_place("dns://engines.example:8000"), reports))
+        await reports.until("10.0.0.1:8000", "10.0.0.2:8000")
+        task.cancel()
+
+    played(play)
+
+
 def test_a_real_name() -> None:
     async def play() -> None:
         reports = Reports()
@@ -260,8 +332,13 @@ def test_a_place_with_events_of_its_own() -> None:
         "tcp://[::1]:1", "tcp://[::1]:2"
     )
     assert parse_place("http://h:80").source("h") is None
-    with pytest.raises(ConfigError, match="events=ADDRESS"):
-        parse_place("http://h:80,event=tcp://h:5557")
+    shared = parse_place("http://h:80,ranks=4,node=n-{host}", "any", *given)
+    assert shared.source("h") == Source("tcp://h:1", "tcp://h:2", ranks=4, node="n-h")
+    for wrong in ("event=tcp://h:5557", "ranks=0", "ranks=-1", "ranks=x", "ranks=1000"):
+        with pytest.raises(ConfigError, match="events=ADDRESS"):
+            parse_place(f"http://h:80,{wrong}")
+    with pytest.raises(ConfigError, match="needs the engines' events"):
+        parse_place("http://h:80,node=n")
 
 
 @pytest.mark.parametrize(
@@ -294,6 +371,8 @@ def test_what_is_no_place(text: str) -> None:
         ({"retries": -1}, "--retries"),
         ({"max_requests": 0}, "--max-requests"),
         ({"drain": float("nan")}, "--drain"),
+        ({"prefill_wait": 0}, "--prefill-wait"),
+        ({"max_bodies": 1000}, "--max-bodies"),
         ({"backends": ()}, "--backend"),
         ({"tls": ("cert",)}, "CERT KEY"),
         ({"listen": "0.0.0.0:80", "tls": ("cert", "key")}, "CLIENT_CA"),
@@ -323,7 +402,7 @@ def test_wrong_keys(tmp_path: Path) -> None:
     place, file = (parse_place("http://a:1"),), tmp_path / "keys"
     with pytest.raises(ConfigError, match="cannot read --api-keys"):
         Options(place, api_keys=str(file)).client_keys()
-    for text in ("", "short"):
+    for text in ("", "short", f"{'k' * 20} salt and more"):
         file.write_text(text)
         with pytest.raises(ConfigError, match="16 characters"):
             Options(place, api_keys=str(file)).client_keys()

@@ -129,8 +129,15 @@ def test_any_bytes_at_all(events: list[object], noise: bytes, cut: int) -> None:
 
 def test_packed_as_an_engine_would() -> None:
     event = Stored([1], None, [5, 6], 2, medium="CPU", extra_keys=[["salt"]])
-    frames = pack("kv@a@b", 3, 1.0, [event, Cleared()])
+    frames = pack("kv@a@b", 3, 1.0, [event, Cleared()], rank=2)
     assert msgspec.msgpack.decode(frames[2])[1][0]["type"] == "BlockStored"
     batch = Decoder().decode(frames)
     assert batch is not None
-    assert batch == ("kv@a@b", 3, [event, Cleared()])
+    assert batch == ("kv@a@b", 3, [event, Cleared()], 2)
+
+
+@pytest.mark.parametrize("rank", [-1, 1024, 1 << 62])
+def test_a_rank_that_no_engine_has(rank: int) -> None:
+    decoder = Decoder()
+    assert decoder.decode(pack("kv@a@b", 3, 1.0, [Cleared()], rank)) is None
+    assert decoder.bad_messages == 1

@@ -2,7 +2,8 @@
 
 import itertools
 import random
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import given, settings
@@ -250,3 +251,92 @@ def test_blocks_are_bounded_and_the_largest_engine_forgets_its_oldest() -> None:
 def test_what_is_no_token_is_an_error(tokens: list) -> None:
     with pytest.raises((OverflowError, TypeError)):
         Index().lookup(tokens)
+
+
+def calls(do: Callable[[], object]) -> int:
+    """How many functions are called, C's as well."""
+    count = 0
+
+    def counted(frame: object, event: str, arg: object) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(counted)
+    try:
+        do()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+@pytest.mark.parametrize("lose", ["clear", "forget"])
+def test_what_is_lost_counts_no_more_at_once_and_is_swept_by_and_by(lose: str) -> None:
+    """Whoever owns the index has more to do: no call may take as long as an engine has blocks."""
+    index, tokens = Index(), prompt(5000)
+    for name in ("a", "b"):
+        index.apply(name, [stored(tokens)])
+    assert calls(lambda: getattr(index, lose)("a")) < 100
+    assert index.lookup(tokens) == {"b": Held(5000 * BLOCK, 0, 0)}
+    assert index.blocks("a") == 0
+    index.apply("a", [stored(tokens[: 4 * BLOCK], 9000)])
+    assert index.lookup(tokens)["a"] == Held(4 * BLOCK, 0, 0)
+    assert calls(lambda: index.apply("b", [])) < 5000
+    for _ in range(5000 // 256 + 2):
+        index.apply("b", [])
+    index.forget("b")
+    for _ in range(5000 // 256 + 2):
+        index.apply("a", [])
+    for table in index._holders._tables:
+        assert len(table) == (4 if table else 0)
+    index.apply("c", [stored(prompt(1, 7))])
+    index.apply("d", [stored(prompt(1, 8))])
+    assert len(index._holders.names) == 3  # the places of those that were swept are used again
+
+
+def test_names_of_what_was_cleared_are_known_while_it_is_swept_and_after() -> None:
+    index, tokens = Index(), prompt(2000)
+    index.apply("a", [stored(tokens)])
+    for sweeps in (0, 3, 20):
+        index.clear("a")
+        for _ in range(sweeps):
+            index.apply("b", [])
+        index.apply("a", [stored(tokens[-BLOCK:], 1999, parent_block_hash=1998)])
+        assert index.orphans == 0
+        assert index.lookup(tokens)["a"] == Held(2000 * BLOCK, 0, 0)
+
+
+def test_ranks_of_an_engine_hold_each_its_own_and_the_best_counts() -> None:
+    index, tokens = Index(), prompt(5)
+    index.apply("a", [stored(tokens[: 2 * BLOCK])])
+    index.apply("a", [stored(tokens)], rank=3)
+    assert index.lookup(tokens) == {"a": Held(5 * BLOCK, 0, 0)}
+    assert (index.blocks("a"), index.engines()) == (7, ["a"])
+    index.apply("a", [Removed([0])])
+    assert index.lookup(tokens) == {"a": Held(5 * BLOCK, 0, 0)}
+    index.clear("a", 3)
+    assert index.lookup(tokens) == {}
+    index.apply("a", [stored(tokens)], rank=3)
+    index.forget("a")
+    assert (index.lookup(tokens), index.engines()) == ({}, [])
+
+
+def test_engines_of_a_node_read_what_any_of_them_has_in_its_keeper() -> None:
+    index, tokens = Index(), prompt(6)
+    for name, node in (("a", "n"), ("b", "n"), ("c", "other"), ("d", "n")):
+        index.place(name, node)
+    index.apply("a", [stored(tokens[: 4 * BLOCK]), stored(tokens[: 3 * BLOCK], medium="CPU")])
+    index.apply("a", [stored(tokens, medium="STORAGE")])
+    index.apply("b", [stored(tokens[: 2 * BLOCK])])
+    index.apply("c", [stored(tokens[:BLOCK])])
+    assert index.lookup(tokens) == {
+        "a": Held(4 * BLOCK, 0, 2 * BLOCK),
+        "b": Held(2 * BLOCK, BLOCK, 3 * BLOCK),
+        "c": Held(BLOCK, 0, 0),
+        "d": Held(0, 3 * BLOCK, 3 * BLOCK),  # it has told nothing so far
+    }
+    index.clear("a")
+    assert index.lookup(tokens) == {"b": Held(2 * BLOCK, 0, 0), "c": Held(BLOCK, 0, 0)}
+    index.apply("a", [stored(tokens, medium="CPU")])
+    index.forget("b", 0)  # started anew, on the same node
+    index.place("d", None)
+    assert index.lookup(tokens).keys() == {"a", "b", "c"}

@@ -5,6 +5,7 @@ import asyncio
 import pytest
 
 from benchmarks.stand_in import Shape
+from kvroute.index import Index
 from tests.kvroute.scene import DOCUMENT, played, scene
 
 ROLES = ["prefill", "decode", "decode"]
@@ -107,6 +108,91 @@ def test_a_prefill_that_refuses_is_the_answer() -> None:
     played(play)
 
 
+SLOW = Shape(prefill_rate=1.0)  # seven minutes for DOCUMENT
+
+
+def test_a_prefill_that_takes_too_long_is_left_to_the_decoder_and_its_engine_rests() -> None:
+    async def play() -> None:
+        roles = ["prefill", "prefill", "decode"]
+        shapes = [SLOW, Shape(), Shape()]
+        async with scene(
+            3, roles=roles, shapes=shapes, policy="round-robin", prefill_from=0, prefill_wait=0.2
+        ) as s:
+            slow, fast, decode = s.engines
+            for number in range(6):
+                await s.ask(f"{number} {DOCUMENT}")
+            assert (slow.stats.requests, fast.stats.requests, decode.stats.requests) == (2, 4, 6)
+            assert sum("kv_transfer_params" in body for body in decode.stats.bodies) == 4
+            await s.until(lambda: slow.stats.aborted == 2)
+            assert (await s.metrics())["kvroute_prefill_failed_total"] == 2
+            backend = next(iter(s.router.pool.backends.values()))
+            assert backend.up  # its health is good
+            backend.rests = 0.0
+            slow.shape = Shape()
+            await s.ask("it is well again")
+            await s.ask("it is well again")
+            assert (slow.stats.requests, backend.late) == (3, 0)
+
+    played(play)
+
+
+def test_both_at_once_do_not_wait_for_a_prefill_for_ever() -> None:
+    async def play() -> None:
+        options = {"at_once": True, "prefill_wait": 0.2}
+        async with scene(2, roles=["prefill", "decode"], shapes=[SLOW, Shape()], **options) as s:
+            decode = s.engines[1]
+            decode.arrived.clear()
+            await s.ask(DOCUMENT)
+            assert (decode.stats.requests, decode.stats.aborted) == (2, 1)
+            assert "kv_transfer_params" not in decode.stats.bodies[-1]
+
+    played(play)
+
+
+def test_an_engine_that_is_stuck_is_asked_where_there_is_no_other() -> None:
+    async def play() -> None:
+        async with scene(1, shape=SLOW, timeout=0.1) as s:
+            for _ in range(4):
+                status, _ = await s.refused({"model": "stand-in", "prompt": DOCUMENT})
+                assert status == 504
+            assert s.engines[0].stats.requests == 4
+
+    played(play)
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+@pytest.mark.parametrize("name", [b"\xff", b"\\ud800"])
+def test_a_field_whose_name_is_no_text(name: bytes, at_once: bool) -> None:
+    async def play() -> None:
+        async with scene(2, roles=["prefill", "decode"], prefill_from=0, at_once=at_once) as s:
+            status, error = await s.refused(b'{"model": "stand-in", "prompt": "a", "%s": 1}' % name)
+            assert (status, error["type"]) == (400, "invalid_request_error")
+            assert not any(one.stats.requests for one in s.engines)
+            assert not any(one.in_flight for one in s.router.pool.backends.values())
+            await s.ask("a")
+
+    played(play)
+
+
+def test_a_prompt_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[Index] = []
+    lookup = Index.lookup
+
+    def counted(index: Index, *args: object) -> dict:
+        looked.append(index)
+        return lookup(index, *args)
+
+    async def play() -> None:
+        async with scene(3, roles=ROLES) as s:
+            monkeypatch.setattr(Index, "lookup", counted)
+            await s.ask(DOCUMENT)
+            assert looked.count(s.router.index) == 1
+            assert len(looked) == 2  # and what was sent and not told yet
+            assert s.router.figures.own.buckets()[-1][1] == 1
+
+    played(play)
+
+
 def test_a_kind_of_engine_that_is_missing() -> None:
     async def play() -> None:
         async with scene(2, roles=["prefill", "decode"]) as s:
@@ -123,8 +209,6 @@ def test_a_kind_of_engine_that_is_missing() -> None:
 
 
 # Both at once
-
-SLOW = Shape(prefill_rate=1.0)  # seven minutes for DOCUMENT
 
 
 def test_the_decoder_is_asked_while_the_prompt_is_computed() -> None:

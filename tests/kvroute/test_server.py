@@ -3,15 +3,20 @@
 import asyncio
 import gzip
 import json
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import aiohttp
+import numpy as np
 import pytest
 import zmq
+from aiohttp import web
 
-from benchmarks.stand_in import Shape
+from benchmarks.stand_in import Shape, tokens_of
 from kvkeep.tls import client_context, server_context
+from kvroute.backends import Engine
 from kvroute.events import Stored, pack
+from kvroute.policy import Ask
 from tests.kvroute.scene import DOCUMENT, Scene, played, scene
 from tests.pem import Pem
 
@@ -270,6 +275,125 @@ def test_api_keys(tmp_path: Path) -> None:
             assert await health(s) == 200
             await s.ask("a", headers={"Authorization": f"Bearer {KEY}"})
             assert s.engines[0].stats.headers[-1]["authorization"] == f"Bearer {OTHER}"
+
+    played(play)
+
+
+def test_keys_that_are_bound_to_a_cache_salt(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text(f"{KEY} tenant-a\n{OTHER} tenant-b\n{'free' * 5}\n")
+
+    async def play() -> None:
+        async with scene(1, api_keys=str(keys)) as s:
+
+            def salt() -> str | None:
+                return s.engines[0].stats.bodies[-1].get("cache_salt")
+
+            bound, free = ({"Authorization": f"Bearer {key}"} for key in (KEY, "free" * 5))
+            for given in ({}, {"cache_salt": None}, {"cache_salt": "tenant-a"}):
+                await s.ask(DOCUMENT, headers=bound, **given)
+                assert salt() == "tenant-a"
+            twice = '{"model": "stand-in", "prompt": "a", "cache_salt": "tenant-b", "cache_salt": "tenant-a"}'
+            async with s.post(twice, headers=bound) as answer:
+                assert answer.status == 200
+            assert salt() == "tenant-a"
+            for headers, given in ((bound, "tenant-b"), (bound, "mine"), (free, "tenant-b")):
+                body = {"model": "stand-in", "prompt": "a", "cache_salt": given}
+                status, error = await s.refused(body, headers=headers)
+                assert (status, error["type"]) == (403, "permission_error")
+            for given in (None, "mine"):
+                await s.ask("a", headers=free, cache_salt=given)
+                assert salt() == given
+            # What one tenant has is not looked for under another's.
+            await s.told(0, 25)
+            lookup, tokens = s.router.index.lookup, tokens_of(DOCUMENT)
+            assert [bool(lookup(tokens, extra=one)) for one in ("tenant-a", "tenant-b", None)] == [1, 0, 0]
+
+    played(play)
+
+
+def test_tokens_of_one_tenant_s_prompt_are_not_remembered_for_another() -> None:
+    async def play() -> None:
+        async with scene(1) as s:
+            for salt, asked in (("a", 1), ("a", 1), ("b", 2), (None, 3)):
+                await s.ask(DOCUMENT, cache_salt=salt)
+                assert s.engines[0].stats.tokenized == asked
+
+    played(play)
+
+
+def test_what_was_sent_to_an_engine_that_is_down_or_gone_does_not_count() -> None:
+    async def play() -> None:
+        async with scene(2, policy="kv") as s:
+            ask = Ask(b"", tokens=np.array(tokens_of(DOCUMENT), np.uint32))
+            backends, expected = list(s.router.pool.backends.values()), s.router.expected
+            for number, backend in enumerate(backends):
+                expected.promise(ask, backend.name)
+                assert list(expected.lookup(ask)) == [backend.name]
+                if number == 0:
+                    await s.fault(0, "sick")
+                    await s.until(lambda: not backends[0].up)
+                else:
+                    for place in list(s.router.pool._found):
+                        s.router.pool.found(place, [])
+                assert expected.lookup(ask) == {}
+
+    played(play)
+
+
+def test_an_engine_that_answers_nonsense_does_not_end_the_checks_of_others(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def answer(request: web.Request) -> web.Response:
+        return web.Response(body=b'{"x": ' + b"[" * 100_000)
+
+    async def play() -> None:
+        app = web.Application()
+        app.router.add_get("/health", answer)
+        app.router.add_get("/v1/models", answer)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        try:
+            async with scene(1) as s:
+                name = f"127.0.0.1:{runner.addresses[0][1]}"
+                s.router.pool.found("there", [Engine(name, f"http://{name}")])
+                nonsense, first = s.router.pool.backends[name], next(iter(s.router.pool.backends.values()))
+                await s.until(lambda: f"{name} cannot be checked" in caplog.text)
+                assert not nonsense.up
+                before = first.checks
+                await s.until(lambda: first.checks > before + 2)
+        finally:
+            await runner.cleanup()
+
+    played(play)
+
+
+def test_bodies_take_no_more_memory_than_they_may() -> None:
+    async def play() -> None:
+        async with scene(1, shape=Shape(itl=60.0), max_body=1000, max_bodies=2500, queue_wait=0.2) as s:
+            gate = s.router._gate
+            body = json.dumps({"model": "stand-in", "prompt": "a " * 400, "max_tokens": 1})
+
+            async def parts() -> AsyncIterator[bytes]:  # so its length is known when it has come
+                yield body.encode()
+
+            running = [asyncio.create_task(s.post(body).__aenter__()) for _ in range(2)]
+            await s.until(lambda: s.engines[0].stats.requests == 2)
+            assert gate.bytes == 2 * len(body)
+            status, error = await s.refused(body)
+            assert (status, error["type"]) == (503, "overloaded")
+            async with s.client.post(
+                s.url + "/v1/completions", data=parts(), headers={"Content-Type": "application/json"}
+            ) as answer:
+                assert answer.status == 503
+            small = json.dumps({"model": "stand-in", "prompt": "a"})
+            running.append(asyncio.create_task(s.post(small).__aenter__()))
+            await s.until(lambda: gate.bytes == 2 * len(body) + len(small))
+            assert (await s.metrics())["kvroute_bodies_bytes"] == gate.bytes
+            for one in running:
+                one.cancel()
+            await s.until(lambda: gate.bytes == 0)
 
     played(play)
 

@@ -1,8 +1,9 @@
 """Over real sockets: what is lost is asked for again, and what cannot be had is not claimed."""
 
 import asyncio
+import contextlib
 import random
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 import pytest
@@ -227,6 +228,90 @@ def test_engines_that_connect_to_us() -> None:
             for one in pubs.values():
                 one.close()
             context.destroy(linger=0)
+
+    played(play)
+
+
+def test_ranks_that_connect_to_us_by_one_topic_are_told_apart() -> None:
+    async def play(scene: Scene) -> None:
+        address = scene.subscriber.listen("tcp://127.0.0.1:0", {"kv@a@m": "a"}.get, "kv@")
+        with publisher(topic="kv@a@m") as first, publisher(topic="kv@a@m", rank=1) as second:
+            for one in (first, second):
+                one.pub.close(0)
+                one.pub = one._context.socket(zmq.PUB)
+                one.pub.connect(address)
+            for _ in range(300):
+                first.publish(blocks(1))
+                second.publish(blocks(2))
+                await asyncio.sleep(0.01)
+                if scene.holds(1) and scene.holds(2):
+                    break
+            first.publish(blocks(3))
+            second.publish(blocks(4))
+            await scene.until(lambda: scene.holds(3) and scene.holds(4))
+            assert scene.holds(1)
+            assert scene.holds(2)
+            assert (scene.counters.resets, scene.counters.restarts) == (0, 0)
+            second.publish(lost=True)
+            second.publish(blocks(5))
+            await scene.until(lambda: scene.holds(5))
+            assert [scene.holds(number) for number in (1, 2, 3, 4)] == [True, False, True, False]
+
+    played(play)
+
+
+def test_ranks_are_followed_at_ports_above_the_first_ones() -> None:
+    async def play(scene: Scene) -> None:
+        with publisher() as first, free_above(first) as second:
+            for number in range(20):
+                first.publish(blocks(number))
+                second.publish(blocks(100 + number))
+            scene.subscriber.follow("a", Source(first.events, first.replay, ranks=2))
+            await scene.until(lambda: scene.index.blocks("a") == 40, first, second)
+            assert scene.holds(1)
+            assert scene.holds(101)
+            scene.subscriber.leave("a")
+            assert scene.index.engines() == []
+
+    played(play)
+
+
+@contextlib.contextmanager
+def free_above(first: Publisher) -> Iterator[Publisher]:
+    """The second rank of an engine; where its ports are taken, both move on."""
+    for _ in range(100):
+        ports = [int(address.rpartition(":")[2]) for address in (first.events, first.replay)]
+        try:
+            second = Publisher(port=ports[0] + 1, replay_port=ports[1] + 1, rank=1)
+        except (AssertionError, zmq.ZMQError):
+            for name, kind in (("pub", zmq.PUB), ("router", zmq.ROUTER)):
+                getattr(first, name).close(0)
+                setattr(first, name, first._bound(kind, "tcp://127.0.0.1:0"))
+            continue
+        try:
+            yield second
+        finally:
+            second.close()
+        return
+    raise AssertionError("no ports side by side")
+
+
+def test_a_task_that_ends_by_an_error_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    async def play(scene: Scene) -> None:
+        def nobody(topic: str) -> str:
+            raise RuntimeError("no such topic")
+
+        address = scene.subscriber.listen("tcp://127.0.0.1:0", nobody)
+        with publisher() as one:
+            one.pub.close(0)
+            one.pub = one._context.socket(zmq.PUB)
+            one.pub.connect(address)
+            for _ in range(300):
+                one.publish(blocks(1))
+                await asyncio.sleep(0.01)
+                if "no such topic" in caplog.text:
+                    break
+        assert "no such topic" in caplog.text
 
     played(play)
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from kvroute.index import Held, Index
-from kvroute.subscribe import Source, Subscriber
+from kvroute.subscribe import Source, Subscriber, _of_rank
 
 # The module of vLLM as it is installed; of what it imports, names only: all of vLLM takes half a minute.
 PUBLISHER = """
@@ -61,6 +61,9 @@ def test_events_of_vllm(child_process: Callable[..., Any], tmp_path: Path) -> No
     def publish(events: str) -> None:
         child.say(events)
         assert child.line() == "done"
+
+    child.say("[print(ZmqEventPublisher.offset_endpoint_port('tcp://h:5557', 3), flush=True)] and []")
+    assert [child.line(), child.line()] == [_of_rank("tcp://h:5557", 3), "done"]
 
     async def play() -> None:
         index = Index()

@@ -1,5 +1,6 @@
 """Keepers with a web page."""
 
+import functools
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
+from kvkeep.identity import tenant_of
 from tests.observe.traffic import Engine, traffic
 
 SOON = "import kvkeep.observe.watch as watch; watch.SAMPLE_EVERY = 0.1"
@@ -23,6 +25,10 @@ class Watched:
         self.client = httpx.Client(base_url=self.url, timeout=20.0)
         self.engine = Engine(keeper.connect("engine-0123456789abcdef:1"))
 
+    @functools.cached_property
+    def other(self) -> Engine:
+        return Engine(self.engine.connection, "Qwen3-8B bfloat16 tp1", 8)
+
     def token(self) -> dict[str, str]:
         with open(f"{self.keeper.socket}.token") as file:
             return {"Authorization": f"Bearer {file.read().strip()}"}
@@ -32,6 +38,11 @@ class Watched:
 
     def act(self, name: str, **about: object) -> dict[str, Any]:
         return self.client.post(f"/api/{name}", json=about, headers=self.token()).raise_for_status().json()
+
+    def tenants(self) -> None:
+        """Requests of two tenants, of another model."""
+        for number in (1, 1, 2):
+            self.other.request(700 + number, 4, tenant=tenant_of(f"salt {number}"))
 
     def text(self) -> str:
         return self.client.get("/metrics").raise_for_status().text
@@ -61,7 +72,8 @@ def watched(keeper_process: Callable[..., Any]) -> Iterator[Callable[..., Watche
 def busy(module_keeper_process: Callable[..., Any]) -> Iterator[Watched]:
     """One whose memory is too small for its traffic, and whose tier is not. Peers may read it."""
     starting = _watched(module_keeper_process)
-    one = next(starting)("--peers", "0", tier=True)
+    one = next(starting)("--peers", "0", "--tenant-quota", "default=1MiB", tier=True)
+    one.tenants()
     traffic(one.engine, rounds=4, documents=8)
     yield one
     for _ in starting:

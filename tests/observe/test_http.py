@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import re
 import select
@@ -18,6 +19,7 @@ import pytest
 
 from kvkeep.config import KeeperConfig
 from kvkeep.errors import ConfigError
+from kvkeep.observe import logs
 from kvkeep.observe.http import Web
 from kvkeep.tls import client_context
 from kvkeep.wire.server import KeeperServer
@@ -52,7 +54,7 @@ def test_where_tokens_came_from(busy) -> None:
     assert newest["local"] == 2
     assert newest["chunks"] == 15
     assert newest["local"] + newest["memory"] + newest["tiers"][tier] == 14  # one chunk longer than before
-    assert not any(request["waiting"] for request in state["requests"])
+    assert not any(request["state"] for request in state["requests"])
     assert sum(state["arena"].values()) == state["keeper"]["memory_bytes"]
     assert state["arena"]["held"] == state["keeper"]["used_bytes"]
     assert state["tiers"][0]["found"] > 0
@@ -234,17 +236,17 @@ def test_an_address_that_others_reach_needs_a_token(tmp_path: Path) -> None:
     said = serve("--socket", sock, "--http", "0.0.0.0:0")
     assert "needs a token" in said
     (tmp_path / "token").write_text("short")
-    said = serve("--socket", sock, "--http", "0.0.0.0:0", "--http-token", str(tmp_path / "token"))
+    said = serve("--socket", sock, "--http", f"0.0.0.0:0?token_file={tmp_path}/token")
     assert "16 characters" in said
-    assert "cannot read" in serve("--socket", sock, "--http", "0.0.0.0:0", "--http-token", str(tmp_path))
-    for wrong in ("9400", "example.org:80", "127.0.0.1:99999", ":80", "127.0.0.1:x"):
+    assert "cannot read" in serve("--socket", sock, "--http", f"0.0.0.0:0?token_file={tmp_path}")
+    for wrong in ("9400", "example.org:80", ":80", "127.0.0.1"):
         assert "--http takes" in serve("--socket", sock, "--http", wrong)
 
 
 def test_there_reading_needs_it_too(keeper_process, tmp_path: Path) -> None:
     token = tmp_path / "token"
     token.write_text("0123456789abcdef\n")
-    keeper = keeper_process("--http", "0.0.0.0:0", "--http-token", str(token))
+    keeper = keeper_process("--http", f"0.0.0.0:0?token_file={token}")
     port = re.search(r"http://0\.0\.0\.0:(\d+)", keeper.log.read_text())[1]  # type: ignore[index]
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
         for path in ("/metrics", "/api/state", "/nothing"):
@@ -259,7 +261,7 @@ def test_there_reading_needs_it_too(keeper_process, tmp_path: Path) -> None:
 def test_tls_and_certificates_of_clients(keeper_process, pem: Pem, tmp_path: Path) -> None:
     """Anyone may ask for health; for the rest a certificate does as well as a token, but not for what a web
     site could make a browser send that shows its certificate unasked."""
-    keeper = keeper_process("--http", "0.0.0.0:0", "--http-tls", *pem.server)
+    keeper = keeper_process("--http", f"0.0.0.0:0?{pem.options}")
     port = re.search(r"https://0\.0\.0\.0:(\d+)", keeper.log.read_text())[1]  # type: ignore[index]
     assert "in the clear" not in keeper.log.read_text()
     token = Path(f"{keeper.socket}.token").read_text().strip()
@@ -289,7 +291,7 @@ def greeting(keeper) -> int:
 
 def test_handshakes_count_as_connections(keeper_process, pem: Pem) -> None:
     long = "import kvkeep.observe.listen as listen; listen._HANDSHAKE_WAIT = 60.0"
-    port = greeting(keeper_process("--http", "127.0.0.1:0", "--http-tls", pem.cert, pem.key, patch=long))
+    port = greeting(keeper_process("--http", f"127.0.0.1:0?cert={pem.cert}&key={pem.key}", patch=long))
     links = [socket.create_connection(("127.0.0.1", port), timeout=20) for _ in range(90)]
     try:
         deadline, ended = time.monotonic() + 20, list[socket.socket]()
@@ -318,7 +320,7 @@ def test_handshakes_count_as_connections(keeper_process, pem: Pem) -> None:
 
 def test_a_handshake_that_never_ends_is_ended(keeper_process, pem: Pem) -> None:
     short = "import kvkeep.observe.listen as listen; listen._HANDSHAKE_WAIT = 0.3"
-    port = greeting(keeper_process("--http", "127.0.0.1:0", "--http-tls", pem.cert, pem.key, patch=short))
+    port = greeting(keeper_process("--http", f"127.0.0.1:0?cert={pem.cert}&key={pem.key}", patch=short))
     for said in (b"", b"\x16\x03\x01", b"GET / HTTP/1.1\r\n\r\n"):
         with socket.create_connection(("127.0.0.1", port), timeout=20) as link:
             link.sendall(said)
@@ -329,7 +331,7 @@ def test_a_handshake_that_never_ends_is_ended(keeper_process, pem: Pem) -> None:
 
 def test_a_request_that_comes_with_the_end_of_the_handshake(keeper_process, pem: Pem) -> None:
     """Both in one segment: asyncio hands the request over before it says that there is a connection."""
-    port = greeting(keeper_process("--http", "127.0.0.1:0", "--http-tls", pem.cert, pem.key))
+    port = greeting(keeper_process("--http", f"127.0.0.1:0?cert={pem.cert}&key={pem.key}"))
     for _ in range(20):
         coming, going = ssl.MemoryBIO(), ssl.MemoryBIO()
         tls = client_context(pem.ca).wrap_bio(coming, going, server_hostname="127.0.0.1")
@@ -354,17 +356,19 @@ def test_a_request_that_comes_with_the_end_of_the_handshake(keeper_process, pem:
 
 def test_without_tls_the_log_says_that_the_token_is_open(keeper_process, tmp_path: Path) -> None:
     (tmp_path / "token").write_text("0123456789abcdef\n")
-    keeper = keeper_process("--http", "0.0.0.0:0", "--http-token", str(tmp_path / "token"))
-    assert "in the clear: give --http-tls" in keeper.log.read_text()
+    keeper = keeper_process("--http", f"0.0.0.0:0?token_file={tmp_path}/token")
+    assert "in the clear: give cert= and key=" in keeper.log.read_text()
 
 
 def test_wrong_certificates_are_said(tmp_path: Path, pem: Pem) -> None:
-    where = ("--socket", str(tmp_path / "k.sock"), "--http", "127.0.0.1:0", "--http-tls")
-    assert "CERT KEY" in serve(*where, pem.cert)
-    assert "not the key of the certificate" in serve(*where, pem.cert, pem.client_key)
-    assert "cannot read the CA file" in serve(*where, pem.cert, pem.key, str(tmp_path / "none"))
-    others = ("--socket", str(tmp_path / "k.sock"), "--http", "0.0.0.0:0", "--http-tls")
-    assert "needs a token" in serve(*others, pem.cert, pem.key)
+    def said(address: str, options: str) -> str:
+        return serve("--socket", str(tmp_path / "k.sock"), "--http", f"{address}:0?{options}")
+
+    assert "give a key too" in said("127.0.0.1", f"cert={pem.cert}")
+    assert "not the key of the certificate" in said("127.0.0.1", f"cert={pem.cert}&key={pem.client_key}")
+    assert "cannot read the CA file" in said("127.0.0.1", f"cert={pem.cert}&key={pem.key}&ca={tmp_path}/none")
+    assert "needs a token" in said("0.0.0.0", f"cert={pem.cert}&key={pem.key}")
+    assert "did you mean 'token_file'?" in said("127.0.0.1", "tokenfile=x")
 
 
 def test_a_port_in_use_is_said(watched, tmp_path: Path) -> None:
@@ -396,7 +400,17 @@ def test_json_logs(keeper_process) -> None:
     assert {line["logger"] for line in lines} == {"kvkeep.keeper"}
     assert lines[0]["message"].startswith("keeper ")
     assert lines[-1]["level"] == "warning"
-    assert lines[-1]["event"] == "dropped a client: %s"
+    assert lines[-1]["event"] == "dropped a client: %(error)s"
+    assert lines[-1]["message"] == f"dropped a client: {lines[-1]['error']}"
+    assert (lines[0]["policy"], lines[0]["socket"]) == ("lru", keeper.socket)
+
+
+def test_fields_of_a_log_line_cannot_take_the_place_of_ours() -> None:
+    record = logging.LogRecord(
+        "a", logging.INFO, "f", 1, "%(level)s of %(tier)s", ({"level": 7, "tier": Path("x")},), None
+    )
+    line = json.loads(logs._Json().format(record))
+    assert (line["level"], line["message"], line["tier"]) == ("info", "7 of x", "x")
 
 
 def test_a_refused_configuration_leaves_nothing(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The page in a real browser: it shows what the keeper says, acts with the token, and fits its window."""
 
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -74,7 +75,21 @@ def test_it_says_what_the_keeper_says(busy: Any, opened: Any) -> None:
     assert "SmolLM2-135M" in page.inner_text("#namespaces")
     rows = page.query_selector_all("#requests tbody tr")
     assert len(rows) == 25
-    assert page.query_selector_all("#history rect")
+    assert {label.text_content() for label in page.query_selector_all("#history .right")} >= {
+        "0 %",
+        "50 %",
+        "100 %",
+    }
+    for chart in ("#history", "#memory"):
+        assert page.query_selector_all(f"{chart} rect")
+        assert re.fullmatch(r"\d\d:\d\d", page.text_content(f"{chart} .middle")), "a time axis"
+    assert "4.00 MiB" in {label.text_content() for label in page.query_selector_all("#memory .right")}
+    tenants = state["keeper"]["tenants"]
+    assert len(tenants) == len(page.query_selector_all("#tenants tbody tr")) == 2
+    assert tenants[0]["tenant"] in page.inner_text("#tenants")
+    assert state["keeper"]["peers"]["address"] in page.inner_text("#keeper")
+    assert "off (--record)" in page.inner_text("#keeper")
+    assert "engine-0123456789abcdef" in page.inner_text("#requests")
     prefix = state["prefixes"][0]
     first = page.inner_text("#prefixes tbody tr:first-child")
     assert first.split()[0] == prefix["prefix"][:8]

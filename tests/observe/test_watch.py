@@ -7,8 +7,9 @@ from collections import Counter
 import numpy as np
 
 from kvkeep.keeper.keeper import Keeper
-from kvkeep.keeper.namespaces import GroupSpec
-from kvkeep.observe.watch import MEMORY, Seen, Watch
+from kvkeep.keeper.namespaces import Answer
+from kvkeep.observe.watch import Seen, Watch
+from kvkeep.terms import GroupSpec
 from tests.observe.traffic import keys_of
 
 PAGE = 4096
@@ -31,13 +32,15 @@ class Asker:
         first: int = 0,
         settles: int = 0,
         ticket: int = 0,
-        landed: Counter[int] | None = None,
+        tiers: Counter[int] | None = None,
     ) -> None:
         found = self.keeper.lookup("engine:1", self.space, keys, first)
         if found.lease:
             self.keeper.release("engine:1", found.lease, None)
-        seen = Seen("engine:1", self.space, keys, first, found, settles, ticket, landed or Counter(), "")
-        self.watch.looked_up(seen, 1e-4)
+        answer = Answer(first, len(keys) // 16 - first, found.chunks, tiers or Counter())
+        if not ticket:
+            self.keeper.answered(self.space, b"", answer)
+        self.watch.looked_up(Seen("engine:1", self.space, keys, answer, settles, ticket, 0, ""), 1e-4)
 
     def save(self, keys: bytes) -> None:
         wanted = [[True] * (len(keys) // 16)] * len(self.space.groups)
@@ -51,31 +54,58 @@ def test_a_request_that_waited_for_tiers_is_one_line() -> None:
     one.save(keys_of(1, 4))
     one.ask(keys_of(1, 10), first=1, ticket=7)
     (line,) = one.watch.requests()
-    assert (line["waiting"], line["local"], line["memory"], line["tiers"]) == (True, 1, 3, {})
+    assert (line["state"], line["local"], line["memory"], line["tiers"]) == ("waits", 1, 3, {})
     assert one.watch.prefixes() == []
+    for number in range(200, 350):  # many others while it waits
+        one.ask(keys_of(number, 1))
     one.save(keys_of(1, 8))  # as if it had come from below
-    one.ask(keys_of(1, 10), first=1, settles=7, landed=Counter({0: 3, 1: 1}))
-    (line,) = one.watch.requests()
-    assert (line["waiting"], line["chunks"], line["memory"]) == (False, 10, 3)
-    assert line["tiers"] == {"fast": 3, "slow": 1}
-    assert (one.watch.asked[0], one.watch.local[0]) == (9, 1)
-    assert one.watch.hits[0] == {MEMORY: 3, "fast": 3, "slow": 1}
+    one.ask(keys_of(1, 10), first=1, settles=7, tiers=Counter({0: 3, 1: 1}))
+    assert len(one.watch.requests()) == 100
+    assert one.keeper.counters.tier_chunks == {0: 3, 1: 1}
     (prefix,) = one.watch.prefixes()
     assert (prefix["chunks"], prefix["tokens"], prefix["uses"]) == (8, 128, 1)
 
 
-def test_groups_from_tiers_count_a_prompts_chunk_once() -> None:
-    one = Asker(GroupSpec(PAGE, None), GroupSpec(PAGE, None))
-    one.ask(keys_of(1, 6), ticket=1)
-    one.save(keys_of(1, 6))
-    one.ask(keys_of(1, 6), settles=1, landed=Counter({1: 12}))
-    assert one.watch.hits[0] == {MEMORY: 0, "slow": 6}
-
-
-def test_a_ticket_that_nobody_remembers() -> None:
+def test_where_a_requests_chunks_came_from() -> None:
     one = Asker()
-    one.ask(keys_of(1, 3), settles=99)
-    assert one.watch.requests() == []
+    one.save(keys_of(1, 8))
+    one.ask(keys_of(1, 10), first=1, ticket=7)
+    one.ask(keys_of(1, 10), first=1, settles=7, tiers=Counter({0: 3, 1: 1}))
+    (line,) = one.watch.requests()
+    assert (line["state"], line["chunks"], line["local"], line["memory"]) == ("", 10, 1, 3)
+    assert line["tiers"] == {"fast": 3, "slow": 1}
+
+
+def test_a_request_that_gives_up_waits_no_more() -> None:
+    one = Asker()
+    one.ask(keys_of(1, 3), ticket=99)
+    one.watch.gave_up(98)
+    assert [line["state"] for line in one.watch.requests()] == ["waits"]
+    one.watch.gave_up(99)
+    assert [line["state"] for line in one.watch.requests()] == ["gave up"]
+
+
+def test_a_prefix_that_the_engine_had_is_not_found_here() -> None:
+    one = Asker()
+    one.save(keys_of(1, 5))
+    one.ask(keys_of(1, 5), first=5)
+    assert one.watch.prefixes() == []
+    one.ask(keys_of(1, 5), first=4)
+    assert [prefix["chunks"] for prefix in one.watch.prefixes()] == [5]
+
+
+def test_engines_have_readable_names() -> None:
+    one = Asker()
+    for session in (
+        "llama-a:3",
+        "6f9619ff-8b86-d011-b42d-00cf4fc964ff_dp1:0",
+        f"transformers-{'ab' * 16}-77:1",
+    ):
+        one.watch.looked_up(
+            Seen(session, one.space, keys_of(1, 1), Answer(0, 1, 0, Counter()), 0, 0, 0, ""), 1e-4
+        )
+    names = [line["engine"] for line in reversed(one.watch.requests())]
+    assert names == ["llama-a", "6f9619ff_dp1", "transformers-abababab-77"]
 
 
 def test_bytes_of_a_prefix_with_a_sliding_window() -> None:
@@ -114,13 +144,11 @@ def test_many_lookups_leave_no_growth_in_memory() -> None:
     """`benchmarks/watched.py soak` does this with a million of them, on a whole keeper."""
     one, random = Asker(), np.random.default_rng(1)
     one.save(keys_of(0, 9))
-    found = one.keeper.lookup("engine:1", one.space, keys_of(0, 9))
+    answer = Answer(0, 10, 9, Counter({0: 1}))
 
     def some(count: int) -> int:
         for number in range(count):
-            seen = Seen(
-                "engine:1", one.space, random.bytes(160), 0, found, 0, number % 5, Counter({0: 1}), ""
-            )
+            seen = Seen("engine:1", one.space, random.bytes(160), answer, 0, number % 5, 0, "")
             one.watch.looked_up(seen, 1e-4)
             one.watch.looked_up(seen._replace(settles=number % 5, ticket=0), 1e-4)
             if number % 32 == 0:

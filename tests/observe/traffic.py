@@ -26,20 +26,22 @@ class Engine:
             bytes([number]) * 32, model, [(CHUNK, None)], 1, 1, CHUNK_TOKENS
         )
 
-    def request(self, document: int, chunks: int, first: int = 0, trace: str = "") -> int:
+    def request(
+        self, document: int, chunks: int, first: int = 0, trace: str = "", tenant: bytes = b""
+    ) -> int:
         """One prompt, from lookup to commit; waits for tiers. Returns how many chunks were found."""
         keys, link = keys_of(document, chunks), self.connection
-        found = link.lookup(self.space, keys, first, 0.0, 5.0, trace=trace)
+        found = link.lookup(self.space, keys, first, 0.0, 5.0, trace=trace, tenant=tenant)
         if found.ticket:
             deadline = time.monotonic() + 20
             while link.poll([found.ticket]) != b"\2":
                 assert time.monotonic() < deadline
             if found.lease:
                 link.release(found.lease)
-            found = link.lookup(self.space, keys, first, 0.0, 5.0, found.ticket, trace)
+            found = link.lookup(self.space, keys, first, 0.0, 5.0, found.ticket, trace, tenant)
         if found.lease:
             link.release(found.lease, 0)
-        done = link.reserve(self.space, [Reservation(keys, [b"\1" * chunks], 0, found.epoch)])[0]
+        done = link.reserve(self.space, [Reservation(keys, [b"\1" * chunks], 0, found.epoch, tenant)])[0]
         if done.reservation:
             link.commit(done.reservation, 0)
         return found.chunks

@@ -19,6 +19,7 @@ try:
 except ImportError as error:
     pytest.skip(f"{error}: apt-get install libibverbs1 libnuma1 libcurl4", allow_module_level=True)
 
+from kvbench.memory import Bed
 from kvbench.raw_mooncake import RawMooncake
 from kvkeep.errors import ConfigError, TierUnavailable
 from kvkeep.tiers.base import Got, Key, Put, Tier, key_name
@@ -27,7 +28,7 @@ from kvkeep.tiers.url import TierURL
 from tests.tiers import moon
 from tests.tiers.conformance import TierConformance
 from tests.tiers.netns import loopback_only
-from tests.tiers.place import PAGE, Place, buffers_of, closing, free_port, keys_of
+from tests.tiers.place import PAGE, Place, buffers_of, closing, free_port, keys_of, query
 
 MIB = 1 << 20
 NODE_BYTES = 512 * MIB
@@ -39,12 +40,8 @@ class MoonPlace(Place):
     def __init__(self, master: moon.Master, node: moon.Node, behind: Any) -> None:
         self.master, self.node, self._behind = master, node, behind
 
-    def open(self, **options: str) -> Tier:
-        query = "&".join(f"{name}={value}" for name, value in {"hostname": "127.0.0.1", **options}.items())
-        url = TierURL(f"mooncake://{self.master.address}?{query}")
-        tier = open_raw(url)
-        url.finish()
-        return tier
+    def address(self, **options: str) -> str:
+        return f"mooncake://{self.master.address}{query({'hostname': '127.0.0.1', **options})}"
 
     def read(self, key: Key) -> bytes | None:
         return self._behind.get(key_name(key)) or None
@@ -115,12 +112,14 @@ def test_attached_memory_is_sent_from_where_it_lies(place: MoonPlace, monkeypatc
 
 
 def test_the_raw_baseline_moves_what_the_tier_moves(place: MoonPlace) -> None:
-    raw = RawMooncake(TierURL(f"mooncake://{place.master.address}?hostname=127.0.0.1"), MIB, 8)
+    url = TierURL(f"mooncake://{place.master.address}?hostname=127.0.0.1")
+    raw = RawMooncake(url, bed := Bed(MIB, 8, 2))
     for _ in range(2):
         assert raw.put() > 0
         assert raw.get() > 0
         raw.forget()
     raw.close()
+    bed.close()
 
 
 def test_values_longer_than_a_landing_are_refused(place: MoonPlace) -> None:

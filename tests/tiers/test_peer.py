@@ -61,6 +61,7 @@ class TestPeer(TierConformance):
     test_verbs_from_several_threads = None  # type: ignore[assignment]
     test_concurrent_writers_of_one_key_leave_one_whole_value = None  # type: ignore[assignment]
     test_flipped_and_truncated_and_foreign_values_are_misses_and_go = None  # type: ignore[assignment]
+    test_random_flips_in_many_values_are_counted_and_never_served = None  # type: ignore[assignment]
     test_seals_are_made_and_checked_on_the_way = None  # type: ignore[assignment]
     test_a_store_that_hangs_is_given_up_in_time = None  # type: ignore[assignment]
     test_a_cut_connection_is_an_error_and_then_forgotten = None  # type: ignore[assignment]
@@ -210,6 +211,26 @@ def test_a_keeper_without_our_token_is_not_believed(lending: Lending, token: str
 def test_a_port_for_other_hosts_needs_a_token(keeper_process: Any, where: str) -> None:
     with pytest.raises(AssertionError, match="open to other hosts, so it needs a token"):
         keeper_process("--peers", where)
+
+
+def test_what_others_can_reach_is_encrypted_or_called_plain(
+    keeper_process: Any, token: str, papers: Path
+) -> None:
+    """A token alone does not keep what passes from being replaced on its way."""
+    closed = f"0.0.0.0:0?token_file={token}"
+    for where, why in (
+        (closed, "without TLS: a token keeps strangers out"),
+        (f"{closed}&plain=no", "plain=yes"),
+        (f"127.0.0.1:0?token_file={token}&transport=nixl&device=eth0", "on eth0 asks nobody for a token"),
+        (f"{closed}&plain=no&transport=nixl", "without TLS"),
+        ("0.0.0.0:0?plain=yes", "so it needs a token"),
+    ):
+        with pytest.raises(AssertionError, match=why):
+            keeper_process("--peers", where)
+    with pytest.raises(ConfigError, match="can read the whole arena"):
+        open_tier(f"peer://10.0.0.1:1?token_file={token}&transport=nixl&device=mlx5_0:1")
+    keeper_process("--peers", f"{closed}&plain=yes")
+    keeper_process("--peers", f"{closed}&cert={papers}/server.crt&key={papers}/server.key")
 
 
 @pytest.mark.parametrize(
@@ -464,6 +485,36 @@ def test_connections_are_bounded(keeper_process: Any) -> None:
         assert patiently(lambda: tier.contains(keys)) == [True]
     for channel in held:
         channel.close()
+
+
+def test_a_burst_passes_no_bound(keeper_process: Any) -> None:
+    """Of those that have yet to say who they are only so many are listened to; room comes as they go."""
+    lending = Lending(keeper_process, patch="import kvkeep.wire.peers as p; p._MOST_CONNECTIONS = 2")
+    keys, _ = saved(lending, 1)
+    burst = [socket.create_connection(("127.0.0.1", lending.port), 5) for _ in range(60)]
+    assert sum(bool(sock.recv(1)) for sock in burst) == 4
+    for sock in burst:
+        sock.close()
+    with reader(lending) as tier:
+        assert patiently(lambda: tier.contains(keys)) == [True]
+
+
+def test_without_threads_it_is_there_once_there_are_some_again(keeper_process: Any) -> None:
+    patch = """
+import threading
+start, left = threading.Thread.start, [3]
+def fails(thread):
+    if thread.name == "kvkeep-peer" and left[0]:
+        left[0] -= 1
+        raise RuntimeError("can't start new thread")
+    start(thread)
+threading.Thread.start = fails
+"""
+    lending = Lending(keeper_process, patch=patch)
+    keys, _ = saved(lending, 1)
+    with reader(lending) as tier:
+        assert patiently(lambda: tier.contains(keys)) == [True]
+    assert lending.keeper.log.read_text().count("--peers: can't start new thread") == 3
 
 
 # Slow, hung, cut off, killed

@@ -99,6 +99,16 @@ def test_a_stopped_keeper_costs_no_more_than_the_timeout(keeper_process) -> None
     assert keeper.connect("test").status()["pid"] == keeper.process.pid
 
 
+def test_to_clear_a_large_arena_may_take_longer_than_other_calls(keeper_process) -> None:
+    keeper = keeper_process()
+    client = keeper.connect(timeout=0.01)
+    os.kill(keeper.process.pid, signal.SIGSTOP)
+    later = threading.Timer(0.2, os.kill, (keeper.process.pid, signal.SIGCONT))
+    later.start()
+    assert client.clear() == 0
+    later.join()
+
+
 def test_a_stopped_keeper_does_not_hold_up_one_way_messages_for_ever(keeper_process) -> None:
     keeper = keeper_process()
     client = keeper.connect(timeout=0.2)

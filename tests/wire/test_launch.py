@@ -11,12 +11,12 @@ import pytest
 
 from kvkeep.config import EngineConfig
 from kvkeep.errors import KeeperUnavailable
-from kvkeep.wire import launch
+from kvkeep.wire import launch, listen
 
 ENGINE = """
 import sys
 from kvkeep.config import EngineConfig
-from kvkeep.wire import launch
+from kvkeep.wire import launch, listen
 from kvkeep.wire.client import Connection
 
 launch._LINGER = float(sys.argv[2])
@@ -191,8 +191,40 @@ except ConfigError as error:
         [sys.executable, "-c", script, str(path)], capture_output=True, text=True, timeout=60, check=True
     )
     assert "refuses its options" in done.stdout
+    assert "too small" in done.stdout, "a log collector may not show the keeper's own message beside it"
     assert "too small" in done.stderr
     assert not path.exists()
+
+
+def test_who_starts_a_private_keeper_hears_of_the_shared_one(
+    keeper_process, monkeypatch: pytest.MonkeyPatch, socket: str
+) -> None:
+    said = list[str]()
+    monkeypatch.setattr(launch.log, "warning", lambda text, *given: said.append(text % given))
+    monkeypatch.delenv("KVKEEP_SOCKET", raising=False)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(keeper_process.directory()))
+    launch.ensure_keeper(socket, EngineConfig(memory=16 << 20))
+    assert said == []
+    os.kill(servers(socket)[0], 9)
+    shared = keeper_process(socket=launch.default_socket()).socket
+    launch.ensure_keeper(f"{socket}2", EngineConfig(memory=16 << 20))
+    launch.ensure_keeper(f"{socket}2", EngineConfig(memory=16 << 20))
+    os.kill(servers(f"{socket}2")[0], 9)
+    assert [f"KVKEEP_SOCKET={shared}" in text for text in said] == [True], "once"
+
+
+def test_a_starter_that_stands_still_does_not_hold_up_others(
+    socket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was stopped, or hangs, with the lock that says who starts the keeper."""
+    monkeypatch.setattr(launch, "locked", lambda path: listen.locked(path, 0.1))
+    lock = Path(socket).with_suffix(".lock")
+    lock.parent.mkdir()
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(BlockingIOError, match="another process holds"):
+            launch.ensure_keeper(socket, EngineConfig())
+    assert not servers(socket)
 
 
 def test_a_keeper_that_answers_is_used(keeper_process) -> None:

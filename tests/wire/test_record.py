@@ -58,7 +58,7 @@ def lines(path: Path) -> list[dict]:
 def test_a_line_waits_for_its_answer(start: Callable[..., Recorder], clock: Clock, tmp_path: Path) -> None:
     recorder = start()
     clock.now += 1.5
-    recorder.looked_up(3, keys(1, 2, 3), 1, 7, 0, 0)
+    recorder.looked_up(3, keys(1, 2, 3), 1, 7)
     recorder.saved(7, 1, keys(2, 3))  # the prompt, step by step
     recorder.saved(7, 2, keys(3, 4))
     recorder.saved(7, 4, keys(5))
@@ -89,24 +89,26 @@ def test_a_line_waits_for_its_answer(start: Callable[..., Recorder], clock: Cloc
     assert len(lines(tmp_path / "seen")) == 1
 
 
-def test_a_lookup_that_settles_a_ticket_is_no_request(start: Callable[..., Recorder], tmp_path: Path) -> None:
-    recorder = start()
-    recorder.looked_up(3, keys(1), 0, 1, 44, 0)
-    recorder.looked_up(3, keys(2), 0, 2, 0, 0)
-    recorder.looked_up(3, keys(1), 0, 3, 0, 44)
-    recorder.looked_up(3, keys(1), 0, 4, 0, 45)  # of a request that nobody knows
-    recorder.saved(3, 1, keys(8))
-    recorder.drain(everything=True)
-    first, second = lines(tmp_path / "seen")
-    assert (len(first["output_ids"]), len(second["output_ids"])) == (1, 0)
-    assert not recorder._by_epoch
+def test_a_request_that_waits_for_tiers_is_recorded_once(keeper_process, tmp_path: Path) -> None:
+    below = f"fs://{tmp_path / 'kv'}?capacity=64MiB"
+    keeper = keeper_process("--record", str(tmp_path / "seen"), "--tier", below)
+    client = keeper.connect()
+    space = client.open_namespace(bytes(32), "test", [(4096, None)], 1, 1, TOKENS)
+    first = client.lookup(space, keys(1, 2), patience=1e6)
+    settled = client.lookup(space, keys(1, 2), ticket=first.ticket)
+    assert first.ticket
+    assert first.epoch == settled.epoch, "it is one request, and what it saves is known by this"
+    client.reserve(space, [Reservation(keys(1, 2, 3), [b"\1\1\1"], 0, settled.epoch)])
+    keeper.close()
+    [line] = lines(tmp_path / "seen")
+    assert (line["input_length"], line["output_length"]) == (2 * TOKENS, TOKENS)
 
 
 def test_ids_are_salted(start: Callable[..., Recorder], tmp_path: Path) -> None:
     for name in ("one", "two"):
         recorder = start(name)
-        recorder.looked_up(3, keys(1, 2), 0, 1, 0, 0)
-        recorder.looked_up(3, keys(1, 3), 0, 2, 0, 0)
+        recorder.looked_up(3, keys(1, 2), 0, 1)
+        recorder.looked_up(3, keys(1, 3), 0, 2)
         recorder.drain(everything=True)
     one, two = lines(tmp_path / "one"), lines(tmp_path / "two")
     for first, second in (one, two):
@@ -122,12 +124,12 @@ def test_memory_is_bounded(
     monkeypatch.setattr(record, "_MOST_NOTED", 4 * (16 + 512))
     recorder = start()
     for epoch in range(1, 12):
-        recorder.looked_up(3, keys(epoch), 0, epoch, 0, 0)
+        recorder.looked_up(3, keys(epoch), 0, epoch)
     assert recorder.figures()["dropped"] == 6
     recorder.drain()  # before their time, since there is little room
     assert len(lines(tmp_path / "seen")) == 3
-    recorder.looked_up(3, keys(1), 0, 20, 0, 0)
-    recorder.looked_up(4, keys(1), 0, 21, 0, 0)  # a namespace without tokens per chunk
+    recorder.looked_up(3, keys(1), 0, 20)
+    recorder.looked_up(4, keys(1), 0, 21)  # a namespace without tokens per chunk
     recorder.drain(everything=True)
     assert recorder.figures() == {
         "file": str(tmp_path / "seen"),
@@ -143,7 +145,7 @@ def test_a_full_file_becomes_another(
     monkeypatch.setattr(record, "FILE_BYTES", 400)
     recorder = start()
     for epoch in range(1, 8):
-        recorder.looked_up(3, keys(epoch), 0, epoch, 0, 0)
+        recorder.looked_up(3, keys(epoch), 0, epoch)
     recorder.drain(everything=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["seen", "seen.1"]
     assert all(path.stat().st_size <= 400 for path in tmp_path.iterdir())
@@ -160,7 +162,7 @@ def test_a_full_disk_ends_it_with_one_warning(
     recorder = start()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     for epoch in range(1, 6):
-        recorder.looked_up(3, keys(epoch), 0, epoch, 0, 0)
+        recorder.looked_up(3, keys(epoch), 0, epoch)
     with caplog.at_level(logging.WARNING):
         resource.setrlimit(resource.RLIMIT_FSIZE, (450, hard))
         try:
@@ -170,7 +172,7 @@ def test_a_full_disk_ends_it_with_one_warning(
     assert len(lines(tmp_path / "seen")) == 2, "half a line was left"
     assert [entry.levelname for entry in caplog.records] == ["WARNING"]
     assert "nothing more is recorded" in caplog.text
-    recorder.looked_up(3, keys(9), 0, 9, 0, 0)
+    recorder.looked_up(3, keys(9), 0, 9)
     recorder.drain(everything=True)
     assert recorder.figures()["recording"] is False
     assert len(lines(tmp_path / "seen")) == 2

@@ -19,13 +19,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kvkeep.errors import KeeperUnavailable, ProtocolError, RequestRefused
+from kvkeep.terms import GroupSpec
 from kvkeep.wire import messages as msg
 from kvkeep.wire.client import Connection
 
 FINGERPRINT = bytes(range(32))
 GROUPS = [(5000, None), (9000, 2)]
 HELLO = msg.encode(msg.Hello(msg.VERSION, "hostile", False))
-OPEN = msg.encode(msg.OpenNamespace(FINGERPRINT, "test", [msg.GroupSpec(*group) for group in GROUPS], 1, 1))
+OPEN = msg.encode(msg.OpenNamespace(FINGERPRINT, "test", [GroupSpec(*group) for group in GROUPS], 1, 1))
 KEYS = bytes(range(16)) + bytes(range(16, 32))
 
 
@@ -123,7 +124,7 @@ IGNORED: dict[str, bytes] = {
 @pytest.fixture(scope="module")
 def keeper(module_keeper_process):
     """One keeper that lives through the whole of this file's hostility."""
-    return module_keeper_process()
+    return module_keeper_process(patch="from kvkeep.wire import connection; connection._REST = 0.1")
 
 
 @pytest.fixture
@@ -234,7 +235,7 @@ def test_frames_may_come_byte_by_byte(keeper, beside: Connection) -> None:
         assert [type(next(got)) for _ in range(3)] == [msg.Welcome, msg.Namespace, msg.StatusReply]
 
 
-def test_random_bytes_after_hello(keeper, beside: Connection) -> None:
+def test_random_bytes_after_hello(keeper, beside: Connection, wait_until) -> None:
     source = random.Random(3)
     for _ in range(100):
         body = bytearray(source.choice([OPEN, reserve(), frame("Lookup", 0, KEYS, 0)])[4:])
@@ -244,7 +245,7 @@ def test_random_bytes_after_hello(keeper, beside: Connection) -> None:
             send(sock, HELLO + msg.HEADER.pack(len(body)) + body + b"\0\0\0\0")
             assert isinstance(answers_until_end(sock)[-1], msg.Refused)
     # Some of these were namespaces and reservations; what they have stored goes with `clear`.
-    assert beside.status()["sessions"] == 1
+    wait_until(lambda: beside.status()["sessions"] == 1)
 
 
 def test_the_claims_of_another_session_are_out_of_reach(keeper, beside: Connection) -> None:
@@ -278,13 +279,84 @@ def test_claims_live_as_long_as_any_connection_of_the_session(keeper, beside: Co
     wait_until(lambda: beside.status()["leases"] == 0)
 
 
-def test_what_a_device_may_still_write_to_is_given_out_later(keeper, beside: Connection, wait_until) -> None:
-    with contextlib.closing(Connection.open(keeper.socket, "gpu", device=True, timeout=5.0)) as engine:
+def test_what_may_still_be_written_to_is_given_out_later(keeper, beside: Connection, wait_until) -> None:
+    """By the device of a process that was killed, or by a thread beside the one that let go."""
+    with contextlib.closing(keeper.connect("gone")) as engine:
         engine.open_namespace(FINGERPRINT, "test", GROUPS, 1, 1)
         engine.reserve(0, [msg.Reservation(KEYS, [b"\1\1", b"\1\1"], 0, 1)])
     wait_until(lambda: beside.status()["connections"] == 1)
     assert beside.status()["reservations"] == 1
     wait_until(lambda: beside.status()["reservations"] == 0)
+
+
+WRITER = """
+import socket, sys
+from kvkeep.pages import map_shared
+from kvkeep.wire import messages as msg
+from kvkeep.wire.client import Connection
+connection = Connection.open(sys.argv[1], "writer", arena=True, timeout=20.0)
+space = connection.open_namespace(bytes(32), "w", [(65536, None)], 1, 1)
+keys = bytes(range(64))
+[done] = connection.reserve(space, [msg.Reservation(keys, [bytes([1]) * 4], 0, 0)])
+memory = connection.map_arena()
+print(*done.offsets[0].tolist(), flush=True)
+sent = {"bad frame": bytes(4), "crash": msg.encode(msg.Poll([1]))}.get(sys.argv[2], b"")
+connection._sock.sendall(sent)
+while connection._sock.recv(4096):  # the keeper has closed it
+    pass
+print("dropped", flush=True)
+sys.stdin.readline()  # so far it writes
+for offset in done.offsets[0].tolist():
+    memory[offset : offset + 65536] = bytes(65536)
+"""
+
+
+@pytest.mark.parametrize("why", ["bad frame", "crash"])
+def test_a_client_that_was_dropped_keeps_its_slots_while_it_may_write(
+    why: str, keeper_process, child_process, wait_until
+) -> None:
+    patch = "connection._REST, connection.ServerConnection._stage = 0, lambda *_: 1 / 0"
+    keeper = keeper_process(memory="1MiB", patch=f"from kvkeep.wire import connection; {patch}")
+    writer = child_process(WRITER, keeper.socket, why)
+    held = {int(word) for word in writer.line().split()}
+    assert (len(held), writer.line()) == (4, "dropped")
+    good = keeper.connect("good", arena=True)
+    namespace = good.open_namespace(FINGERPRINT, "test", [(65536, None)], 1, 1)
+    keys = os.urandom(16 * 16)
+    [done] = good.reserve(namespace, [msg.Reservation(keys, [b"\1" * 16], 0, 0)])
+    given = done.offsets[0][done.offsets[0] >= 0].tolist()
+    assert len(given) == 12
+    assert not held & set(given)
+    with good.map_arena() as memory:
+        for offset in given:
+            memory[offset : offset + 65536] = b"\1" * 65536
+        writer.say()
+        assert writer.finish() == 0
+        assert all(memory[offset : offset + 65536] == b"\1" * 65536 for offset in given)
+    wait_until(lambda: good.status()["reservations"] == 1)
+
+
+def test_what_clients_write_at_the_keepers_end_stays_theirs(
+    keeper_process, child_process, tmp_path: Path, wait_until
+) -> None:
+    """It closes their connections first, and goes on writing to its tiers, for which it may read others."""
+    patch = """
+import asyncio
+from kvkeep.wire import connection, server
+connection._REST = 0
+async def drain(keeper, movers):
+    for _ in range(100):  # what ends with a connection has ended by then
+        await asyncio.sleep(0)
+    print("held", keeper.keeper.claims.count(server.ClaimKind.RESERVATION), flush=True)
+server.KeeperServer._drain = drain
+"""
+    keeper = keeper_process("--tier", f"fs://{tmp_path}/kv?capacity=64MiB", memory="2MiB", patch=patch)
+    writer = child_process(WRITER, keeper.socket, "")
+    assert len(writer.line().split()) == 4
+    keeper.process.send_signal(signal.SIGTERM)
+    assert writer.line() == "dropped"
+    assert keeper.process.wait(20) == 0
+    assert "held 1" in keeper.log.read_text()
 
 
 def test_a_chunk_is_not_leased_twice_by_one_lookup(keeper, beside: Connection) -> None:
@@ -311,7 +383,8 @@ def test_as_many_namespaces_as_there_may_be(keeper_process) -> None:
 
 
 def test_a_client_that_never_reads_is_dropped(keeper_process, wait_until) -> None:
-    keeper = keeper_process(patch="from kvkeep.wire import connection; connection._MAX_BACKLOG = 1 << 20")
+    limits = "connection._MAX_BACKLOG, connection._REST = 1 << 20, 0"
+    keeper = keeper_process(patch=f"from kvkeep.wire import connection; {limits}")
     good = keeper.connect("good")
     namespace = good.open_namespace(FINGERPRINT, "test", GROUPS, 1, 1)
     with raw(keeper) as sock:
@@ -320,10 +393,12 @@ def test_a_client_that_never_reads_is_dropped(keeper_process, wait_until) -> Non
         unwanted = reserve(random.Random(4).randbytes(16 * 10_000), [bytes(10_000)] * 2)
         for _ in range(20):  # each answer is 160 kB
             send(sock, unwanted)
+        send(sock, bytes(4))  # after which there is nothing to be written, and much that is not read
         wait_until(lambda: good.status()["connections"] == 1)
-        figures = good.status()
-        assert (figures["reservations"], figures["sessions"]) == (0, 1)
+        assert good.status()["reservations"] == 1, "it may be writing, for all that is known"
         serve(good, namespace)
+    wait_until(lambda: good.status()["sessions"] == 1)
+    assert good.status()["reservations"] == 0
 
 
 def test_a_client_that_says_nothing_is_dropped(keeper_process) -> None:

@@ -5,6 +5,7 @@ import typing
 
 import msgspec
 
+from kvkeep.terms import GroupSpec
 from kvkeep.wire import messages as msg
 
 # By version, the digest of what every message looks like. A mismatch means that a message changed:
@@ -15,11 +16,12 @@ DIGESTS = {
     4: "4d5eaaabeb9fd6c2",
     5: "dd7e8e2dd6434075",
     6: "8bb39810cf5ee102",
+    7: "755c55103f3682b8",
 }
 
 
 def shape() -> str:
-    kinds = [*typing.get_args(msg.Request), *typing.get_args(msg.Reply), msg.GroupSpec, msg.Reservation]
+    kinds = [*typing.get_args(msg.Request), *typing.get_args(msg.Reply), msg.Reservation]
     rows = [
         [
             kind.__name__,
@@ -28,6 +30,7 @@ def shape() -> str:
         ]
         for kind in kinds
     ]
+    rows.append(sorted(map(str, typing.get_type_hints(GroupSpec, include_extras=True).items())))
     return hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
 
 

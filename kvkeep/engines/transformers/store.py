@@ -31,8 +31,8 @@ from kvkeep.engines.transformers.describe import (
 from kvkeep.engines.transformers.past import PrefixCache
 from kvkeep.errors import KeeperUnavailable, KVKeepError, LayoutError
 from kvkeep.identity import KEY_BYTES, ChainHasher, encode_extra, fingerprint, tenant_of
+from kvkeep.terms import Found, Reserved
 from kvkeep.transfer import Transfer
-from kvkeep.wire.client import Found, Reserved
 from kvkeep.wire.launch import embedded_socket
 from kvkeep.wire.messages import Reservation
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import vllm
+from vllm.config.utils import get_hash_factors
 from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
     FullAttentionSpec,
@@ -50,6 +51,22 @@ _TESTED = "0.32"
 _PLAIN_SPECS = (FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec, ChunkedLocalAttentionSpec)
 _LARGEST_UNSPLIT = 64  # tokens of a block that every attention kernel takes whole
 _SCALES = ("_k_scale", "_v_scale", "_k_scale_float", "_v_scale_float")
+# Options that change no KV, or whose effect is described otherwise. All others of a configuration are part of
+# the namespace, those of a later vLLM too.
+_NOT_OF_MODELS = """
+model model_weights revision seed hf_config hf_text_config hf_config_path hf_overrides hf_token config_format
+model_impl tokenizer tokenizer_mode tokenizer_revision skip_tokenizer_init max_model_len
+spec_target_max_model_len allowed_local_media_path allowed_media_domains allow_deprecated_quantization
+enforce_eager return_sampling_mask max_logprobs logprobs_mode use_fp64_gumbel enable_trace_replay
+disable_cascade_attn enable_prompt_embeds served_model_name generation_config override_generation_config
+enable_sleep_mode sleep_preserve_parameter_names sleep_mode_backend sleep_mode_offload_cudagraph
+enable_nccl_comm_suspend enable_cumem_allocator logits_processors io_processor_plugin renderer_num_workers
+pooler_config multimodal_config"""
+_NOT_OF_MEDIA = """
+limit_per_prompt enable_mm_embeds mm_processor_cache_gb mm_processor_cache_type skip_mm_profiling
+mm_shm_cache_max_object_size_mb mm_encoder_fp8_scale_save_path mm_encoder_fp8_scale_save_margin
+mm_tensor_ipc mm_ipc_gpu_memory_gb"""
+_NOT_OF_ATTENTION = "backend backend_per_kind"  # `describe_backends` has what was chosen
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.pt", "*.pth")
 
 
@@ -112,18 +129,25 @@ def describe_model(
 ) -> dict[str, Any]:
     """The scheduler's half of the namespace: model, numerics, groups, split over ranks."""
     model = config.model_config
-    cache = config.cache_config
-    hf = _stable(model.hf_config.to_dict())
-    rope = json.dumps(hf.get("rope_scaling") or hf.get("rope_parameters"), default=str)
+    configuration = json.dumps(_stable(model.hf_config.to_dict()), sort_keys=True, default=str)
+    # An engine that fits its limit to its memory has built the model for the longest one before.
+    longest = "auto" if model.original_max_model_len == -1 else model.max_model_len
+    tuned = None
+    if "llama4" in configuration:  # by its limit, unless the generation's configuration says otherwise
+        generation = model.try_get_generation_config() | model.override_generation_config
+        tuned = generation.get("attn_temperature_tuning")
     return {
         "engine": "vllm",
         "weights": model_id or weights_identity(config),
-        "config": json.dumps(hf, sort_keys=True, default=str),
-        "dtype": str(model.dtype),
-        "quantization": str(model.quantization),
-        "kv_dtype": str(cache.cache_dtype),
-        # Only these position schemes make KV depend on the length limit.
-        "max_len": model.max_model_len if any(kind in rope for kind in ("dynamic", "longrope")) else None,
+        "config": configuration,
+        "architecture": model.architecture,
+        "options": [
+            _options(model, _NOT_OF_MODELS),
+            _options(model.multimodal_config, _NOT_OF_MEDIA),
+            _options(config.attention_config, _NOT_OF_ATTENTION),
+        ],
+        "longest": [longest, tuned],
+        "kv_dtype": str(config.cache_config.cache_dtype),
         "tensor_parallel": config.parallel_config.tensor_parallel_size,
         "pipeline_parallel": config.parallel_config.pipeline_parallel_size,
         "chunk_tokens": chunk_tokens,
@@ -136,6 +160,11 @@ def describe_model(
             for group in kv_config.kv_cache_groups
         ],
     }
+
+
+def _options(config: Any, without: str) -> str:
+    """All fields of a part of vLLM's configuration but those named, in vLLM's own canonical form."""
+    return json.dumps(config and get_hash_factors(config, set(without.split())), sort_keys=True)
 
 
 def _stable(config: Any) -> Any:

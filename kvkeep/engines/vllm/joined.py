@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable
 from concurrent import futures
 from typing import TYPE_CHECKING, cast
 
+from kvkeep.engines.search import Search
 from kvkeep.engines.vllm.metadata import NOWHERE, Place, Rank
 from kvkeep.errors import KeeperUnavailable, KVKeepError
 from kvkeep.transfer import Transfer
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 __all__ = ["Joined", "Joining"]
 
 log = logging.getLogger("kvkeep.vllm")
-
-_RETRY_FIRST, _RETRY_MOST = 0.5, 10.0  # seconds between tries to join a session
 
 
 class Joined:
@@ -57,7 +55,7 @@ class Joined:
                 send(self.connection)
         except KeeperUnavailable as error:
             self.close()
-            log.warning("kvkeep: rank %s lost the keeper: %s", rank, error)
+            log.warning("kvkeep: rank %s lost the keeper at %s: %s", rank, self.connection.path, error)
 
     def close(self, wait: float = 0.0) -> None:
         """Leave. The claims that protect slots end with the connection, so copies under way end before it,
@@ -83,45 +81,39 @@ class Joined:
 
 
 class Joining:
-    """Joins later sessions in the background, each by a thread that tries until it is in, or another is asked
-    for. `join(keeper, epoch)` raises KVKeepError or OSError, also where another keeper is there."""
+    """Joins later sessions in the background, until one is in, or another is asked for. The engine's thread.
+
+    `join(keeper, epoch)` raises KVKeepError or OSError, also where another keeper is there.
+    """
 
     def __init__(self, join: Callable[[str, int], Joined]) -> None:
         self._join = join
         self._wanted = NOWHERE
-        self._found: dict[Place, Joined] = {}
+        self._search: Search[Joined] | None = None
+        self._told = ""
 
     def begin(self, place: Place) -> None:
         """Join this one from here on, and no other."""
         if self._wanted != place:
             self.stop()
             self._wanted = place
-            threading.Thread(target=self._run, args=(place,), name="kvkeep-join", daemon=True).start()
+            self._search = Search(lambda: self._try(place), lambda found: found.close(), at_once=True)
 
     def take(self, place: Place) -> Joined | None:
         """The session, once, when it was joined; it is the caller's."""
-        return self._found.pop(place, None)
+        return self._search.take() if self._search is not None and self._wanted == place else None
 
     def stop(self) -> None:
         """Join none any more; what nobody has taken is left."""
         self._wanted = NOWHERE
-        while self._found:
-            self._found.popitem()[1].close()
+        if self._search is not None:
+            self._search.stop()
 
-    def _run(self, place: Place) -> None:
-        wait, told = _RETRY_FIRST, ""
-        while self._wanted == place:
-            try:
-                found = self._join(*place)
-            except (KVKeepError, OSError) as error:
-                if str(error) != told:  # else the log has it
-                    told = str(error)
-                    log.warning("kvkeep: session %d cannot be joined yet: %s", place[1], told)
-            else:
-                if self._wanted == place:
-                    self._found[place] = found
-                else:
-                    found.close()
-                return
-            time.sleep(wait)
-            wait = min(2 * wait, _RETRY_MOST)
+    def _try(self, place: Place) -> Joined:
+        try:
+            return self._join(*place)
+        except (KVKeepError, OSError) as error:
+            if str(error) != self._told:  # else the log has it
+                self._told = str(error)
+                log.warning("kvkeep: session %d cannot be joined yet: %s", place[1], error)
+            raise KeeperUnavailable(str(error)) from error

@@ -80,12 +80,14 @@ class Promises:
         if not promised or geometry is None:
             return Planned(None, {}, [])
 
+        ends = list[tuple[Tracked, int]]()
+
         def copies(some: list[_Promise]) -> Copies:
             made = Copies()
             for tracked, table, local, external in some:
                 geometry.add_load(made, tracked, table, local, external)
+                ends.append((tracked, tracked.first + tracked.found))
                 tracked.loaded()
-                met(tracked, 0, tracked.first + tracked.found)
                 tracked.forget_claim()
             return made
 
@@ -94,7 +96,11 @@ class Promises:
             for one in promised:
                 apart[one.tracked.request.request_id] = guard(partial(copies, [one]), None)
             self._under_way |= apart.keys()
-            return Planned(None, apart, [])
-        loads = guard(lambda: copies(promised), None)
-        lost = [] if loads is not None else promised
-        return Planned(loads, {}, [block for one in lost for row in one.blocks for block in row])
+            planned = Planned(None, apart, [])
+        else:
+            loads = guard(lambda: copies(promised), None)
+            lost = [] if loads is not None else promised
+            planned = Planned(loads, {}, [block for one in lost for row in one.blocks for block in row])
+        for tracked, end in ends:  # apart from planning: a fault here is no load's
+            guard(partial(met, tracked, 0, end), None)
+        return planned

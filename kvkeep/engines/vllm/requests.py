@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import struct
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +23,7 @@ __all__ = ["Tracked"]
 
 log = logging.getLogger("kvkeep.vllm")
 
+_MOST_STATE = 512  # characters that W3C wants tracestate to be handed on with; a longer one may be left out
 _first_seen: dict[int, str] = {}
 """Digest of each adapter's files when its number was first used here; empty once they were found replaced."""
 
@@ -38,7 +41,9 @@ class Tracked:
         self.cacheable = True
         self.tenant = tenant_of(request.cache_salt)
         # vLLM passes its trace on where it traces itself (--otlp-traces-endpoint).
-        self.trace = (request.trace_headers or {}).get("traceparent", "")[:64]
+        headers = request.trace_headers or {}
+        parent, state = headers.get("traceparent", "")[:64], headers.get("tracestate", "")
+        self.trace = f"{parent} {state}" if parent and 0 < len(state) <= _MOST_STATE else parent
         params = request.kv_transfer_params if hands_over else None
         self.awaited = Awaited.of(params)
         self.handed_over = handed_over(params)
@@ -84,14 +89,14 @@ class Tracked:
     def keys(self, first: int, last: int) -> bytes:
         """Keys of chunks first … last-1; hashes what has not been hashed yet.
 
-        Marks the request as not cacheable, and returns b"", if an extra key has no canonical form.
+        Marks the request as not cacheable, and returns b"", if an id or an extra key has no canonical form.
         """
         if last > self._hasher.chunks:
             start = self._hasher.chunks * self._chunk_tokens
             tokens = self.request.all_token_ids[start : last * self._chunk_tokens]
             try:
                 self._hasher.extend(tokens, None if self.plain else self._extras(self._hasher.chunks, last))
-            except (TypeError, OSError) as error:
+            except (TypeError, OSError, struct.error) as error:
                 log.warning("request %s is not cached: %s", self.request.request_id, error)
                 self.cacheable = False
         return self._hasher.keys(first, last) if self.cacheable else b""
@@ -127,11 +132,13 @@ def _loaded(number: int, path: str) -> str:
 
 
 def _adapter(path: str) -> str:
-    folder = Path(path)
-    if not folder.is_dir():
+    """Digest of an adapter's files. On the engine's loop, for each request: a listing, and a stat of each."""
+    try:
+        with os.scandir(path) as entries:
+            states = [(Path(entry.path), entry.stat()) for entry in entries if entry.is_file()]
+    except (FileNotFoundError, NotADirectoryError):
         return "by name"
-    files = tuple(sorted(file for file in folder.iterdir() if file.is_file()))
-    return _adapter_digest(tuple((file, file.stat().st_mtime_ns, file.stat().st_size) for file in files))
+    return _adapter_digest(tuple(sorted((file, state.st_mtime_ns, state.st_size) for file, state in states)))
 
 
 @lru_cache(maxsize=256)

@@ -272,8 +272,8 @@ class SchedulerSide:
             self._requests[name].load_failed = True
         if isinstance(output.kv_connector_worker_meta, WorkerMeta):
             self._joined |= output.kv_connector_worker_meta.joined
-            if self._ready and not self._all_joined():
-                self._lose(KeeperUnavailable("a worker lost the keeper"))
+            if self._ready and (lost := [rank for rank in self._ranks if not self._is_in(rank)]):
+                self._lose(KeeperUnavailable(f"worker(s) {lost}, by pipeline and tensor rank, lost it"))
             self._set_ready()
         if isinstance(output.kv_connector_stats, KVKeepStats):
             self._reporter.add(output.kv_connector_stats)
@@ -354,7 +354,8 @@ class SchedulerSide:
         """
         if self._keeper is None or self._link is None:
             return
-        log.warning("kvkeep: lost the keeper (%s); going on without it", error)
+        where = self._keeper.connection.path
+        log.warning("kvkeep: lost the keeper at %s (%s); going on without it", where, error)
         self.stats.add("keeper_losses", 1)
         self.stats.data["attached"] = 0
         self._keeper.connection.close()
@@ -384,10 +385,11 @@ class SchedulerSide:
         self._told = False
         self._set_ready()
 
+    def _is_in(self, rank: Rank) -> bool:
+        return self._session is not None and self._joined.get(rank) == self._session.place
+
     def _all_joined(self) -> bool:
-        return self._session is not None and all(
-            self._joined.get(rank) == self._session.place for rank in self._ranks
-        )
+        return all(map(self._is_in, self._ranks))
 
     def _set_ready(self) -> None:
         if not (self._ready or self._disabled) and self._keeper is not None and self._all_joined():

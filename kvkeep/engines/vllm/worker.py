@@ -114,7 +114,7 @@ class WorkerSide:
 
     def _join(self, keeper: str, epoch: int) -> Joined:
         """`keeper`: its identity, or none: whichever. Raises KVKeepError, or OSError: no memory to map it."""
-        connection = connect(self.config, self._engine_id, epoch, arena=True, device=self._device is not None)
+        connection = connect(self.config, self._engine_id, epoch, arena=True)
         here = connection.keeper
         if keeper not in ("", here):
             connection.close()

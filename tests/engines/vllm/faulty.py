@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvkeep.engines import link
+from kvkeep.engines import search
 from kvkeep.engines.vllm import KVKeepConnector, worker
 from kvkeep.errors import KeeperUnavailable
 from kvkeep.transfer import make_transfer
@@ -39,7 +39,7 @@ def _make_faulty(*args: Any) -> Any:
     return transfer
 
 
-link._RETRY_FIRST = 8.0
+search._RETRY_FIRST = 8.0
 """A request whose load failed is over before there is a keeper again: what it computes is not kept."""
 
 

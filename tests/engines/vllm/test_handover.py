@@ -30,12 +30,25 @@ PROMPT = list(range(10 * CHUNK + 5))
 WHOLE = 10
 
 
-def request(tokens: list[int], params: Any) -> Request:
-    return Request("r", tokens, SamplingParams(max_tokens=1, extra_args={"kv_transfer_params": params}), None)
+def request(tokens: list[int], params: Any, name: str = "r") -> Request:
+    extra = {"kv_transfer_params": params}
+    return Request(name, tokens, SamplingParams(max_tokens=1, extra_args=extra), None)
+
+
+def watched(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many chunks each question is about that is asked of the keeper from now on."""
+    asked, changes = [], pair.opened.connection.changes
+
+    def noted(space: int, keys: bytes, after: int | None = None) -> Any:
+        asked.append(len(keys) // 16)
+        return changes(space, keys, after)
+
+    monkeypatch.setattr(pair.opened.connection, "changes", noted)
+    return asked
 
 
 class Pair:
-    """A producer that saves chunk by chunk, and the decode engine's side of one request."""
+    """A producer that saves chunk by chunk, and the decode engine's side of requests."""
 
     def __init__(self, keeper: Any, other: Any = None) -> None:
         self.now = 100.0
@@ -48,14 +61,14 @@ class Pair:
         self.reader = Reader(config, self.stats)
         self.arrivals = Arrivals(config, self.stats, 0, lambda: self.now)
 
-    def save(self, first: int, last: int) -> None:
-        keys = Tracked(request(PROMPT, None), PRINT, CHUNK).keys(0, last)[first * 16 :]
+    def save(self, first: int, last: int, tokens: list[int] = PROMPT) -> None:
+        keys = Tracked(request(tokens, None), PRINT, CHUNK).keys(0, last)[first * 16 :]
         [done] = self.producer.reserve(self.space, [Reservation(keys, [b"\1" * (last - first)], first, 0)])
         self.producer.commit(done.reservation, 0)
         self.producer.status()  # answered in turn: the commit, which is not, has been heard
 
-    def begin(self, params: Any) -> Tracked:
-        return Tracked(request(PROMPT, params), PRINT, CHUNK)
+    def begin(self, params: Any, tokens: list[int] = PROMPT, name: str = "r") -> Tracked:
+        return Tracked(request(tokens, params, name), PRINT, CHUNK)
 
     def ask(self, tracked: Tracked) -> int | None:
         """One `get_num_new_matched_tokens`: chunks, or None to be asked again."""
@@ -122,13 +135,7 @@ def test_chunks_on_their_way_are_waited_for_as_long_as_they_come(pair: Pair) -> 
 
 def test_what_is_asked_often_is_what_may_have_come_since(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(handover, "_WINDOW", 3)
-    asked, changes = [], pair.opened.connection.changes
-
-    def watched(space: int, keys: bytes, after: int | None = None) -> Any:
-        asked.append(len(keys) // 16)
-        return changes(space, keys, after)
-
-    monkeypatch.setattr(pair.opened.connection, "changes", watched)
+    asked = watched(pair, monkeypatch)
     tracked = pair.begin(REMOTE)
     for chunk in range(0, WHOLE, 2):
         assert pair.ask(tracked) is None
@@ -136,6 +143,40 @@ def test_what_is_asked_often_is_what_may_have_come_since(pair: Pair, monkeypatch
         pair.now += 0.01
     assert pair.until_answered(tracked)[0] == WHOLE
     assert set(asked) <= {1, 2, 3}
+
+
+def test_many_that_wait_ask_together(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One question in each round of the engine, however many wait; each hears of its own chunks."""
+    prompts = [[number, *PROMPT] for number in range(40)]
+    waiting = [pair.begin(REMOTE, tokens, f"r{at}") for at, tokens in enumerate(prompts)]
+    asked = watched(pair, monkeypatch)
+    for _ in range(10):
+        pair.now += 0.01
+        assert [pair.ask(tracked) for tracked in waiting] == [None] * 40
+    assert len(asked) == 10
+    for tokens in prompts[::2]:
+        pair.save(0, WHOLE, tokens)
+    for _ in range(2):  # all hear of it, and the others wait on
+        pair.now += 0.01
+        answers = [pair.ask(tracked) if tracked.found < WHOLE else WHOLE for tracked in waiting]
+    assert answers == [WHOLE, None] * 20
+    assert len(asked) == 12
+    pair.now += WAIT
+    assert [pair.ask(tracked) for tracked in waiting[1::2]] == [0] * 20
+    assert pair.stats.data["remote_timeouts"] == 20
+    for tracked in waiting:
+        give_back(pair.opened, tracked)
+
+
+def test_who_was_not_asked_about_meanwhile_is_not_late(pair: Pair) -> None:
+    """A step took longer than the wait: what came in it counts."""
+    tracked = pair.begin(REMOTE)
+    assert pair.ask(tracked) is None
+    pair.now += 2 * WAIT
+    pair.save(0, 3)
+    assert pair.ask(tracked) is None
+    assert pair.stats.data.get("remote_timeouts", 0) == 0
+    give_back(pair.opened, tracked)
 
 
 def test_what_does_not_come_is_not_waited_for_longer(pair: Pair) -> None:

@@ -88,3 +88,17 @@ def test_a_step_that_cannot_be_planned_is_lost_whole() -> None:
     assert planned.loads is not None
     assert (planned.loads.tokens, planned.apart, planned.unplanned) == (128, {}, [])
     assert not promises.waits
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_what_publishing_does_costs_no_load(apart: bool) -> None:
+    """The events are an option; a load that could not be planned may end an engine."""
+
+    def met(*_: Any) -> None:
+        raise LayoutError("events that cannot be kept")
+
+    promises, asked = promised(apart, "a", "b")
+    planned = promises.plan(GEOMETRY, guard, met)
+    assert planned.unplanned == []
+    assert sum(copies.tokens for copies in planned.all()) == 128
+    assert [(one.lease, one.behind) for one in asked] == [(0, 2), (0, 2)]

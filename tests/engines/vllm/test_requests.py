@@ -43,6 +43,21 @@ def keys(*images: Image) -> list[bytes]:
     return [joined[at : at + KEY_BYTES] for at in range(0, len(joined), KEY_BYTES)]
 
 
+@pytest.mark.parametrize(
+    ("headers", "trace"),
+    [
+        (None, ""),
+        ({"traceparent": "00-a-b-01"}, "00-a-b-01"),
+        ({"traceparent": "00-a-b-01", "tracestate": "x=1,y=2"}, "00-a-b-01 x=1,y=2"),
+        ({"traceparent": "00-a-b-01", "tracestate": "x" * 513}, "00-a-b-01"),
+        ({"tracestate": "x=1"}, ""),
+    ],
+)
+def test_a_requests_trace(headers: dict[str, str] | None, trace: str) -> None:
+    request = Request("r", list(TOKENS), SamplingParams(max_tokens=1), None, trace_headers=headers)
+    assert Tracked(request, fingerprint({"model": "m"}), CHUNK).trace == trace
+
+
 @pytest.mark.parametrize("offset", [0, 1, CHUNK - 1, CHUNK, 3 * CHUNK + 5])
 @pytest.mark.parametrize("length", [1, CHUNK, 2 * CHUNK + 3])
 def test_an_image_is_in_the_key_from_its_first_chunk_on(offset: int, length: int) -> None:
@@ -133,3 +148,13 @@ def test_an_adapter_that_was_replaced_under_a_running_engine(
     assert adapted(9)
     assert adapted(9, other) == b"", "another path does not make it read again"
     assert len(warned) == 2
+
+
+@pytest.mark.parametrize("token", [-1, 2**31, None])
+def test_a_token_id_that_is_none_costs_that_request_its_cache(token: int | None) -> None:
+    odd: list[int] = [*TOKENS[1:], token]  # type: ignore[list-item]
+    request = Request("r", odd, SamplingParams(max_tokens=1), None)
+    one = Tracked(request, fingerprint({"model": "m"}), CHUNK)
+    assert one.keys(0, COUNT - 1)
+    assert one.keys(0, COUNT) == b""
+    assert not one.cacheable

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,8 +25,8 @@ from vllm.v1.engine.core import EngineCore
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 from vllm.v1.request import RequestStatus
 
-from kvkeep.engines import link
-from kvkeep.engines.vllm import joined, worker
+from kvkeep.engines import search
+from kvkeep.engines.vllm import worker
 from kvkeep.engines.vllm.geometry import Geometry
 from kvkeep.errors import KeeperUnavailable
 from tests.engines.vllm.ledger import BLOCK, BLOCKS, Ledger, answer, slowly
@@ -41,6 +42,7 @@ def engine(
     overlapped: bool,
     load_by: str,
     role: str = "kv_both",
+    **options: Any,
 ) -> Iterator[EngineCore]:
     """An engine core in this process, with our connector on both sides."""
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -51,6 +53,7 @@ def engine(
         "max_num_batched_tokens": 96,
         "num_gpu_blocks_override": BLOCKS,
     }
+    options |= {"socket": socket, "chunk_tokens": 2 * BLOCK, "load_by": load_by}
     arguments = EngineArgs(
         model=str(model),
         worker_cls="tests.engines.vllm.ledger.Ledger",
@@ -59,7 +62,7 @@ def engine(
             "kv_connector": "KVKeepConnector",
             "kv_connector_module_path": "kvkeep.engines.vllm",
             "kv_role": role,
-            "kv_connector_extra_config": {"socket": socket, "chunk_tokens": 2 * BLOCK, "load_by": load_by},
+            "kv_connector_extra_config": options,
         },
         **settings,
     )
@@ -169,7 +172,7 @@ def test_every_text_finds_its_own(
     monkeypatch.setattr(Ledger, "runner", runner)
     monkeypatch.setattr(Ledger, "load_errors", random.Random(1) if failing else None)
     monkeypatch.setattr(Ledger, "nonsense", 0)
-    monkeypatch.setattr(link, "_RETRY_FIRST", 0.001)
+    monkeypatch.setattr(search, "_RETRY_FIRST", 0.001)
     monkeypatch.setattr(worker, "load_beside", slowly(random.Random(2), failing))
     with engine(tiny_model, keeper.socket, monkeypatch, overlapped, load_by) as core:
         talk = Talk(core, seed=3, pause=0.002 if failing else 0)
@@ -189,6 +192,41 @@ def test_every_text_finds_its_own(
         assert Ledger.nonsense == 0  # nothing is computed from blocks before they are there
 
 
+def handed_over(core: EngineCore, prompt: list[int], salt: str | None, params: dict[str, Any]) -> Any:
+    """One request to its end; its `kv_transfer_params`."""
+    sampling = SamplingParams(temperature=0, max_tokens=1, extra_args={"kv_transfer_params": params})
+    made = EngineCoreRequest(uuid.uuid4().hex, prompt, None, sampling, None, 0.0, None, salt, None)
+    core.add_request(*core.preprocess_add_request(made))
+    while True:
+        outputs, executed = core.step_fn()
+        core.post_step(executed)
+        for output in (output for group in (outputs or {}).values() for output in group.outputs):
+            if output.finish_reason is not None:
+                return output.kv_transfer_params
+
+
+def test_a_forged_transfer_is_served_nothing_of_another_tenant(
+    tiny_model: Path, keeper_process: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who repeats what another tenant's prefill was answered waits for a prompt of its own, which nobody
+    prefills, and computes it."""
+    keeper, prompt = keeper_process(memory="4MiB"), list(range(3, 330))
+    for name, value in (("hybrid", False), ("runner", "v1"), ("load_errors", None)):
+        monkeypatch.setattr(Ledger, name, value)
+    with engine(tiny_model, keeper.socket, monkeypatch, False, "layers", "kv_producer") as core:
+        told = handed_over(core, prompt, "owner", {"do_remote_decode": True})
+    assert told["remote_all"] is True
+    options = {"role": "kv_consumer", "remote_wait": 0.2}
+    with engine(tiny_model, keeper.socket, monkeypatch, False, "layers", **options) as core:
+        loaded = []
+        for salt in ("thief", None, "owner"):
+            before = keeper.figures()["counters"]["hit_chunks"]
+            handed_over(core, prompt, salt, told)
+            loaded.append(keeper.figures()["counters"]["hit_chunks"] - before)
+    assert loaded[:2] == [0, 0]
+    assert loaded[2] == told["remote_num_tokens"] // (2 * BLOCK)
+
+
 def test_the_next_engine_is_told_of_what_was_kept(
     tiny_model: Path,
     keeper_process: Callable[..., Any],
@@ -202,18 +240,8 @@ def test_the_next_engine_is_told_of_what_was_kept(
     prompt, chunks = list(range(3, 330)), 327 // (2 * BLOCK)
 
     def told(core: EngineCore, salt: str | None) -> tuple[int, bool]:
-        wanted = {"kv_transfer_params": {"do_remote_decode": True}}
-        sampling = SamplingParams(temperature=0, max_tokens=1, extra_args=wanted)
-        made = EngineCoreRequest(f"of {salt}", prompt, None, sampling, None, 0.0, None, salt, None)
-        core.add_request(*core.preprocess_add_request(made))
-        while True:
-            outputs, executed = core.step_fn()
-            core.post_step(executed)
-            for output in (output for group in (outputs or {}).values() for output in group.outputs):
-                if output.kv_transfer_params is not None:
-                    return output.kv_transfer_params["remote_num_tokens"], output.kv_transfer_params[
-                        "remote_all"
-                    ]
+        params = handed_over(core, prompt, salt, {"do_remote_decode": True})
+        return params["remote_num_tokens"], params["remote_all"]
 
     with engine(tiny_model, keeper.socket, monkeypatch, False, "layers", "kv_producer") as core:
         assert told(core, None) == (2 * BLOCK * chunks, True)
@@ -257,9 +285,8 @@ def turns(
     """An engine without a keeper, which looks for one often."""
     for name, value in (("hybrid", False), ("runner", "v1"), ("load_errors", None)):
         monkeypatch.setattr(Ledger, name, value)
-    for module in (link, joined):
-        monkeypatch.setattr(module, "_RETRY_FIRST", 0.001)
-        monkeypatch.setattr(module, "_RETRY_MOST", 0.01)
+    monkeypatch.setattr(search, "_RETRY_FIRST", 0.001)
+    monkeypatch.setattr(search, "_RETRY_MOST", 0.01)
     socket = str(keeper_process.directory() / "keeper.sock")
     with engine(tiny_model, socket, monkeypatch, False, "layers") as core:
         yield Turns(core, keeper_process, socket)

@@ -235,13 +235,15 @@ def test_spans_of_the_keeper_join_the_engines(
             engine.complete(prompt(1), 2)  # without a trace
             engine.reset_local_cache()
             body = {"model": "model", "prompt": prompt(1), "max_tokens": 2}
-            asked = {"json": body, "headers": {"traceparent": PARENT}, "timeout": 120.0}
+            headers = {"traceparent": PARENT, "tracestate": "vendor=1"}
+            asked = {"json": body, "headers": headers, "timeout": 120.0}
             httpx.post(f"{engine.url}/v1/completions", **asked).raise_for_status()
             assert engine.metric("vllm:kvkeep_loaded_tokens_total") == HIT
             wait_until(lambda: len(collector.of(TRACE)) >= 3, 60)  # they are sent every few seconds
         spans = {span.name: span for span in collector.of(TRACE)}
     assert sorted(spans) == ["kvkeep.load", "kvkeep.lookup", "llm_request"]
     assert {span.parent_span_id.hex() for span in spans.values()} == {CALLER}
+    assert {span.trace_state for span in spans.values()} == {"vendor=1"}
     whole, lookup = spans["llm_request"], spans["kvkeep.lookup"]
     assert whole.start_time_unix_nano <= lookup.start_time_unix_nano
     assert lookup.end_time_unix_nano <= whole.end_time_unix_nano

@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("vllm")
 pytest.importorskip("triton")
 
+from kvkeep.engines import search
 from kvkeep.engines.vllm import joined
 from kvkeep.engines.vllm.metadata import NOWHERE, Session, StepMeta
 from kvkeep.wire.messages import Reservation
@@ -49,7 +50,7 @@ def test_a_keeper_of_another_host_is_not_joined(
     tries, said, join = list[Any](), list[Any](), rank.side._join
     monkeypatch.setattr(rank.side._joining, "_join", lambda *place: (tries.append(place), join(*place)))
     monkeypatch.setattr(joined.log, "warning", lambda text, *given: said.append(text % given))
-    monkeypatch.setattr(joined, "_RETRY_FIRST", 0.001)
+    monkeypatch.setattr(search, "_RETRY_FIRST", 0.001)
     elsewhere = ("keeper of another host", 0)
     meta = StepMeta(0, session=Session(elsewhere, {(0, 0): [0]}, {(0, 0): 0}))
     before = set(threading.enumerate())
@@ -74,14 +75,14 @@ def test_a_session_that_is_not_wanted_any_more_is_left(wait_until) -> None:
     joining = joined.Joining(join)
     joining.begin(("slow", 0))
     joining.begin(("never taken", 1))
-    wait_until(lambda: joining._found)
+    wait_until(lambda: joining._search._found)
     joining.begin(("taken", 2))
     wait_until(lambda: joining.take(("taken", 2)))
     assert left == ["never taken"]
     slow.set()
     wait_until(lambda: left == ["never taken", "slow"])
     joining.begin(("last", 3))
-    wait_until(lambda: joining._found)
+    wait_until(lambda: joining._search._found)
     joining.stop()
     assert left[2:] == ["last"]
     assert joining.take(("slow", 0)) is joining.take(("last", 3)) is None
