@@ -28,7 +28,7 @@ from kvkeep.tiers.url import TierURL
 from tests.tiers import moon
 from tests.tiers.conformance import TierConformance
 from tests.tiers.netns import loopback_only
-from tests.tiers.place import PAGE, Place, buffers_of, closing, free_port, keys_of
+from tests.tiers.place import PAGE, Place, buffers_of, closing, free_port, keys_of, query
 
 MIB = 1 << 20
 NODE_BYTES = 512 * MIB
@@ -40,12 +40,8 @@ class MoonPlace(Place):
     def __init__(self, master: moon.Master, node: moon.Node, behind: Any) -> None:
         self.master, self.node, self._behind = master, node, behind
 
-    def open(self, **options: str) -> Tier:
-        query = "&".join(f"{name}={value}" for name, value in {"hostname": "127.0.0.1", **options}.items())
-        url = TierURL(f"mooncake://{self.master.address}?{query}")
-        tier = open_raw(url)
-        url.finish()
-        return tier
+    def address(self, **options: str) -> str:
+        return f"mooncake://{self.master.address}{query({'hostname': '127.0.0.1', **options})}"
 
     def read(self, key: Key) -> bytes | None:
         return self._behind.get(key_name(key)) or None
