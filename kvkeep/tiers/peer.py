@@ -210,34 +210,25 @@ class PeerTier(Tier):
     @contextmanager
     def _channel(self, seats: _Seats) -> Iterator[Channel]:
         """A connection for one exchange; kept if that goes well. Raises TierUnavailable."""
-        channel = self._take(seats)
-        good = False
-        try:
-            yield channel
-            good = not channel.shut_down
-        except (OSError, ProtocolError) as error:
-            raise TierUnavailable(f"peer: {_why(error)}") from error
-        finally:
-            if good:
-                seats.put(channel)
-                if self._closed:
-                    self.close()
-            else:
-                self._drop(channel)
-                seats.put(None)
-
-    def _take(self, seats: _Seats) -> Channel:
         if self._closed:
             raise TierUnavailable("peer: the tier is closed")
         try:
             channel = seats.get(timeout=self._timeout)
         except Empty:
             raise TierUnavailable("peer: all connections are in use") from None
+        kept = None
         try:
-            return self._ready(channel)
+            channel = self._ready(channel)
+            yield channel
+            kept = None if channel.shut_down else channel
         except (OSError, ProtocolError) as error:
-            seats.put(None)
             raise TierUnavailable(f"peer: {_why(error)}") from error
+        finally:
+            if channel is not None and kept is None:
+                self._drop(channel)
+            seats.put(kept)
+            if self._closed:
+                self.close()
 
     def _ready(self, channel: Channel | None) -> Channel:
         """A connection to use: this one, or if that has ended, a new one. Raises OSError, ProtocolError."""

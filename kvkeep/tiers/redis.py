@@ -49,6 +49,7 @@ _FOREIGN = "WRONGTYPE"
 _AT_ONCE = 16  # connections that one batch uses, over all servers
 _ASKED = 4  # connections more, for short questions beside batches
 _WORTH_A_CONNECTION = 4 << 20  # bytes: less is there sooner than another thread is awake
+_PUT_OVER = 8
 _TELL_EVERY = 60.0
 _ASKING = command(b"ASKING")
 
@@ -69,6 +70,8 @@ class _Job(Generic[_R]):
     """By place: the result, or why there is none yet."""
     nbytes: int = 0
     """Of all values: many are worth several connections."""
+    most: int = 64
+    """Connections, per server."""
     unseen: bool = False
     """Not to count as a use of the values, where the server can do that (Redis 7.2, Valkey)."""
 
@@ -126,7 +129,8 @@ class RedisTier(Tier, Listing):
             return Got.DAMAGED if got is Got.HIT and not self.check_value(keys[i], buffers[i]) else got
 
         names = self._names(keys)
-        return self._run(_Job(names, request, read, [None] * len(names), sum(map(len, buffers)), unseen))
+        job = _Job(names, request, read, [None] * len(names), sum(map(len, buffers)), unseen=unseen)
+        return self._run(job)
 
     def put(self, keys: Sequence[Key], buffers: Sequence[Buffer]) -> list[Put]:
         def request(i: int) -> Request:
@@ -143,7 +147,7 @@ class RedisTier(Tier, Listing):
         names = self._names(keys)
         too_long = [len(buffer) > self._limit for buffer in buffers]
         out: list[Put | _Refused | None] = [Put.REFUSED if long else None for long in too_long]
-        return self._run(_Job(names, request, read, out, sum(map(len, buffers))))
+        return self._run(_Job(names, request, read, out, sum(map(len, buffers)), _PUT_OVER))
 
     def delete(self, keys: Sequence[Key]) -> None:
         self._short(b"DEL", keys)
@@ -261,7 +265,7 @@ class RedisTier(Tier, Listing):
         parts: dict[Address, list[int]] = {}
         for i in job.todo():
             parts.setdefault(self._nodes.of(job.names[i]), []).append(i)
-        ways = max(1, min(self._connections, job.nbytes // _WORTH_A_CONNECTION))
+        ways = max(1, min(self._connections, job.most, job.nbytes // _WORTH_A_CONNECTION))
         shares = [(to, places[way::ways]) for to, places in parts.items() for way in range(ways)]
         self._spread(job, shares)
         asks: dict[Address, list[int]] = {}

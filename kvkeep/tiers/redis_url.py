@@ -33,6 +33,7 @@ _REMEDIES = (  # by what the error says; the first that fits
     ("WRONG_VERSION_NUMBER", "it does not speak TLS there: redis:// instead of rediss://, or another port"),
     ("RECORD_LAYER_FAILURE", "it does not speak TLS there: redis:// instead of rediss://, or another port"),
     ("CERTIFICATE_REQUIRED", "it wants a client's certificate: tls_cert and tls_key"),
+    ("EOF occurred", "does it want a client's certificate? Then tls_cert and tls_key"),
     (
         "Timeout connecting",
         "is it running, and can it be reached from here? If rediss://, does it speak TLS there?",

@@ -299,10 +299,10 @@ def test_values_end_with_their_ttl(server: Server, url: str) -> None:
 # Bounds
 
 
-@pytest.mark.parametrize("count", [16, 128])
-def test_the_servers_bound_holds_and_what_it_evicts_is_a_miss(count: int) -> None:
+@pytest.mark.parametrize(("bound", "count"), [(32 << 20, 16), (64 << 20, 128)])
+def test_the_servers_bound_holds_and_what_it_evicts_is_a_miss(bound: int, count: int) -> None:
     """Batches of 4 MiB, over one connection, and of 32 MiB, over eight."""
-    bound, size = 64 << 20, 256 << 10
+    size = 256 << 10
     with (
         running("--maxmemory", str(bound), "--maxmemory-policy", "allkeys-lru") as server,
         closing(open_at(f"redis://127.0.0.1:{server.port}")) as tier,
