@@ -87,6 +87,9 @@ class Fetch:
         self.landed: defaultdict[int, list[Records]] = defaultdict(list)
         """By tier, arena offsets of what came from it for this request; leased until that takes it."""
         self.pending: set[Batch] = set()
+        self.tiers: list[int] = []
+        self.later: list[int] = []
+        """Tiers to ask, and those to ask for the rest once its request waits no more."""
         self.held = 0
         """The usable run that memory has, or others are bringing, without it."""
         self._sources = [np.full(len(keys), _UNKNOWN, np.int64) for keys in chains]

@@ -52,16 +52,6 @@ class Asked(NamedTuple):
     tenant: bytes = b""
 
 
-class _Search(NamedTuple):
-    """A fetch while tiers are asked for it."""
-
-    asked: Asked
-    fetch: Fetch
-    tiers: list[int]
-    later: list[int]
-    """Tiers that its request does not wait for: asked when it is planned, for what is missing even then."""
-
-
 class Movers:
     """Moves chunks for one keeper. All methods are the event loop's; `post` runs a call on it."""
 
@@ -131,50 +121,45 @@ class Movers:
     def _search(self, asked: Asked, epoch: int, near: list[int], far: list[int]) -> Fetch:
         fetch = self.fetches.begin(asked.session, asked.space, asked.keys, asked.first, epoch, asked.tenant)
         fetch.attended = bool(near)
-        self._ask(_Search(asked, fetch, near or far, far if near else []))
+        fetch.tiers, fetch.later = (near, far) if near else (far, [])
+        self._ask(asked, fetch)
         return fetch
 
-    def _ask(self, search: _Search) -> None:
-        keys = search.fetch.question()
+    def _ask(self, asked: Asked, fetch: Fetch) -> None:
+        keys = fetch.question()
         if keys:
-            self._probes.find(keys, lambda tiers: self._answered(search, keys, tiers), search.tiers)
-        else:
-            self._plan(search)
-
-    def _answered(self, search: _Search, keys: list[bytes], tiers: list[int]) -> None:
-        if self._keeper.journal is not None:
-            told = [at for at, tier in enumerate(tiers) if tier >= 0 or not search.later]
-            names = [keys[at] for at in told]
-            self._keeper.journal.probed(search.fetch.space, names, [tiers[at] for at in told])
-        search.fetch.answer(tiers)
-        self._ask(search)
-
-    def _plan(self, search: _Search) -> None:
-        asked, fetch = search.asked, search.fetch
-        for batch in self.fetches.plan(fetch, lambda *gain: self._worth(search, *gain)):
+            self._probes.find(keys, lambda tiers: self._answered(asked, fetch, keys, tiers), fetch.tiers)
+            return
+        for batch in self.fetches.plan(fetch, lambda *gain: self._worth(asked, fetch, *gain)):
             self._read(batch)
         self.fetches.started(fetch)
-        if search.later and fetch.usable() < len(fetch.chains[0]):
-            self._search(asked, fetch.epoch, [], search.later)
+        if fetch.later and fetch.usable() < len(fetch.chains[0]):
+            self._search(asked, fetch.epoch, [], fetch.later)
 
-    def _worth(self, search: _Search, needs: list[Need], chunks: int) -> bool:
+    def _answered(self, asked: Asked, fetch: Fetch, keys: list[bytes], tiers: list[int]) -> None:
+        if self._keeper.journal is not None:
+            told = [at for at, tier in enumerate(tiers) if tier >= 0 or not fetch.later]
+            names = [keys[at] for at in told]
+            self._keeper.journal.probed(fetch.space, names, [tiers[at] for at in told])
+        fetch.answer(tiers)
+        self._ask(asked, fetch)
+
+    def _worth(self, asked: Asked, fetch: Fetch, needs: list[Need], chunks: int) -> bool:
         """Whether reading takes less time than computing, behind what is being read; tiers work side by side.
 
         Where it does not by measurements that are old, what is there is read once more, for the next request.
         """
-        limit = chunks * search.asked.recompute
-        slow = [
-            tier
-            for tier, nbytes in needs
-            if self.tiers[tier].tier.read_seconds(nbytes + self._reading[tier]) >= limit
-        ]
+        limit, slow = chunks * asked.recompute, list[int]()
+        for tier, nbytes in needs:
+            if self.tiers[tier].tier.read_seconds(nbytes + self._reading[tier]) >= limit:
+                slow.append(tier)
         if not slow or not limit:
             return True
         if any(self._reading[tier] or not self.tiers[tier].tier.stale for tier in slow):
             return False
-        if search.fetch.attended:
-            self._search(search.asked, search.fetch.epoch, [], search.tiers)
-        return not search.fetch.attended
+        if fetch.attended:
+            self._search(asked, fetch.epoch, [], fetch.tiers)
+        return not fetch.attended
 
     def _read(self, batch: Batch) -> None:
         opened = self.tiers[batch.tier]

@@ -59,6 +59,8 @@ class Metered(Wrapper):
         """Hit or stored by each batch."""
         self.latency: float | None = None
         """Running mean of the seconds that a `contains` takes; None before the first."""
+        self.seconds_per_byte: float | None = None
+        """What a byte has cost lately, batches read side by side; None before the first that hit."""
         self._doubt, self._read_bytes, self._read_seconds = float(_BENEFIT_OF_DOUBT), 0.0, 0.0
         self._read_at = -math.inf
 
@@ -66,11 +68,6 @@ class Metered(Wrapper):
         """The counters as a dict, for `kvkeep status`."""
         with self._lock:
             return asdict(self.counters) | {f"errors_{kind}": self._errors[kind] for kind in ERROR_KINDS}
-
-    @property
-    def seconds_per_byte(self) -> float | None:
-        """What a byte has cost lately, batches read side by side; None before the first that hit."""
-        return self._read_seconds / self._read_bytes if self._read_bytes else None
 
     def read_seconds(self, nbytes: int) -> float:
         """How long reading so much is likely to take, by what was read before; of a tier that nothing was
@@ -140,6 +137,7 @@ class Metered(Wrapper):
         self._read_bytes = _DECAY * self._read_bytes + nbytes
         self._read_seconds = _DECAY * self._read_seconds + seconds
         self._doubt, self._read_at = _DECAY * self._doubt, ended
+        self.seconds_per_byte = self._read_seconds / self._read_bytes
 
     def _counted(self, verb: Callable[[], _T]) -> _T:
         try:
