@@ -55,8 +55,8 @@ class Keeper(NamedTuple):
                 text = str(json.loads(text)["error"])
             raise RequestRefused(text or f"status {refusal.code}") from refusal
         except (OSError, ValueError) as error:
-            said = next((what for text, what in _REMEDIES if text in str(error)), "")
-            raise KeeperUnavailable(f"no keeper answers: {error}{said}") from error
+            remedy = next((what for text, what in _REMEDIES if text in str(error)), "")
+            raise KeeperUnavailable(f"no keeper answers: {error}{remedy}") from error
 
 
 class _Stay(urllib.request.HTTPRedirectHandler):
