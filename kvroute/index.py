@@ -129,13 +129,13 @@ class Index:
             found = self._holders.walk(data, size, root, first)
             reach = longest(reach, found) if number else found
         result: dict[str, Held] = {}
-        last, held = (0, 0, 0), Held(0, 0, 0)
-        for name, reached in zip(self._holders.names, zip(*reach, strict=True), strict=False):
-            if reached[2]:
-                if reached != last:  # many hold as much: with a thousand engines this counts
-                    last, (near, middle, most) = reached, reached
+        held, last_near, last_middle, last_most = Held(0, 0, 0), 0, 0, 0
+        for name, near, middle, most in zip(self._holders.names, *reach, strict=False):
+            if most:
+                if most != last_most or middle != last_middle or near != last_near:  # many hold as much
+                    last_near, last_middle, last_most = near, middle, most
                     held = Held(near, middle - near, most - middle)
-                if name not in result or result[name].tokens < reached[2]:
+                if name not in result or result[name].tokens < most:
                     result[name] = held
         return result
 

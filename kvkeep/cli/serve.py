@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import dataclasses
 import logging
 import os
 import signal
@@ -27,49 +26,31 @@ __all__ = ["add_arguments", "run"]
 log = logging.getLogger("kvkeep.keeper")
 
 
+_OPTIONS = {  # each is a field of KeeperConfig; those of several values are given several times
+    "socket": ("PATH", "path of the unix socket (default: {socket})"),
+    "memory": ("SIZE", "bound of the host memory used, e.g. 64GiB (default: 4GiB)"),
+    "policy": ("NAME", "eviction policy: lru, arc or s3fifo (default: lru)"),
+    "prefault": ("WHETHER", "allocate memory ahead of use: yes or no (default: yes)"),
+    "huge_pages": ("WHETHER", "use reserved huge pages: yes or no (default: no)"),
+    "linger": ("SECONDS", "end after so long without a client (default: 0, never)"),
+    "tiers": ("URL", "a place below memory, e.g. fs:///data/kv?capacity=500GiB; several: the fastest first"),
+    "peers": ("ADDRESS:PORT", "let other keepers read this one there, e.g. 10.0.0.1:7440?cert=FILE&key=FILE"),
+    "drain": ("SECONDS", "how long the end waits for chunks to be written to the tiers (default: 30)"),
+    "record": ("FILE", "record requests for `kvkeep bench simulate`: ids and lengths only"),
+    "http": ("ADDRESS:PORT", "serve metrics, health and a web page there, e.g. 0.0.0.0:9400?token_file=FILE"),
+    "tenant_quotas": ("TENANT=SIZE", "what a tenant (or `default`: each without its own) may hold in memory"),
+    "log_format": ("NAME", "how the log is written: text or json (default: text)"),
+    "traces": ("URL", "send OpenTelemetry spans to this OTLP/HTTP endpoint"),
+}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the keeper; the same names as in an engine's configuration."""
-    parser.add_argument("--socket", help=f"path of the unix socket (default: {config.default_socket()})")
-    parser.add_argument("--memory", help="bound of the host memory used, e.g. 64GiB (default: 4GiB)")
-    parser.add_argument("--policy", help="eviction policy: lru, arc or s3fifo (default: lru)")
-    parser.add_argument("--prefault", help="allocate memory ahead of use: yes or no (default: yes)")
-    parser.add_argument("--huge-pages", help="use reserved huge pages: yes or no (default: no)")
-    parser.add_argument("--linger", help="end after so many seconds without a client (default: 0, never)")
-    parser.add_argument(
-        "--tier",
-        dest="tiers",
-        action="append",
-        metavar="URL",
-        help="a place below memory, e.g. fs:///data/kv?capacity=500GiB; several: the fastest first",
-    )
-    parser.add_argument(
-        "--peers",
-        metavar="HOST:PORT",
-        help="let other keepers read this one there, e.g. 10.0.0.1:7440?cert=FILE&key=FILE&token_file=FILE "
-        "(default: nowhere)",
-    )
-    parser.add_argument(
-        "--drain", help="seconds that the end waits for chunks to be written to the tiers (default: 30)"
-    )
-    parser.add_argument(
-        "--record", metavar="FILE", help="record requests for `kvkeep bench simulate`: ids and lengths only"
-    )
-    parser.add_argument(
-        "--http",
-        metavar="ADDRESS:PORT",
-        help="serve metrics, health and a web page there, e.g. 0.0.0.0:9400?token_file=FILE; for TLS "
-        "cert=FILE, key=FILE, and ca=FILE of clients whose certificates do as well as the token",
-    )
-    parser.add_argument(
-        "--tenant-quota",
-        dest="tenant_quotas",
-        action="append",
-        metavar="TENANT=SIZE",
-        help="what a tenant may hold in memory; TENANT as `kvkeep status --tenant SALT` has it, or "
-        "`default`: each that has none of its own; several: several times",
-    )
-    parser.add_argument("--log-format", help="how the log is written: text or json (default: text)")
-    parser.add_argument("--traces", metavar="URL", help="send OpenTelemetry spans to this OTLP/HTTP endpoint")
+    for name, (metavar, text) in _OPTIONS.items():
+        action = "append" if name in ("tiers", "tenant_quotas") else "store"
+        flag = "--" + (name.removesuffix("s") if action == "append" else name).replace("_", "-")
+        said = text.format(socket=config.default_socket())
+        parser.add_argument(flag, dest=name, action=action, metavar=metavar, help=said)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -83,8 +64,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    names = [field.name for field in dataclasses.fields(config.KeeperConfig)]
-    given = {name: value for name in names if (value := getattr(args, name)) is not None}
+    given = {name: value for name in _OPTIONS if (value := getattr(args, name)) is not None}
     settings = config.load(config.KeeperConfig, {"socket": config.default_socket(), **given})
     set_up(settings.log_format)
     with contextlib.suppress(OSError):

@@ -64,7 +64,8 @@ class Movers:
         self.tiers = list(tiers)
         self._memory = memory
         self._post = post
-        self._fetches = Fetches(keeper)
+        self.fetches = Fetches(keeper)
+        """What is on its way up, by ticket."""
         self._probes = Probes(self.tiers, post)
         self._readers = [
             Lane(f"read{number}", opened.tier.capabilities.concurrency) for number, opened in enumerate(tiers)
@@ -97,34 +98,22 @@ class Movers:
         same, for the next one.
         """
         usable = [opened for tier, opened in enumerate(self.tiers) if self._probes.answers(tier)]
-        if asked.recompute < 0 or not usable or len(self._fetches) >= _MOST_FETCHES:
+        if asked.recompute < 0 or not usable or len(self.fetches) >= _MOST_FETCHES:
             return 0
         session, space, keys, first, *_, tenant = asked
-        fetch = self._fetches.begin(session, space, keys, first, found.epoch, tenant)
+        fetch = self.fetches.begin(session, space, keys, first, found.epoch, tenant)
         fetch.attended = sum(opened.tier.latency or 0.0 for opened in usable) < asked.patience
         self._ask(fetch, found.chunks, asked.recompute)
         return fetch.ticket if fetch.attended and fetch.stage is not Stage.DONE else 0
 
     def prefetch(self, space: Namespace, keys: bytes, tenant: bytes) -> Fetch:
         """Read what tiers have of a chain and memory lacks; nobody waits for it. Raises RequestRefused."""
-        if len(self._fetches) >= _MOST_FETCHES:
+        if len(self.fetches) >= _MOST_FETCHES:
             raise RequestRefused(f"{_MOST_FETCHES} fetches are under way: try again later")
-        fetch = self._fetches.begin(MOVERS, space, keys, 0, self._keeper.now(), tenant)
+        fetch = self.fetches.begin(MOVERS, space, keys, 0, self._keeper.now(), tenant)
         fetch.attended = False
         self._ask(fetch, held_chunks(self._keeper, space, keys), 0.0)
         return fetch
-
-    def stage(self, session: str, ticket: int) -> Stage:
-        """How far a fetch is."""
-        return self._fetches.stage(session, ticket)
-
-    def forget(self, session: str, ticket: int) -> Fetch | None:
-        """The request has taken what landed, or waits no more. See `Fetches.forget`."""
-        return self._fetches.forget(session, ticket)
-
-    def session_ended(self, session: str) -> list[int]:
-        """A session is gone; the tickets that it had."""
-        return self._fetches.session_ended(session)
 
     def _ask(self, fetch: Fetch, held: int, recompute: float) -> None:
         keys = fetch.question()
@@ -142,12 +131,12 @@ class Movers:
         self._ask(fetch, held, recompute)
 
     def _plan(self, fetch: Fetch, held: int, recompute: float) -> None:
-        batches = self._fetches.plan(
+        batches = self.fetches.plan(
             fetch, held, lambda needs, chunks: not recompute or self._seconds(needs) < chunks * recompute
         )
         for batch in batches:
             self._read(batch)
-        self._fetches.started(fetch)
+        self.fetches.started(fetch)
 
     def _seconds(self, needs: list[Need]) -> float:
         """How long reading takes, behind what is being read; tiers work side by side."""
@@ -174,7 +163,7 @@ class Movers:
 
         def landed(good: np.ndarray[Any, np.dtype[np.bool_]]) -> None:
             self._reading[batch.tier] -= nbytes
-            self._fetches.landed(batch, good)
+            self.fetches.landed(batch, good)
             self.kick()
 
         self._readers[batch.tier].submit(job)
@@ -214,11 +203,6 @@ class Movers:
                 self._probing[tier] = True
                 self._writers[tier].submit(lambda tier=tier: self._probe(tier))  # type: ignore[misc]
         self.kick()
-
-    @property
-    def fetching(self) -> int:
-        """Prompts whose chunks are looked for in tiers, or read."""
-        return len(self._fetches)
 
     @property
     def unwritten(self) -> int:

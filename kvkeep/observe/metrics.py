@@ -189,7 +189,7 @@ class Exporter:
                 yield f"kvkeep_tenant_{name}_chunks_total", labels, row[f"{name}_chunks"]
 
     def _tier_figures(self, movers: Movers) -> _Samples:
-        yield "kvkeep_fetches", "", movers.fetching
+        yield "kvkeep_fetches", "", len(movers.fetches)
         rows: list[dict[str, Any]] = movers.figures()
         for number, (tier, row) in enumerate(zip(self._tiers, rows, strict=True)):
             labels, usage = _labels(tier=tier), self._usage.get(number, Usage())

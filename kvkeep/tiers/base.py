@@ -29,6 +29,7 @@ __all__ = [
     "Tier",
     "Usage",
     "key_name",
+    "unchecked",
 ]
 
 Key: TypeAlias = bytes
@@ -44,6 +45,11 @@ Seal: TypeAlias = Callable[[Key, Buffer], None]
 """Writes the seal of a value into its last bytes."""
 Check: TypeAlias = Callable[[Key, Buffer], bool]
 """Whether a value is, bit for bit, what was sealed under its key."""
+
+
+def unchecked(key: Key, value: Buffer) -> bool:
+    """Whatever it is."""
+    return True
 
 
 class Got(enum.Enum):
@@ -105,11 +111,17 @@ class Tier(ABC):
     def attach(self, memory: Buffer) -> None:  # noqa: B027 (most media need nothing)
         """Told once, before the first verb, of the memory that all buffers will lie in (for RDMA)."""
 
+    overlaps = False
+    """Whether it calls `seal_value` on each buffer just before it reads it, and `check_value` on each just
+    after it filled it (one that fails is DAMAGED): in threads of its own, their cost hides behind I/O."""
+    seal_value: Seal = staticmethod(lambda _key, _value: None)
+    check_value: Check = staticmethod(unchecked)
+
     def overlap(self, seal: Seal, check: Check) -> bool:
-        """Offered once, before the first verb: a tier that moves values in threads of its own may call
-        `seal` on each buffer just before it reads it, and `check` on each just after it filled it (a value
-        that fails is DAMAGED), and so hide their cost behind I/O. Returns whether it will do so."""
-        return False
+        """Told once, before the first verb, what to seal and check with. Returns whether it will do so."""
+        if self.overlaps:
+            self.seal_value, self.check_value = seal, check
+        return self.overlaps
 
     @abstractmethod
     def contains(self, keys: Sequence[Key]) -> list[bool]:

@@ -31,13 +31,10 @@ class Calls:
         self._name, self._most, self._queues = name, threads, queues
         self._queue: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
         self._changed = threading.Condition()
-        self._out = self._threads = 0
-        self._closed = False
-
-    @property
-    def out(self) -> int:
+        self._threads = 0
+        self.out = 0
         """Calls that were begun and have not come back."""
-        return self._out
+        self._closed = False
 
     def begin(self, work: Callable[[], _R]) -> Future[_R]:
         """Call `work` on a thread of ours. What is added to the future by `add_done_callback` runs there
@@ -45,10 +42,10 @@ class Calls:
         future: Future[_R] = Future()
         with self._changed:
             self._check()
-            if self._out >= self._most and not self._queues:
-                raise TierUnavailable(f"{self._name}: {self._out} calls have not come back")
-            self._out += 1
-            if self._threads < min(self._out, self._most):
+            if self.out >= self._most and not self._queues:
+                raise TierUnavailable(f"{self._name}: {self.out} calls have not come back")
+            self.out += 1
+            if self._threads < min(self.out, self._most):
                 self._threads += 1
                 threading.Thread(target=self._serve, name=f"kvkeep-{self._name}", daemon=True).start()
         self._queue.put((future, work))
@@ -82,7 +79,7 @@ class Calls:
                 for _ in range(self._threads):
                     self._queue.put(None)  # behind what was begun
             self._changed.notify_all()
-            return self._changed.wait_for(lambda: not self._out, max(0.0, deadline - time.monotonic()))
+            return self._changed.wait_for(lambda: not self.out, max(0.0, deadline - time.monotonic()))
 
     def _check(self) -> None:
         if self._closed:
@@ -107,7 +104,7 @@ class Calls:
             if not future.done():  # an error that nobody thought of ends this thread, not its caller
                 future.set_exception(TierUnavailable(f"{self._name}: an unexpected error"))
             with self._changed:
-                self._out -= 1
+                self.out -= 1
                 self._changed.notify_all()
 
 

@@ -2,7 +2,7 @@
 
     fs:///data/kv?capacity=500GiB&fsync=no&direct=auto&depth=8&mount=no&readonly=no
 
-A value is written to a temporary and linked into its place, so there is no time at which a part of it
+A value is written to a temporary and moved into its place, so there is no time at which a part of it
 can be read. Nothing is remembered between verbs: the directory is the index, the files' mtime says when
 they were used last, `usage` how much there is (fs_space.py), the locks who is at work (fs_root.py).
 """
@@ -18,8 +18,17 @@ import time
 from collections.abc import Iterator, Sequence
 
 from kvkeep.errors import ConfigError, TierUnavailable
-from kvkeep.tiers.base import Buffer, Capabilities, Check, Got, Key, Listing, Put, Seal, Tier, Usage
-from kvkeep.tiers.fs_io import sync_directory, takes_direct, transfer, write_file
+from kvkeep.tiers.base import Buffer, Capabilities, Got, Key, Listing, Put, Tier, Usage, unchecked
+from kvkeep.tiers.fs_io import (
+    in_turn,
+    is_aligned,
+    opened,
+    rename_new,
+    sync_directory,
+    takes_direct,
+    transfer,
+    write_file,
+)
 from kvkeep.tiers.fs_root import Membership, leftovers, prepare, remedy, value_path
 from kvkeep.tiers.fs_space import Space, footprint
 from kvkeep.tiers.threads import Threads
@@ -35,6 +44,7 @@ _CLOSE_WAIT = 30.0
 _TELL_EVERY = 60.0
 _LOOKS_ALONE = 16  # so many looks of `contains` are timed before threads are asked to help
 _SLOW_LOOK = 50e-6
+_AHEAD = 2  # threads that open and close files while the others read or write theirs
 
 
 def open_fs(url: TierURL) -> Tier:
@@ -71,15 +81,18 @@ def _join(root: str, space: Space) -> tuple[Membership, bool]:
 class FsTier(Tier, Listing):
     """A directory of values. Owns its threads, and a place among the directory's members."""
 
+    overlaps = True
+
     def __init__(
         self, root: str, space: Space, members: Membership | None, direct: bool, fsync: bool, depth: int
     ) -> None:
         self.direct = direct
         """Whether aligned buffers bypass the page cache."""
         self._root, self._space, self._members, self._fsync = root, space, members, fsync
-        self._seal: Seal | None = None
-        self._check: Check | None = None
-        self._threads = Threads(depth, "kvkeep-fs")
+        self._depth = depth
+        self._preadv = in_turn("preadv", depth)
+        self._pwritev = in_turn("pwritev", depth)
+        self._threads = Threads(depth + _AHEAD, "kvkeep-fs")
         self._state = threading.Condition()
         self._closed, self._under_way = False, 0
         self._tell_full_at = 0.0
@@ -92,10 +105,6 @@ class FsTier(Tier, Listing):
     def counting(self) -> bool:
         """Whether the books are being made again; writes are refused until that is done."""
         return self._space.counting
-
-    def overlap(self, seal: Seal, check: Check) -> bool:
-        self._seal, self._check = seal, check
-        return True
 
     def contains(self, keys: Sequence[Key]) -> list[bool]:
         if not keys:
@@ -137,8 +146,6 @@ class FsTier(Tier, Listing):
                 spare = promise.spares.pop(place, None)
                 if self._store(keys[place], buffers[place], now - 1000 * place, spare):
                     results[place] = Put.STORED
-                    if self._fsync:
-                        sync_directory(os.path.dirname(value_path(self._root, keys[place])))
 
             left = promise.places
             try:
@@ -148,10 +155,11 @@ class FsTier(Tier, Listing):
                     self._space.give_way(sum(footprint(len(buffers[place])) for place in left))
                     self._threads.each(left, store)
             finally:
-                if not promise.drop_spares():
-                    self._space.exact = False
+                self._space.drop(promise.spares.values())
                 unused = [len(buffers[place]) for place in promise.places if results[place] is Put.REFUSED]
                 self._space.settle(sum(map(footprint, unused)), len(unused))
+            if self._fsync:
+                self._sync_names([keys[place] for place in promise.places if results[place] is Put.STORED])
         return results
 
     def delete(self, keys: Sequence[Key]) -> None:
@@ -219,7 +227,7 @@ class FsTier(Tier, Listing):
                 # hands. Where nothing can be read it is more than that.
                 results[place] = Got.DAMAGED if error.errno == errno.EIO else Got.MISS
                 errors.append(error)
-                if len(errors) >= self._threads.depth and Got.HIT not in results:
+                if len(errors) >= self._depth and Got.HIT not in results:
                     raise
 
         with self._verb():
@@ -231,75 +239,71 @@ class FsTier(Tier, Listing):
     def _read(self, key: Key, into: Buffer, used_at: int | None) -> Got:
         path = value_path(self._root, key)
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            with opened(path, os.O_RDONLY, self.direct and is_aligned(into)) as (fd, direct):
+                seen = os.fstat(fd)
+                if seen.st_size != len(into):
+                    return Got.DAMAGED
+                if used_at is not None:  # before it is read: so it is no victim while we read it
+                    with contextlib.suppress(OSError):
+                        os.utime(fd, ns=(used_at, used_at))
+                whole = transfer(self._preadv, fd, into, direct) == len(into)
         except FileNotFoundError:
             return Got.MISS
-        try:
-            seen = os.fstat(fd)
-            if seen.st_size != len(into):
-                return Got.DAMAGED
-            if used_at is not None:  # before it is read: so it is no victim while we read it
-                with contextlib.suppress(OSError):
-                    os.utime(fd, ns=(used_at, used_at))
-            whole = transfer(os.preadv, fd, into, self.direct) == len(into)
-            if whole and self._check is not None and self._check(key, into):
-                return Got.HIT
-            # Evicted and overwritten while we read it: not there any more, rather than damaged.
-            if not _is_there(path, seen):
-                return Got.MISS
-            return Got.HIT if whole and self._check is None else Got.DAMAGED
-        finally:
-            os.close(fd)
+        whole = whole and self.check_value(key, into)
+        # Evicted and overwritten while we read it: not there any more, rather than damaged.
+        if (not whole or self.check_value is unchecked) and not _is_there(path, seen):
+            return Got.MISS
+        return Got.HIT if whole else Got.DAMAGED
 
     # Writing
 
     def _store(self, key: Key, value: Buffer, used_at: int, spare: str | None) -> bool:
         """Store one value for which there is room in the books; False: the medium has none."""
-        if self._seal is not None:
-            self._seal(key, value)
-        path = value_path(self._root, key)
-        with self._temporary(spare) as temporary:
-            try:
-                write_file(temporary, value, self.direct, used_at, self._fsync, new=spare is None)
-                self._publish(temporary, path)
-            except OSError as error:
-                if error.errno not in _FULL:
-                    raise
-                if time.monotonic() > self._tell_full_at:
-                    self._tell_full_at = time.monotonic() + _TELL_EVERY
-                    log.warning("%s: %s: the tier gives way, and refuses values", self._root, error.strerror)
-                return False
-        return True
+        assert self._members is not None
+        self.seal_value(key, value)
+        temporary, stored = spare or self._members.new_name(), False
+        try:
+            write_file(temporary, value, self._pwritev, self.direct, used_at, self._fsync, new=spare is None)
+            self._publish(temporary, value_path(self._root, key))
+            stored = True
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            if time.monotonic() > self._tell_full_at:
+                self._tell_full_at = time.monotonic() + _TELL_EVERY
+                log.warning("%s: %s: the tier gives way, and refuses values", self._root, error.strerror)
+        finally:
+            if not stored:
+                self._space.drop([temporary])
+        return stored
 
     def _publish(self, temporary: str, path: str) -> None:
-        """Give a temporary its place; a value that is there goes, with what it took."""
-        directory = os.path.dirname(path)
+        """Move a temporary to its place; a value that is there goes, with what it took."""
         for _ in range(_PUBLISH_TRIES):
             try:
-                os.link(temporary, path)
+                if not rename_new(temporary, path):
+                    os.link(temporary, path)
+                    self._space.drop([temporary])
             except FileExistsError:
                 if not self._space.replace(temporary, path):
                     continue
+                self._space.drop([temporary])  # NFS: the link was there already
             except FileNotFoundError:  # the first one there, or an evictor has just removed what was empty
-                os.makedirs(directory, 0o700, exist_ok=True)
+                os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
                 continue
             return
         raise OSError(errno.EBUSY, f"{path} comes and goes")
 
-    @contextlib.contextmanager
-    def _temporary(self, spare: str | None) -> Iterator[str]:
-        """A name of our own for a file, that of the spare if there is one; what has it at the end goes."""
-        assert self._members is not None
-        path = spare or self._members.new_name()
-        try:
-            yield path
-        finally:
-            try:
-                os.unlink(path)
-            except FileNotFoundError:
-                pass
-            except OSError:
-                self._space.exact = False  # whoever opens the directory next removes it, and counts
+    def _sync_names(self, keys: Sequence[Key]) -> None:
+        """Make the names of values durable, and those of the directories that they lie in."""
+        folders = {os.path.dirname(value_path(self._root, key)) for key in keys}
+        every = [*folders, *{os.path.dirname(folder) for folder in folders}, self._root]
+
+        def sync(number: int) -> None:
+            with contextlib.suppress(FileNotFoundError):  # evicted, with what it lay in
+                sync_directory(every[number])
+
+        self._threads.each(range(len(every) if keys else 0), sync)
 
     @contextlib.contextmanager
     def _verb(self) -> Iterator[None]:

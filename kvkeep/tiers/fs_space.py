@@ -4,7 +4,7 @@ The file `usage` says how many values and bytes there are or are promised. Whoev
 it is going to write, and whoever removes subtracts afterwards, each under the file's lock: so the books
 never say less than there is, and a process that is killed leaves them too high by a batch at most.
 Removals, and replacements of values, happen under that lock too, so that each value is subtracted exactly
-once; new values come in by link(2), which fails where there is one, and need no lock.
+once; new values come in by a rename that fails where there is one, and need no lock.
 
 Who writes holds `writers` shared; who counts again holds it alone, and writes are refused meanwhile.
 """
@@ -20,7 +20,7 @@ import struct
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, NamedTuple
@@ -92,16 +92,6 @@ class Promise:
     spares: dict[int, str] = field(default_factory=dict)
     """Evicted values as long as theirs, under names that are ours: to overwrite one in place takes less than
     half the time of removing it and writing a new file. Whoever takes one out of here owns it."""
-
-    def drop_spares(self) -> bool:
-        """Remove those that nobody took; whether all could be."""
-        failed = 0
-        for path in self.spares.values():
-            try:
-                os.unlink(path)
-            except OSError:
-                failed += 1
-        return not failed
 
 
 def _fitting(costs: Mapping[int, int], room: int) -> list[int]:
@@ -202,7 +192,8 @@ class Space:
         try:
             self._fill(promise, costs, keep)
         except (OSError, TierUnavailable):
-            promise.drop_spares()
+            self.exact = self.exact and not promise.spares  # whose room stays in the books
+            self.drop(promise.spares.values())
             raise
         return promise
 
@@ -246,6 +237,16 @@ class Space:
         return True
 
     # Removing
+
+    def drop(self, temporaries: Iterable[str]) -> None:
+        """Remove what has these names of our own, if anything has."""
+        for path in temporaries:
+            try:
+                os.unlink(path)
+            except FileNotFoundError:
+                pass
+            except OSError:
+                self.exact = False  # whoever opens the directory next removes it, and counts
 
     def remove(self, paths: Sequence[str]) -> None:
         """Remove values, and give back what they took. Absent ones are fine."""
@@ -359,7 +360,8 @@ class Space:
         if self.counting or time.monotonic() < self._last_asked + _COUNT_WAIT:
             return
         self.counting, self._last_asked = True, time.monotonic()
-        self._chore(self._count)
+        with contextlib.suppress(RuntimeError):  # closed meanwhile
+            self._chores.submit(self._count)
 
     def _count(self) -> None:
         try:
@@ -374,14 +376,11 @@ class Space:
         for fan_out in range(256):
             yield from values(self._root, fan_out)
 
-    def _chore(self, work: Callable[[], None]) -> None:
-        with contextlib.suppress(RuntimeError):  # closed meanwhile
-            self._chores.submit(work)
-
     @contextlib.contextmanager
     def _books(self) -> Iterator[_Books]:
         """The books, for us alone; written back with what was changed, also where the work then failed."""
         if not self._mutex.acquire(timeout=_LOCK_WAIT):
+            self.exact = False
             raise TierUnavailable(f"{self._usage} has been locked by this process for {_LOCK_WAIT:g} s")
         try:
             with locked(self._usage, _LOCK_WAIT) as fd:

@@ -12,15 +12,15 @@ from __future__ import annotations
 
 import random
 import struct
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
 from kvkeep.errors import ConfigError, TierUnavailable
-from kvkeep.tiers.base import KEY_BYTES, Buffer, Capabilities, Check, Got, Key, Put, Seal, Tier, key_name
+from kvkeep.tiers.base import KEY_BYTES, Buffer, Capabilities, Got, Key, Put, Tier, key_name
 from kvkeep.tiers.infinistore_wire import FULL, LONGEST, Link
-from kvkeep.tiers.threads import Threads
+from kvkeep.tiers.pool import Pool
+from kvkeep.tiers.threads import BATCHES, Threads
 from kvkeep.tiers.url import TierURL
 
 __all__ = ["InfiniStoreTier", "Marker", "open_infinistore"]
@@ -46,24 +46,19 @@ class Marker(NamedTuple):
 class InfiniStoreTier(Tier):
     """One server. Owns its connections and threads."""
 
+    overlaps = True
+
     def __init__(self, host: str, port: int, timeout: float, concurrency: int) -> None:
         """Raises OSError where nobody listens."""
-        self._address, self._timeout = (host, port), timeout
+        self._address = (host, port)
         self._threads = Threads(concurrency, "kvkeep-infinistore")
-        self._lock = threading.Lock()
-        self._idle: list[Link] = []
-        self._busy: set[Link] = set()
-        self._closed = False
-        self._seal: Seal | None = None
-        self._check: Check | None = None
-        self._idle.append(Link(host, port, timeout))
+        self._pool: Pool[tuple[str, int], Link] = Pool(
+            lambda address: Link(*address, timeout), keep=BATCHES * concurrency
+        )
+        with self._pool.link(self._address):
+            pass  # it can be reached
 
     capabilities = Capabilities(shared=True, persistent=True, max_value_bytes=LONGEST)
-
-    def overlap(self, seal: Seal, check: Check) -> bool:
-        """Each value is sealed and checked on the thread that moves it."""
-        self._seal, self._check = seal, check
-        return True
 
     def contains(self, keys: Sequence[Key]) -> list[bool]:
         with self._link() as link:
@@ -76,7 +71,7 @@ class InfiniStoreTier(Tier):
             with self._link() as link:
                 results[place] = self._get(link, keys[place], buffers[place])
 
-        self._each(len(keys), work)
+        self._threads.each(range(len(keys)), work)
         return results
 
     def put(self, keys: Sequence[Key], buffers: Sequence[Buffer]) -> list[Put]:
@@ -88,7 +83,7 @@ class InfiniStoreTier(Tier):
             if len(buffers[place]) <= LONGEST:
                 results[place] = self._put(keys[place], buffers[place], held[place])
 
-        self._each(len(keys), work)
+        self._threads.each(range(len(keys)), work)
         return results
 
     def delete(self, keys: Sequence[Key]) -> None:
@@ -99,14 +94,7 @@ class InfiniStoreTier(Tier):
                     _forget(link, key)
 
     def close(self) -> None:
-        with self._lock:
-            self._closed = True
-            idle, self._idle = self._idle, []
-            busy = list(self._busy)
-        for link in busy:
-            link.shut()
-        for link in idle:
-            link.drop()
+        self._pool.close()
         self._threads.close(wait_for_it=False)
 
     def _get(self, link: Link, key: Key, buffer: Buffer) -> Got:
@@ -118,13 +106,12 @@ class InfiniStoreTier(Tier):
         length = link.get(marker.value_name(key), buffer)
         if length < 0:
             return Got.MISS  # evicted before what points to it
-        if length != len(buffer) or (self._check is not None and not self._check(key, buffer)):
+        if length != len(buffer) or not self.check_value(key, buffer):
             return Got.DAMAGED
         return Got.HIT
 
     def _put(self, key: Key, buffer: Buffer, held: bool) -> Put:
-        if self._seal is not None:
-            self._seal(key, buffer)
+        self.seal_value(key, buffer)
         marker = Marker(random.randbytes(8), len(buffer))
         with self._link() as link:
             if held:
@@ -140,61 +127,15 @@ class InfiniStoreTier(Tier):
         link.shut()
         return Put.REFUSED
 
-    def _each(self, count: int, work: Callable[[int], None]) -> None:
-        self._threads.each(range(count), work)
-
     @contextmanager
     def _link(self) -> Iterator[Link]:
-        """A connection for one exchange; kept if that goes well. Raises TierUnavailable."""
-        link = self._take()
+        """A connection for one exchange. Raises TierUnavailable."""
         try:
-            yield link
+            with self._pool.link(self._address) as link:
+                yield link
         except OSError as error:
-            link.drop()
             why = "no answer in time" if isinstance(error, TimeoutError) else str(error)
             raise TierUnavailable(f"infinistore: {why}") from error
-        except TierUnavailable:
-            link.drop()
-            raise
-        else:
-            self._give(link)
-        finally:
-            with self._lock:
-                self._busy.discard(link)
-
-    def _take(self) -> Link:
-        while (link := self._take_idle()) is not None:
-            if not link.stale:
-                return link
-            link.drop()
-            with self._lock:
-                self._busy.discard(link)
-        try:
-            link = Link(*self._address, self._timeout)
-        except OSError as error:
-            raise TierUnavailable(f"infinistore: {error}") from error
-        with self._lock:
-            self._busy.add(link)
-            if self._closed:
-                link.shut()  # who uses it finds out
-        return link
-
-    def _take_idle(self) -> Link | None:
-        with self._lock:
-            if self._closed:
-                raise TierUnavailable("infinistore: the tier is closed")
-            if not self._idle:
-                return None
-            link = self._idle.pop()
-            self._busy.add(link)
-            return link
-
-    def _give(self, link: Link) -> None:
-        with self._lock:
-            if not self._closed and link.usable:
-                self._idle.append(link)
-                return
-        link.drop()
 
 
 def _name(key: Key) -> bytes:
@@ -222,12 +163,10 @@ def _forget(link: Link, key: Key) -> None:
 
 def open_infinistore(url: TierURL) -> InfiniStoreTier:
     """A tier from `infinistore://host:port?…`; see docs/tiers-infinistore.md. Raises ConfigError."""
-    timeout = url.take_seconds("timeout", 10.0)
+    timeout = url.take_timeout(10.0)
     concurrency = url.take_count("concurrency", 4)
     if not url.host or url.path not in ("", "/") or url.user is not None:
         raise ConfigError(f"{url}: write it as infinistore://host:port; it has no users")
-    if timeout <= 0:
-        raise ConfigError(f"{url}: timeout must be more than 0")
     address = (url.host, url.port or _PORT)
     try:
         tier = InfiniStoreTier(*address, timeout, concurrency)

@@ -37,8 +37,7 @@ _SCRATCH = 1 << 20
 
 
 class Link:
-    """One connection, used by one thread at a time; only `shut` is for others. All verbs raise OSError
-    (TimeoutError among it), after which it is of no use."""
+    """One connection. All verbs raise OSError (TimeoutError among it), after which it is of no use."""
 
     def __init__(self, host: str, port: int, timeout: float) -> None:
         self._timeout = timeout
@@ -101,23 +100,20 @@ class Link:
 
     @property
     def usable(self) -> bool:
-        """Whether another exchange may follow."""
         return not self._shut
 
     @property
     def stale(self) -> bool:
-        """Whether something is there that nobody asked for; mostly the end of the connection."""
         poll = select.poll()
         poll.register(self._socket, select.POLLIN)
         return bool(poll.poll(0))
 
     def shut(self) -> None:
-        """End it, and what another thread does on it, which gets an OSError."""
         self._shut = True
         with contextlib.suppress(OSError):  # it has ended
             self._socket.shutdown(socket.SHUT_RDWR)
 
-    def drop(self) -> None:
+    def close(self) -> None:
         """Close it. The server dies of clients that leave while it sends them a value, so one that is slow
         is first listened to for a while, on a thread."""
         if self._due != 0:

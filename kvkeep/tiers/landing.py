@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import mmap
 import queue
@@ -25,7 +26,10 @@ class Landing:
     """One piece of memory, of whole pages."""
 
     def __init__(self, size: int) -> None:
-        self.array = np.frombuffer(mmap.mmap(-1, size), np.uint8)
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with contextlib.suppress(OSError):  # a kernel without huge pages, which are copied from twice as fast
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        self.array = np.frombuffer(memory, np.uint8)
         self.address = address_of(self.array)
 
 
@@ -35,7 +39,7 @@ class Landings:
 
     def __init__(self, name: str, size: int, count: int, register: Callable[[Landing], None]) -> None:
         self._name, self._size, self._register = name, size, register
-        self._free: queue.SimpleQueue[Landing] = queue.SimpleQueue()
+        self._free: queue.LifoQueue[Landing] = queue.LifoQueue()  # the last one used lies in the cache
         self._lock = threading.Lock()
         self._lost = 0
         for _ in range(count):

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kvkeep.errors import ConfigError, TierUnavailable
-from kvkeep.tiers.base import Buffer, Capabilities, Check, Got, Key, Put, Seal, Tier, key_name
+from kvkeep.tiers.base import Buffer, Capabilities, Got, Key, Put, Tier, key_name
 from kvkeep.tiers.calls import Calls
 from kvkeep.tiers.landing import Landing, Landings, address_of, groups, offsets
 from kvkeep.tiers.mooncake_client import (
@@ -66,6 +66,8 @@ class _Transfer(NamedTuple):
 class MooncakeTier(Tier):
     """One client of the store. Owns it, its threads and its landings."""
 
+    overlaps = True
+
     def __init__(self, store: Any, options: MooncakeOptions) -> None:
         """Raises ConfigError where its memory cannot be registered; `store` is then still the caller's."""
         self._store, self._options = store, options
@@ -74,8 +76,6 @@ class MooncakeTier(Tier):
         self._config.replica_num = options.replicas
         self._attached = range(0)
         self._closed = False
-        self._seal: Seal | None = None
-        self._check: Check | None = None
         self._landings = Landings("mooncake", options.buffer, _LANDINGS, self._register)
 
     @property
@@ -97,11 +97,6 @@ class MooncakeTier(Tier):
             log.warning("mooncake: the arena cannot be registered (%d); puts are copied", code)
         else:
             self._attached = range(start, start + len(memory))
-
-    def overlap(self, seal: Seal, check: Check) -> bool:
-        """Values are sealed and checked while others are on their way."""
-        self._seal, self._check = seal, check
-        return True
 
     def contains(self, keys: Sequence[Key]) -> list[bool]:
         if not keys:
@@ -136,9 +131,8 @@ class MooncakeTier(Tier):
         def prepare(places: range, landing: Landing | None) -> Callable[[], list[int]]:
             names, some = _named(keys, places), [buffers[place] for place in places]
             sizes = [len(buffer) for buffer in some]
-            if self._seal is not None:
-                for place in places:
-                    self._seal(keys[place], buffers[place])
+            for place in places:
+                self.seal_value(keys[place], buffers[place])
             starts = [address_of(buffer) for buffer in some]
             if landing is not None:
                 starts = [landing.address + at for at in offsets(sizes)]
@@ -252,7 +246,7 @@ class MooncakeTier(Tier):
             if code != size:
                 continue
             value = array[at : at + size]
-            if self._check is not None and not self._check(keys[place], value.data):
+            if not self.check_value(keys[place], value.data):
                 codes[place] = _DAMAGED
             else:
                 np.frombuffer(buffers[place], np.uint8)[:] = value  # without the GIL

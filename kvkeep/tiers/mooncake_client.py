@@ -50,7 +50,7 @@ def mooncake_options(url: TierURL) -> MooncakeOptions:
     """The options of a URL. Raises ConfigError; also where no master answers, since the client would try
     for 90 s."""
     port = url.port or 50051
-    timeout = url.take_seconds("timeout", 5.0)
+    timeout = url.take_timeout(5.0)
     options = MooncakeOptions(
         master=f"{url.host}:{port}",
         hostname=url.take("hostname", str, ""),
@@ -64,8 +64,8 @@ def mooncake_options(url: TierURL) -> MooncakeOptions:
     )
     if not url.host or url.path not in ("", "/"):
         raise ConfigError(f"{url}: write it as mooncake://master:port")
-    if timeout <= 0 or options.buffer < mmap.PAGESIZE:
-        raise ConfigError(f"{url}: timeout must be more than 0, and buffer a page or more")
+    if options.buffer < mmap.PAGESIZE:
+        raise ConfigError(f"{url}: buffer must be a page or more")
     if 0 < options.segment < _LEAST_SEGMENT:
         raise ConfigError(f"{url}: segment must be 0, or 16 MiB and more")
     reached_from = _our_address(url, (url.host, port), timeout)

@@ -21,7 +21,7 @@ from typing import NamedTuple, TypeAlias
 
 from kvkeep.errors import ConfigError, ProtocolError, TierUnavailable
 from kvkeep.tiers import peer_wire as wire
-from kvkeep.tiers.base import Buffer, Capabilities, Check, Got, Key, Put, Seal, Tier
+from kvkeep.tiers.base import Buffer, Capabilities, Got, Key, Put, Tier
 from kvkeep.tiers.landing import groups
 from kvkeep.tiers.peer_batch import BUSY, Batch, Reads
 from kvkeep.tiers.peer_nixl import Agent, allow
@@ -89,9 +89,9 @@ class PeerTier(Tier):
         self._lock = threading.Lock()
         self._open: set[Channel] = set()
         self._closed = False
-        self._check: Check | None = None
 
     capabilities = Capabilities(shared=True, persistent=False, readonly=True, live=True)
+    overlaps = True
 
     def attach(self, memory: Buffer) -> None:
         """Register it with NIXL, where that is to be used; it must stay mapped."""
@@ -100,11 +100,6 @@ class PeerTier(Tier):
                 self._agent = Agent(memory, self._device)
             except ConfigError as error:
                 log.warning("%s; the peer is read over TCP", error)
-
-    def overlap(self, seal: Seal, check: Check) -> bool:
-        """Each value is checked on the thread that receives it, while others go on receiving."""
-        self._check = check
-        return True
 
     def contains(self, keys: Sequence[Key]) -> list[bool]:
         held = bytearray()
@@ -127,7 +122,7 @@ class PeerTier(Tier):
         nixl = agent is not None and all(map(agent.has, buffers))
         left = list(range(len(keys)))
         while left:
-            self._round(left, Batch(keys, buffers, results, self._check, nixl))
+            self._round(left, Batch(keys, buffers, results, self.check_value, nixl))
             busy = [place for place in left if results[place] == BUSY]
             if len(busy) == len(left):
                 break
@@ -215,34 +210,25 @@ class PeerTier(Tier):
     @contextmanager
     def _channel(self, seats: _Seats) -> Iterator[Channel]:
         """A connection for one exchange; kept if that goes well. Raises TierUnavailable."""
-        channel = self._take(seats)
-        good = False
-        try:
-            yield channel
-            good = not channel.shut_down
-        except (OSError, ProtocolError) as error:
-            raise TierUnavailable(f"peer: {_why(error)}") from error
-        finally:
-            if good:
-                seats.put(channel)
-                if self._closed:
-                    self.close()
-            else:
-                self._drop(channel)
-                seats.put(None)
-
-    def _take(self, seats: _Seats) -> Channel:
         if self._closed:
             raise TierUnavailable("peer: the tier is closed")
         try:
             channel = seats.get(timeout=self._timeout)
         except Empty:
             raise TierUnavailable("peer: all connections are in use") from None
+        kept = None
         try:
-            return self._ready(channel)
+            channel = self._ready(channel)
+            yield channel
+            kept = None if channel.shut_down else channel
         except (OSError, ProtocolError) as error:
-            seats.put(None)
             raise TierUnavailable(f"peer: {_why(error)}") from error
+        finally:
+            if channel is not None and kept is None:
+                self._drop(channel)
+            seats.put(kept)
+            if self._closed:
+                self.close()
 
     def _ready(self, channel: Channel | None) -> Channel:
         """A connection to use: this one, or if that has ended, a new one. Raises OSError, ProtocolError."""
@@ -296,7 +282,7 @@ def _why(error: Exception) -> str:
 def open_peer(url: TierURL) -> PeerTier:
     """A tier from `peer://host:port?…`; see docs/tiers-peer.md. Raises ConfigError on what a retry does not
     mend. A peer that does not answer is waited for: of two keepers, one is the first to start."""
-    timeout = url.take_seconds("timeout", 5.0)
+    timeout = url.take_timeout(5.0)
     nixl = url.take_choice("transport", ("tcp", "nixl"), "tcp") == "nixl"
     device = url.take("device", str, "lo")
     connections = 1 if nixl else url.take_count("connections", 2)
@@ -305,8 +291,6 @@ def open_peer(url: TierURL) -> PeerTier:
     secure = url.take_flag("tls", ca is not None or cert is not None)
     if not url.host or url.path not in ("", "/") or url.user is not None or len(url.hosts) > 1:
         raise ConfigError(f"{url}: write it as peer://host:{PORT}; the token goes into a file (token_file=)")
-    if timeout <= 0:
-        raise ConfigError(f"{url}: timeout must be more than 0")
     if not secure and (ca or cert or key):
         raise ConfigError(f"{url}: ca, cert and key are for TLS: leave tls=no out")
     tls = client_context(ca, cert, key) if secure else None

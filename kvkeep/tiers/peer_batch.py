@@ -28,7 +28,7 @@ class Batch(NamedTuple):
     keys: Sequence[Key]
     buffers: Sequence[Buffer]
     results: list[Got | int]
-    check: Check | None
+    check: Check
     nixl: bool
 
     def request(self, part: list[int]) -> wire.Take | wire.Lend:
@@ -48,7 +48,7 @@ class Batch(NamedTuple):
     def came(self, places: Sequence[int]) -> None:
         """These values are in their buffers: are they what they should be?"""
         for place in places:
-            whole = self.check is None or self.check(self.keys[place], self.buffers[place])
+            whole = self.check(self.keys[place], self.buffers[place])
             self.results[place] = Got.HIT if whole else Got.DAMAGED
 
 

@@ -11,6 +11,7 @@ import os
 import random
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -20,12 +21,10 @@ from kvkeep.tiers.base import (
     KEY_BYTES,
     Buffer,
     Capabilities,
-    Check,
     Got,
     Key,
     Listing,
     Put,
-    Seal,
     Tier,
     Usage,
     key_name,
@@ -33,7 +32,7 @@ from kvkeep.tiers.base import (
 from kvkeep.tiers.redis_nodes import FAULTS, Address, Nodes
 from kvkeep.tiers.redis_url import nodes_of, remedy
 from kvkeep.tiers.resp import MAX_VALUE_BYTES, Reader, Refusal, Request, command, exchange
-from kvkeep.tiers.threads import Threads
+from kvkeep.tiers.threads import BATCHES, Threads
 from kvkeep.tiers.url import TierURL
 
 __all__ = ["RedisTier", "open_redis"]
@@ -48,7 +47,10 @@ _FULL = {"OOM", "MISCONF"}
 _FOREIGN = "WRONGTYPE"
 """Error of a GET or STRLEN where something that is no string lies under the key."""
 _AT_ONCE = 16  # connections that one batch uses, over all servers
+_ASKED = 4  # connections more, for short questions beside batches
 _WORTH_A_CONNECTION = 4 << 20  # bytes: less is there sooner than another thread is awake
+_PUT_OVER = 8
+_TELL_EVERY = 60.0
 _ASKING = command(b"ASKING")
 
 
@@ -68,6 +70,8 @@ class _Job(Generic[_R]):
     """By place: the result, or why there is none yet."""
     nbytes: int = 0
     """Of all values: many are worth several connections."""
+    most: int = 64
+    """Connections, per server."""
     unseen: bool = False
     """Not to count as a use of the values, where the server can do that (Redis 7.2, Valkey)."""
 
@@ -83,10 +87,13 @@ class _Job(Generic[_R]):
 class RedisTier(Tier, Listing):
     """Redis or Valkey behind `nodes`."""
 
+    overlaps = True
+
     def __init__(self, nodes: Nodes, prefix: str, ttl: float | None, connections: int, limit: int) -> None:
         """`ttl`: seconds after which the server forgets a value; `connections`: of one batch, per server, at
         most; `limit`: bytes of the longest value."""
         self._nodes, self._pool = nodes, nodes.pool
+        self._pool.keep = BATCHES * connections + _ASKED
         self._prefix = prefix.encode() + b":"
         self._tail = b"\r\n" if ttl is None else b"\r\n" + _words(b"PX", b"%d" % max(1, int(ttl * 1000)))
         self._set = b"*%d\r\n$3\r\nSET\r\n" % (3 if ttl is None else 5)
@@ -96,17 +103,11 @@ class RedisTier(Tier, Listing):
         self._threads = Threads(_AT_ONCE, "kvkeep-redis")
         self._pid = os.getpid()
         self._closed = False
-        self._told_full = False
-        self._seal: Seal | None = None
-        self._is_whole: Check | None = None
+        self._tell_full_at = 0.0
 
     @property
     def capabilities(self) -> Capabilities:
         return self._capabilities
-
-    def overlap(self, seal: Seal, check: Check) -> bool:
-        self._seal, self._is_whole = seal, check
-        return True
 
     def contains(self, keys: Sequence[Key]) -> list[bool]:
         return [bool(number) for number in self._short(b"EXISTS", keys)]
@@ -125,16 +126,15 @@ class RedisTier(Tier, Listing):
             got = reader.value(buffers[i])
             if isinstance(got, Refusal):
                 return Got.DAMAGED if got.code == _FOREIGN else got
-            whole = got is not Got.HIT or self._is_whole is None or self._is_whole(keys[i], buffers[i])
-            return got if whole else Got.DAMAGED
+            return Got.DAMAGED if got is Got.HIT and not self.check_value(keys[i], buffers[i]) else got
 
         names = self._names(keys)
-        return self._run(_Job(names, request, read, [None] * len(names), sum(map(len, buffers)), unseen))
+        job = _Job(names, request, read, [None] * len(names), sum(map(len, buffers)), unseen=unseen)
+        return self._run(job)
 
     def put(self, keys: Sequence[Key], buffers: Sequence[Buffer]) -> list[Put]:
         def request(i: int) -> Request:
-            if self._seal is not None:
-                self._seal(keys[i], buffers[i])
+            self.seal_value(keys[i], buffers[i])
             head = self._set + b"$%d\r\n%s\r\n$%d\r\n" % (len(names[i]), names[i], len(buffers[i]))
             return Request([head, buffers[i], self._tail], len(buffers[i]))
 
@@ -147,7 +147,7 @@ class RedisTier(Tier, Listing):
         names = self._names(keys)
         too_long = [len(buffer) > self._limit for buffer in buffers]
         out: list[Put | _Refused | None] = [Put.REFUSED if long else None for long in too_long]
-        return self._run(_Job(names, request, read, out, sum(map(len, buffers))))
+        return self._run(_Job(names, request, read, out, sum(map(len, buffers)), _PUT_OVER))
 
     def delete(self, keys: Sequence[Key]) -> None:
         self._short(b"DEL", keys)
@@ -159,7 +159,7 @@ class RedisTier(Tier, Listing):
         for address in self._nodes.masters():
             cursor = b"0"
             while True:
-                self._check()
+                self._check_open()
                 cursor, names = self._scan(address, cursor, pattern)
                 found = [key for key in map(self._key, names) if key is not None and key not in seen]
                 seen.update(found)
@@ -178,7 +178,7 @@ class RedisTier(Tier, Listing):
 
     def usage(self) -> Usage:
         """Memory of all masters, and the number of their keys (of other users too)."""
-        self._check()
+        self._check_open()
         used = capacity = values = 0
         bounded = True
         try:
@@ -198,7 +198,7 @@ class RedisTier(Tier, Listing):
             self._pool.close()
             self._threads.close(wait_for_it=False)
 
-    def _check(self) -> None:
+    def _check_open(self) -> None:
         if self._closed:
             raise TierUnavailable("the tier is closed")
         if os.getpid() != self._pid:
@@ -229,15 +229,15 @@ class RedisTier(Tier, Listing):
         return self._run(_Job(names, request, read, [None] * len(names)))
 
     def _full(self, refusal: Refusal) -> Put:
-        if not self._told_full:
-            self._told_full = True
+        if time.monotonic() > self._tell_full_at:
+            self._tell_full_at = time.monotonic() + _TELL_EVERY
             log.warning("redis takes no more values, which are dropped: %s", refusal.text)
         return Put.REFUSED
 
     # One batch: each server its part, and what was refused for now once more
 
     def _run(self, job: _Job[_R]) -> list[_R]:
-        self._check()
+        self._check_open()
         for last in (False, True):
             version, began = self._nodes.version, time.monotonic()
             try:
@@ -265,8 +265,9 @@ class RedisTier(Tier, Listing):
         parts: dict[Address, list[int]] = {}
         for i in job.todo():
             parts.setdefault(self._nodes.of(job.names[i]), []).append(i)
-        ways = max(1, min(self._connections, job.nbytes // _WORTH_A_CONNECTION))
-        self._spread(job, [(to, places[way::ways]) for to, places in parts.items() for way in range(ways)])
+        ways = max(1, min(self._connections, job.most, job.nbytes // _WORTH_A_CONNECTION))
+        shares = [(to, places[way::ways]) for to, places in parts.items() for way in range(ways)]
+        self._spread(job, shares)
         asks: dict[Address, list[int]] = {}
         for i in job.todo():  # keys that are on their way from one server to another
             refused = job.out[i]
@@ -278,9 +279,10 @@ class RedisTier(Tier, Listing):
     def _spread(self, job: _Job[_R], parts: list[tuple[Address, list[int]]], asking: bool = False) -> None:
         """All parts at once. Returns or raises when all have ended: the buffers are the caller's again."""
         parts = [part for part in parts if part[1]]
-        self._threads.each(range(len(parts)), lambda n: self._part(job, *parts[n], asking))
+        ways = max(Counter(address for address, _ in parts).values(), default=1)
+        self._threads.each(range(len(parts)), lambda n: self._part(job, *parts[n], ways, asking))
 
-    def _part(self, job: _Job[_R], address: Address, places: list[int], asking: bool) -> None:
+    def _part(self, job: _Job[_R], address: Address, places: list[int], ways: int, asking: bool) -> None:
         """One server's share over one connection. Raises TierUnavailable."""
 
         def request(n: int) -> Request:
@@ -294,17 +296,12 @@ class RedisTier(Tier, Listing):
             job.out[places[n]] = _Refused(result, address) if isinstance(result, Refusal) else result
 
         try:
-            link = self._pool.take(address)
-            try:
+            with self._pool.link(address) as link:
                 if job.unseen:
                     link.touch(False)
-                exchange(link.reader, len(places), request, read)
+                exchange(link.reader, len(places), request, read, ways)
                 if job.unseen:
                     link.touch(True)
-            except BaseException:
-                self._pool.drop(link)
-                raise
-            self._pool.give(link)
         except FAULTS as error:
             raise TierUnavailable(f"{address}: {error}") from error
 

@@ -16,14 +16,14 @@ from redis.exceptions import RedisError, ResponseError
 from redis.retry import Retry
 
 from kvkeep.errors import TierUnavailable
+from kvkeep.tiers.pool import Pool
 from kvkeep.tiers.resp import OutOfStep, Reader, Refusal
 
-__all__ = ["Address", "Cluster", "Link", "Nodes", "Pool", "Sentinel", "Single"]
+__all__ = ["Address", "Cluster", "Link", "Nodes", "RedisPool", "Sentinel", "Single"]
 
 _T = TypeVar("_T")
 FAULTS = (OSError, RedisError, OutOfStep)
 """What a connection can raise; it is of no use afterwards."""
-_IDLE_MOST = 8  # connections kept for the next batch, per server
 
 
 class Address(NamedTuple):
@@ -47,11 +47,12 @@ class Address(NamedTuple):
 
 
 class Link:
-    """One connection, ready for commands. Used by one thread at a time; only `shut` is for others."""
+    """One connection, ready for commands."""
+
+    usable = True
 
     def __init__(self, address: Address, timeout: float, options: dict[str, Any], tls: bool) -> None:
         """Dial `address` and shake hands, each step within `timeout` seconds. Raises one of FAULTS."""
-        self.address = address
         self.reader = Reader(timeout)
         options = {
             **options,
@@ -68,7 +69,6 @@ class Link:
 
     @property
     def stale(self) -> bool:
-        """Whether something is there that nobody asked for; mostly the end of the connection."""
         return self.reader.can_read()
 
     def call(self, *words: str | bytes | int) -> Any:
@@ -82,91 +82,24 @@ class Link:
             self.call("CLIENT", "NO-TOUCH", "OFF" if yes else "ON")
 
     def shut(self) -> None:
-        """End what another thread does on it: it gets an OSError."""
         self.reader.shut()
 
     def close(self) -> None:
         self._connection.disconnect()
 
 
-class Pool:
-    """Connections by address. Thread-safe; one that failed is dropped and never used again."""
+class RedisPool(Pool[Address, Link]):
+    """Connections by address; each of its verbs raises one of FAULTS."""
 
     def __init__(self, timeout: float, options: dict[str, Any], tls: bool, doubts: bool = False) -> None:
-        """`options` are those of redis-py's connections: credentials, database, TLS files. With `doubts`,
-        a server that has ended an idle connection is an error: it may have another role now."""
+        """`options` are those of redis-py's connections: credentials, database, TLS files."""
+        super().__init__(lambda address: Link(address, timeout, options, tls), doubts=doubts)
         self.timeout = timeout
-        self._options, self._tls, self._doubts = options, tls, doubts
-        self._lock = threading.Lock()
-        self._idle: dict[Address, list[Link]] = {}
-        self._busy: set[Link] = set()
-        self._closed = False
-
-    def take(self, address: Address) -> Link:
-        """A connection to `address` for this thread, until `give` or `drop`. Raises one of FAULTS."""
-        with self._lock:
-            idle = self._idle.get(address, [])
-            link = idle.pop() if idle else None
-            if link is not None:
-                self._busy.add(link)
-        if link is not None:
-            if not link.stale:
-                return link
-            self.drop(link)
-            self.flush(address)
-            if self._doubts:
-                raise ConnectionResetError("the server ended an idle connection")
-        link = Link(address, self.timeout, self._options, self._tls)
-        with self._lock:
-            if not self._closed:
-                self._busy.add(link)
-                return link
-        link.close()
-        raise TierUnavailable("the tier is closed")
-
-    def give(self, link: Link) -> None:
-        """Back, in step."""
-        with self._lock:
-            self._busy.discard(link)
-            idle = self._idle.setdefault(link.address, [])
-            if not self._closed and len(idle) < _IDLE_MOST:
-                idle.append(link)
-                return
-        link.close()
-
-    def drop(self, link: Link) -> None:
-        """Out of step, or lost."""
-        with self._lock:
-            self._busy.discard(link)
-        link.close()
 
     def call(self, address: Address, *words: str | bytes | int) -> Any:
-        """The reply to one command. Raises one of FAULTS."""
-        link = self.take(address)
-        try:
-            reply = link.call(*words)
-        except BaseException:
-            self.drop(link)
-            raise
-        self.give(link)
-        return reply
-
-    def flush(self, address: Address | None = None) -> None:
-        """Dial anew from now on: servers may have other roles, and names stand for other servers."""
-        with self._lock:
-            links = [link for at, idle in self._idle.items() if address in (None, at) for link in idle]
-            self._idle = {at: idle for at, idle in self._idle.items() if address not in (None, at)}
-        for link in links:
-            link.close()
-
-    def close(self) -> None:
-        """No more connections; those in use end with an OSError where they are used."""
-        with self._lock:
-            self._closed = True
-            for link in self._busy:
-                with contextlib.suppress(OSError):  # it has ended by itself
-                    link.shut()
-        self.flush()
+        """The reply to one command."""
+        with self.link(address) as link:
+            return link.call(*words)
 
 
 class Nodes(ABC):
@@ -175,7 +108,7 @@ class Nodes(ABC):
     several = True
     """Whether another server may take over, so that it is worth to look for it."""
 
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, pool: RedisPool) -> None:
         self.pool = pool
         self._lock = threading.Lock()
         self.version = 0
@@ -222,7 +155,7 @@ class Single(Nodes):
 
     several = False
 
-    def __init__(self, pool: Pool, address: Address) -> None:
+    def __init__(self, pool: RedisPool, address: Address) -> None:
         super().__init__(pool)
         self._address = address
 
@@ -239,7 +172,7 @@ class Single(Nodes):
 class Sentinel(Nodes):
     """The master that sentinels name."""
 
-    def __init__(self, pool: Pool, sentinels: Sequence[Address], name: str, asked: Pool) -> None:
+    def __init__(self, pool: RedisPool, sentinels: Sequence[Address], name: str, asked: RedisPool) -> None:
         """`asked` makes the connections to sentinels, which have credentials of their own."""
         super().__init__(pool)
         self._sentinels, self._name, self._asked = list(sentinels), name, asked
@@ -274,7 +207,7 @@ class Sentinel(Nodes):
 class Cluster(Nodes):
     """A cluster: 16,384 slots, each with a master."""
 
-    def __init__(self, pool: Pool, seeds: Sequence[Address]) -> None:
+    def __init__(self, pool: RedisPool, seeds: Sequence[Address]) -> None:
         super().__init__(pool)
         self._seeds = list(seeds)
         self._slots: list[Address | None] = [None] * REDIS_CLUSTER_HASH_SLOTS

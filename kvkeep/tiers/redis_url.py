@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kvkeep.errors import ConfigError
-from kvkeep.tiers.redis_nodes import Address, Cluster, Nodes, Pool, Sentinel, Single
+from kvkeep.tiers.redis_nodes import Address, Cluster, Nodes, RedisPool, Sentinel, Single
 from kvkeep.tiers.url import TierURL
 
 __all__ = ["nodes_of", "remedy"]
@@ -33,6 +33,7 @@ _REMEDIES = (  # by what the error says; the first that fits
     ("WRONG_VERSION_NUMBER", "it does not speak TLS there: redis:// instead of rediss://, or another port"),
     ("RECORD_LAYER_FAILURE", "it does not speak TLS there: redis:// instead of rediss://, or another port"),
     ("CERTIFICATE_REQUIRED", "it wants a client's certificate: tls_cert and tls_key"),
+    ("EOF occurred", "does it want a client's certificate? Then tls_cert and tls_key"),
     (
         "Timeout connecting",
         "is it running, and can it be reached from here? If rediss://, does it speak TLS there?",
@@ -43,22 +44,20 @@ _REMEDIES = (  # by what the error says; the first that fits
 
 def nodes_of(url: TierURL) -> Nodes:
     """The servers that `url` names; nothing is asked yet. Raises ConfigError."""
-    timeout = url.take_seconds("timeout", 2.0)
-    if timeout <= 0:
-        raise ConfigError(f"{url}: timeout must be more than 0 seconds")
+    timeout = url.take_timeout(2.0)
     unix, tls = url.scheme == "redis+unix", url.scheme == "rediss"
     transport = _tls(url) if tls else {}
     account = _account(url)
     options = {**transport, **account, "db": _database(url, unix)}
     if unix:
-        return Single(Pool(timeout, options, tls), Address(url.path, 0))
+        return Single(RedisPool(timeout, options, tls), Address(url.path, 0))
     sentinel, cluster = url.take("sentinel", str, ""), url.take_flag("cluster", False)
-    pool = Pool(timeout, options, tls, doubts=bool(sentinel) or cluster)
+    pool = RedisPool(timeout, options, tls, doubts=bool(sentinel) or cluster)
     port = _SENTINEL_PORT if sentinel else _PORT
     addresses = [Address(host or "localhost", given or port) for host, given in url.hosts]
     if sentinel:
         login = account if url.take_flag("sentinel_auth", False) else {}
-        return Sentinel(pool, addresses, sentinel, Pool(timeout, {**transport, **login}, tls))
+        return Sentinel(pool, addresses, sentinel, RedisPool(timeout, {**transport, **login}, tls))
     if cluster:
         if options["db"]:
             raise ConfigError(f"{url}: a cluster has database 0 only")

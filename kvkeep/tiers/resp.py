@@ -7,11 +7,14 @@ bytes and in time, and what is not RESP2 is OutOfStep, after which the connectio
 
 from __future__ import annotations
 
+import contextlib
+import math
 import select
 import socket
 import ssl
+import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeAlias
 
 from redis.exceptions import ResponseError
@@ -26,9 +29,10 @@ MAX_VALUE_BYTES = 512 << 20
 _BUFFER_BYTES = 4096
 _SPARE_BYTES = 64 << 10  # what nobody asked for is read into this much memory
 _MAX_TEXT, _MAX_ITEMS, _MAX_DEPTH = 1 << 20, 1 << 17, 4  # of replies other than values: INFO, CLUSTER SLOTS
-_WINDOW_REQUESTS, _WINDOW_BYTES = 64, 8 << 20  # on their way at once: replies of so many fit in any socket
+_WINDOW_REQUESTS, _WINDOW_BYTES = 64, 8 << 20  # on their way at once, over all connections of a batch
+_BATCH_TIMEOUTS = 4.0  # one batch may take so many times the timeout of a reply
 _SEND_BYTES = 64 << 10  # small requests are sent together
-_CRLF = b"\r\n"
+_CRLF, _SLOW = b"\r\n", "the server is too slow"
 
 Part: TypeAlias = bytes | Buffer
 
@@ -82,6 +86,12 @@ class Reader:
 
     def on_connect(self, connection: Any) -> None:
         self._sock, self._begin, self._end = connection._sock, 0, 0  # as its own parsers do
+        if not isinstance(self._sock, ssl.SSLSocket):  # whose library takes such a timeout for "try again"
+            # The kernel's timeouts: with Python's each call is two, and a value takes many.
+            span = struct.pack("ll", *divmod(int(self._timeout * 1e6) or 1, 10**6))
+            self._sock.settimeout(None)
+            for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+                self._sock.setsockopt(socket.SOL_SOCKET, option, span)
 
     def on_disconnect(self) -> None:
         self._sock = None
@@ -104,9 +114,13 @@ class Reader:
 
     # What the tier asks
 
-    def start(self) -> None:
-        """The next reply's time begins now."""
-        self._deadline = time.monotonic() + self._timeout
+    def start(self, until: float = math.inf) -> None:
+        """The next reply's time begins now; it ends at `until` at the latest."""
+        self._deadline = min(time.monotonic() + self._timeout, until)
+
+    def batch(self) -> float:
+        """When a batch that begins now has taken too long."""
+        return time.monotonic() + _BATCH_TIMEOUTS * self._timeout
 
     def shut(self) -> None:
         """End what another thread does on this connection: it gets an OSError."""
@@ -120,11 +134,15 @@ class Reader:
             for part in parts:
                 self._sock.sendall(part)
             return
-        sent = self._sock.sendmsg(parts)
-        for part in parts:
-            if sent < len(part):
-                self._sock.sendall(memoryview(part)[sent:])
-            sent = max(0, sent - len(part))
+        deadline = time.monotonic() + self._timeout
+        with _in_time():
+            sent = self._sock.sendmsg(parts)
+            for part in parts:
+                while sent < len(part):  # it was cut short by a signal, or by the timeout
+                    if time.monotonic() > deadline:
+                        raise TimeoutError(_SLOW)
+                    sent += self._sock.send(memoryview(part)[sent:])
+                sent -= len(part)
 
     def status(self) -> int | Refusal:
         """A reply that is OK (1), a number, or an error."""
@@ -137,10 +155,9 @@ class Reader:
 
     def value(self, buffer: Buffer) -> Got | Refusal:
         """A reply that is a value: into `buffer`, if it is as long; nothing outside it is written."""
-        head = 3 + len(str(len(buffer)))
         # Only as much as the head of the value that is hoped for: the value itself then goes
         # straight to its place, all of it, and at the alignment that the buffer has.
-        line = self._line(head)
+        line = self._line(3 + len(str(len(buffer))))
         if line == b"$-1":
             return Got.MISS
         if line[:1] != b"$":
@@ -149,7 +166,7 @@ class Reader:
         if length > MAX_VALUE_BYTES:
             raise OutOfStep(f"the server announces a value of {length} bytes")
         if length == len(buffer):
-            self._fill(buffer, head)
+            self._fill(buffer, ends=True)
         else:
             self._skip(length)
         if self._take(2) != _CRLF:
@@ -199,54 +216,64 @@ class Reader:
             taken, self._begin = bytes(self._view[self._begin : self._begin + count]), self._begin + count
             return taken
         out = bytearray(count)
-        self._fill(memoryview(out), 0)
+        self._fill(memoryview(out))
         return bytes(out)
 
-    def _fill(self, target: Buffer, head: int) -> None:
-        """The next bytes into all of `target`; with it its end, and the next reply's head if it is there."""
+    def _fill(self, target: Buffer, ends: bool = False) -> None:
+        """The next bytes into all of `target`; of a value (`ends`) the line's end behind it as well."""
         done = min(self._end - self._begin, len(target))
         target[:done] = self._view[self._begin : self._begin + done]
         self._begin += done
         if done < len(target):
             self._begin = self._end = 0
-        spare = self._view[: 2 + head] if head and not isinstance(self._sock, ssl.SSLSocket) else None
+        end = None if isinstance(self._sock, ssl.SSLSocket) else self._view[: 2 * ends]
         while done < len(target):
-            done += self._receive(target[done:], spare)
+            done += self._receive(target[done:], end)
         self._end += done - len(target)
 
     def _skip(self, count: int) -> None:
         spare = memoryview(bytearray(min(count, _SPARE_BYTES)))
         while count:
-            self._fill(spare[: min(count, len(spare))], 0)
+            self._fill(spare[: min(count, len(spare))])
             count -= min(count, len(spare))
 
-    def _receive(self, target: Buffer, spare: Buffer | None = None) -> int:
-        """Some bytes into `target`, and what then follows into `spare`; their number together."""
+    def _receive(self, target: Buffer, end: Buffer | None = None) -> int:
+        """Some bytes into `target`; with `end`, as many as come in time, those behind `target` into it."""
         if time.monotonic() > self._deadline:
-            raise TimeoutError("the server is too slow")
-        if spare is None:
-            count = int(self._sock.recv_into(target))
-        else:  # one call less per value
-            count = int(self._sock.recvmsg_into([target, spare])[0])
+            raise TimeoutError(_SLOW)
+        with _in_time():
+            if end is None:
+                count = int(self._sock.recv_into(target))
+            else:  # one call for a value, without a turn at the interpreter for each piece of it
+                count = int(self._sock.recvmsg_into([target, end], 0, socket.MSG_WAITALL)[0])
         if count == 0:
             raise ConnectionResetError("the server closed the connection")
         return count
 
 
+@contextlib.contextmanager
+def _in_time() -> Iterator[None]:
+    try:
+        yield
+    except BlockingIOError as error:  # the kernel's timeout
+        raise TimeoutError(_SLOW) from error
+
+
 def exchange(
-    reader: Reader, count: int, request: Callable[[int], Request], read: Callable[[int], None]
+    reader: Reader, count: int, request: Callable[[int], Request], read: Callable[[int], None], ways: int = 1
 ) -> None:
     """Send `count` requests, each made just before it goes, and call `read` for the reply to each, in order.
+    `ways`: connections that share this batch, and its window.
 
     Requests go ahead of replies, so that neither side waits for the other, but only so many: a server
     keeps replies that nobody takes in its own memory, and evicts values for them.
     """
     weights: list[int] = []
-    ahead = 0
+    ahead, window, until = 0, _WINDOW_BYTES // ways, reader.batch()
     for done in range(count):
         parts: list[Part] = []
-        low = len(weights) - done <= _WINDOW_REQUESTS // 2 and ahead <= _WINDOW_BYTES // 2
-        while low and len(weights) < min(count, done + _WINDOW_REQUESTS) and ahead < _WINDOW_BYTES:
+        low = len(weights) - done <= _WINDOW_REQUESTS // 2 and ahead <= window // 2
+        while low and len(weights) < min(count, done + _WINDOW_REQUESTS) and ahead < window:
             made = request(len(weights))
             parts += made.parts
             weights.append(made.weight)
@@ -256,7 +283,7 @@ def exchange(
                 parts = []
         if parts:
             reader.send(parts)
-        reader.start()
+        reader.start(until)
         read(done)
         ahead -= weights[done]
 

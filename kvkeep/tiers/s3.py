@@ -29,12 +29,10 @@ from kvkeep.tiers.base import (
     KEY_BYTES,
     Buffer,
     Capabilities,
-    Check,
     Got,
     Key,
     Listing,
     Put,
-    Seal,
     Tier,
     key_name,
 )
@@ -63,7 +61,7 @@ class S3Options:
     part: int
     """Bytes; values longer than this are put and read in parts of this size, side by side."""
     concurrency: int
-    """Requests at once."""
+    """Requests at once: so many that read, and as many that write, so that none waits behind the other."""
 
 
 class _Piece(NamedTuple):
@@ -78,17 +76,11 @@ class S3Tier(Tier, Listing):
     """One bucket. Owns its threads; the library owns the connections."""
 
     capabilities = Capabilities(shared=True, persistent=True, concurrency=4)
+    overlaps = True
 
     def __init__(self, store: S3Store, options: S3Options) -> None:
         self._store, self._options = store, options
-        self._calls = Calls("s3", options.concurrency, queues=True)
-        self._seal: Seal = _no_seal
-        self._check: Check = _no_check
-
-    def overlap(self, seal: Seal, check: Check) -> bool:
-        """Each value is sealed and checked on the thread of its request."""
-        self._seal, self._check = seal, check
-        return True
+        self._reads, self._writes = (Calls("s3", options.concurrency, queues=True) for _ in range(2))
 
     def probe(self) -> None:
         """Ask for an object that nobody has. Raises ConfigError where that is not simply absent."""
@@ -141,16 +133,17 @@ class S3Tier(Tier, Listing):
             if other != firsts[piece.place]:
                 results[piece.place] = Got.MISS
         for place in {piece.place for piece in rest}:
-            if results[place] is Got.HIT and not self._check(keys[place], buffers[place]):
+            if results[place] is Got.HIT and not self.check_value(keys[place], buffers[place]):
                 results[place] = Got.DAMAGED
         return results
 
     def put(self, keys: Sequence[Key], buffers: Sequence[Buffer]) -> list[Put]:
         """As the interface says. Requests under way are waited for whatever happens, since they read the
         buffers: for `timeout` at most."""
-        with self._all(lambda pair: self._write(*pair), list(zip(keys, buffers, strict=True))) as futures:
+        pairs = list(zip(keys, buffers, strict=True))
+        with self._all(lambda pair: self._write(*pair), pairs, self._writes) as futures:
             try:
-                self._ended(futures)
+                self._ended(futures, self._writes)
             finally:
                 wait([future for future in futures if not future.cancel()])
         return [Put.STORED] * len(keys)
@@ -158,13 +151,13 @@ class S3Tier(Tier, Listing):
     def delete(self, keys: Sequence[Key]) -> None:
         paths = [self._path(key) for key in keys]
         if paths:
-            self._calls.run(lambda: self._asked(lambda: obstore.delete(self._store, paths)))
+            self._writes.run(lambda: self._asked(lambda: obstore.delete(self._store, paths)))
 
     def keys(self) -> Iterator[tuple[Key, int]]:
         """All objects under the prefix that have a name of ours."""
         prefix = self._options.prefix
         pages = iter(obstore.list(self._store, prefix or None, chunk_size=1000))
-        while page := self._calls.run(lambda: self._asked(lambda: next(pages, None))):
+        while page := self._reads.run(lambda: self._asked(lambda: next(pages, None))):
             for found in page:
                 named = _NAME.fullmatch(found["path"].removeprefix(prefix).lstrip("/"))
                 if named is not None:
@@ -175,7 +168,8 @@ class S3Tier(Tier, Listing):
         return self.get(keys, buffers)
 
     def close(self) -> None:
-        self._calls.close(0)
+        self._reads.close(0)
+        self._writes.close(0)
 
     def _path(self, key: Key) -> str:
         return f"{self._options.prefix}/{key_name(key)}".lstrip("/")
@@ -195,7 +189,7 @@ class S3Tier(Tier, Listing):
         value = self._asked(found.bytes)
         if value is None or len(value) != piece.end - piece.start:
             return Got.MISS, None
-        if whole and not self._check(key, memoryview(value)):
+        if whole and not self.check_value(key, memoryview(value)):
             return Got.DAMAGED, None
         with gate.passing() as may:
             if may:
@@ -205,7 +199,7 @@ class S3Tier(Tier, Listing):
 
     def _write(self, key: Key, buffer: Buffer) -> None:
         part = self._options.part
-        self._seal(key, buffer)
+        self.seal_value(key, buffer)
         with _lent(buffer, self._options.timeout) as view:
             try:
                 obstore.put(
@@ -229,27 +223,21 @@ class S3Tier(Tier, Listing):
             raise TierUnavailable(f"s3: {_why(error)}") from error
 
     @contextmanager
-    def _all(self, work: Callable[[Any], _R], items: Sequence[Any]) -> Iterator[list[Future[_R]]]:
+    def _all(
+        self, work: Callable[[Any], _R], items: Sequence[Any], calls: Calls | None = None
+    ) -> Iterator[list[Future[_R]]]:
         """`work` on all items, side by side; in the end, what has not begun is not begun any more."""
         futures: list[Future[_R]] = []
         try:
-            futures += [self._calls.begin(partial(work, item)) for item in items]
+            futures += [(calls or self._reads).begin(partial(work, item)) for item in items]
             yield futures
         finally:
             for future in futures:
                 future.cancel()
 
-    def _ended(self, futures: Sequence[Future[_R]]) -> list[_R]:
+    def _ended(self, futures: Sequence[Future[_R]], calls: Calls | None = None) -> list[_R]:
         """Their results. Raises TierUnavailable for the first that failed; each is bounded by the library."""
-        return [self._calls.end(future) for future in futures]
-
-
-def _no_seal(key: Key, value: Buffer) -> None:
-    pass
-
-
-def _no_check(key: Key, value: Buffer) -> bool:
-    return True
+        return [(calls or self._reads).end(future) for future in futures]
 
 
 @contextmanager
@@ -294,7 +282,7 @@ def open_s3(url: TierURL) -> S3Tier:
     options = S3Options(
         bucket=url.netloc.rpartition("@")[2],  # as written: a URL's host is in lower case
         prefix=url.path.strip("/"),
-        timeout=url.take_seconds("timeout", 5.0),
+        timeout=url.take_timeout(5.0),
         part=url.take_bytes("part", 16 << 20) or 0,
         concurrency=url.take_count("concurrency", 16),
     )
@@ -302,8 +290,6 @@ def open_s3(url: TierURL) -> S3Tier:
         raise ConfigError(f"{url}: write it as s3://bucket/prefix; a host and port go into endpoint=")
     if options.part < _LEAST_PART:
         raise ConfigError(f"{url}: part must be {_LEAST_PART >> 20} MiB or more, as S3 asks")
-    if options.timeout <= 0:
-        raise ConfigError(f"{url}: timeout must be more than 0")
     try:
         store = S3Store(options.bucket, **store_arguments(url, options))
         tier = S3Tier(store, options)
@@ -328,7 +314,7 @@ def store_arguments(url: TierURL, options: S3Options) -> dict[str, Any]:
             "allow_http": endpoint.startswith("http://"),
             "timeout": patience,
             "connect_timeout": patience,
-            "pool_max_idle_per_host": str(options.concurrency * _PARTS_AT_ONCE),
+            "pool_max_idle_per_host": str(options.concurrency * (1 + _PARTS_AT_ONCE)),
         },
         "retry_config": {"max_retries": 0},  # the guard around the tier retries, and knows when to stop
         "unsigned_payload": not url.take_flag("sign_payload", False),

@@ -24,7 +24,7 @@ from kvkeep.errors import TierUnavailable
 from kvkeep.tiers.base import Buffer, Check, Got, Key, Put, Seal, Tier
 from kvkeep.tiers.wrap import Wrapper
 
-__all__ = ["SEAL_BYTES", "Sealed", "check_seal", "seal", "sealed_key"]
+__all__ = ["SEAL_BYTES", "Sealed", "check_seal", "seal"]
 
 MAGIC = b"kvkeep\x00\x01"
 _HEAD = struct.Struct("<8s24sQ")
@@ -47,14 +47,6 @@ def check_seal(key: Key, value: Buffer) -> bool:
     if head != (MAGIC, key, len(value)):  # cheap, and refuses foreign values before the sum is made
         return False
     return bool(xxhash.xxh3_128_digest(value[:-_SUM_BYTES]) == value[-_SUM_BYTES:])
-
-
-def sealed_key(value: Buffer) -> Key | None:
-    """The key under which `value` was sealed, if its seal is whole; for repair tools."""
-    if len(value) < SEAL_BYTES:
-        return None
-    _, key, _ = _HEAD.unpack_from(value, len(value) - SEAL_BYTES)
-    return key if check_seal(key, value) else None
 
 
 class Sealed(Wrapper):

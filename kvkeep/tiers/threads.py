@@ -8,7 +8,10 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from kvkeep.errors import TierUnavailable
 
-__all__ = ["Threads"]
+__all__ = ["BATCHES", "Threads"]
+
+BATCHES = 3
+"""At once: a keeper reads two and writes one, and none is to wait for another's values."""
 
 
 class Threads:
@@ -17,7 +20,7 @@ class Threads:
     def __init__(self, depth: int, name: str) -> None:
         self.depth = depth
         """Values of one batch that are worked on at a time, the caller's thread among them."""
-        self._pool = ThreadPoolExecutor(depth, thread_name_prefix=name)
+        self._pool = ThreadPoolExecutor(BATCHES * depth, thread_name_prefix=name)
 
     def each(self, places: Sequence[int], work: Callable[[int], None]) -> None:
         """Call `work` with each of `places`, in order, `depth` at a time.

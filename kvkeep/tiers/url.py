@@ -77,6 +77,12 @@ class TierURL:
         """Option `name` as a time: 200ms, 5s, 1h."""
         return self.take(name, parse_seconds, default)
 
+    def take_timeout(self, default: float) -> float:
+        """Option `timeout`: more than 0 seconds."""
+        if not (seconds := self.take_seconds("timeout", default)):
+            raise ConfigError(f"{self}: timeout must be more than 0")
+        return seconds
+
     def take_flag(self, name: str, default: bool) -> bool:
         """Option `name` as yes or no."""
         return self.take(name, parse_flag, default)

@@ -108,7 +108,7 @@ class ServerConnection(asyncio.Protocol):
     def _detach(self, session: str) -> None:
         self._keeper.detach(session)
         if self._server.movers is not None and not self._keeper.claims.alive(session):
-            for ticket in self._server.movers.session_ended(session):
+            for ticket in self._server.movers.fetches.session_ended(session):
                 self._gave_up(ticket)
 
     def data_received(self, data: bytes) -> None:
@@ -157,7 +157,7 @@ class ServerConnection(asyncio.Protocol):
             case msg.Poll():
                 return msg.Progress(bytes(self._stage(session, ticket) for ticket in request.tickets))
             case msg.Forget():
-                if self._server.movers and self._server.movers.forget(session, request.ticket):
+                if self._server.movers and self._server.movers.fetches.forget(session, request.ticket):
                     self._gave_up(request.ticket)
             case msg.Reserve():
                 return self._reserve(session, request)
@@ -190,7 +190,7 @@ class ServerConnection(asyncio.Protocol):
         tenant = _tenant(request.tenant)
         _check_size(len(keys) // 16 * len(space.groups))
         asked = max(0, len(keys) // 16 - request.first)
-        waited = movers.forget(session, request.ticket) if movers and request.ticket else None
+        waited = movers.fetches.forget(session, request.ticket) if movers and request.ticket else None
         epoch = 0 if waited is None else waited.epoch
         found = self._keeper.lookup(session, space, keys, request.first, epoch)
         ticket = 0
@@ -221,7 +221,7 @@ class ServerConnection(asyncio.Protocol):
 
     def _stage(self, session: str, ticket: int) -> Stage:
         movers = self._server.movers
-        return Stage.DONE if movers is None else movers.stage(session, ticket)
+        return Stage.DONE if movers is None else movers.fetches.stage(session, ticket)
 
     def _reserve(self, session: str, request: msg.Reserve) -> msg.Reserved:
         space = self._space(request.namespace)

@@ -164,7 +164,7 @@ class Peers:
                 channel.wait(_SEND_SECONDS)
                 self._answer(channel, request, loans)
         except (ProtocolError, RequestRefused, ssl.SSLError) as error:
-            self._add("dropped", 1)
+            self._add(dropped=1)
             log.warning("dropped a peer at %(peer)s: %(error)s", {"peer": who, "error": error})
         except OSError as error:
             log.debug("a peer at %s went away: %s", who, error)
@@ -183,7 +183,7 @@ class Peers:
         match request:
             case wire.Have():
                 _check(request.keys)
-                self._add("asked", len(request.keys) // KEY_BYTES)
+                self._add(asked=len(request.keys) // KEY_BYTES)
                 channel.send(wire.Held(self._on_loop(lambda: self._lender.held(request.keys))))
             case wire.Take():
                 self._take(channel, request)
@@ -210,8 +210,7 @@ class Peers:
             for value in self._sealed(request, loan):
                 sealed += 1
                 channel.write(value)
-                self._add("given_chunks", 1)
-                self._add("given_bytes", len(value))
+                self._add(given_chunks=1, given_bytes=len(value))
         finally:
             self._give_back(loan, sealed)
 
@@ -221,8 +220,7 @@ class Peers:
         if loan.lease:
             loans[loan.lease] = loan
         for value in self._sealed(request, loan):
-            self._add("given_chunks", 1)
-            self._add("given_bytes", len(value))
+            self._add(given_chunks=1, given_bytes=len(value))
         addresses = [agent.address(offset) for offset in loan.offsets if offset >= 0]
         channel.send(wire.Lent(loan.lease, _states(loan), addresses))
 
@@ -269,9 +267,9 @@ class Peers:
                 raise TimeoutError("this keeper is too busy") from error
             return done.result()
 
-    def _add(self, name: str, count: int) -> None:
+    def _add(self, **counts: int) -> None:
         with self._lock:
-            self._counts[name] += count
+            self._counts.update(counts)
 
 
 def _check(keys: bytes) -> None:

@@ -18,6 +18,7 @@ import pytest
 
 from kvkeep.cli.main import _BENCHES, _COMMANDS
 from kvkeep.config import EngineConfig, KeeperConfig, parse_bytes
+from kvkeep.terms import GroupSpec
 from kvkeep.wire import messages
 
 ROOT = Path(__file__).parents[2]
@@ -105,7 +106,7 @@ def test_other_commands_have_these_options(command: str) -> None:
     module, options = _COMMANDS.get(words[0], ("", ""))[0], words[1:]
     if words[0] == "bench":
         module, options = _BENCHES[words[1]][0], words[2:]
-    parser = argparse.ArgumentParser(exit_on_error=False)
+    parser = argparse.ArgumentParser(f"kvkeep {words[0]}", exit_on_error=False)
     importlib.import_module(module).add_arguments(parser)
     parser.parse_args(options)
 
@@ -173,6 +174,7 @@ def test_messages() -> None:
         for name in messages.__all__
         if isinstance(value := getattr(messages, name), type) and issubclass(value, msgspec.Struct)
     }
+    structs["GroupSpec"] = ", ".join(GroupSpec._fields)
     assert told == structs
     assert f"version {messages.VERSION}" in text.splitlines()[0]
     assert f"{messages.MAX_FRAME >> 20} MiB" in section("protocol.md", "Frames")

@@ -83,11 +83,11 @@ class Host:
         if found.chunks < length:
             ticket = self.movers.fetch(Asked("s", self.space, keys, 0, recompute, 5.0), found)
         if ticket:
-            self.run_until(lambda: self.movers.stage("s", ticket) is Stage.DONE)
+            self.run_until(lambda: self.movers.fetches.stage("s", ticket) is Stage.DONE)
             if found.lease:
                 self.keeper.release("s", found.lease, None)
             found = self.keeper.lookup("s", self.space, keys)
-            self.movers.forget("s", ticket)
+            self.movers.fetches.forget("s", ticket)
         if found.lease:
             for index, offset in enumerate(found.offsets[0].tolist()):
                 assert self.memory[offset : offset + PAYLOAD] == content(chain, index)
@@ -243,8 +243,8 @@ def test_a_hung_store_holds_up_nobody_and_nothing_is_lost(held: dict[Key, bytes]
     keys = chain_keys(0, 5)
     found = host.keeper.lookup("s", host.space, keys)
     ticket = host.movers.fetch(Asked("s", host.space, keys, 0, patience=5.0), found)
-    assert host.movers.stage("s", ticket) is Stage.PROBING
-    host.movers.forget("s", ticket)  # its deadline
+    assert host.movers.fetches.stage("s", ticket) is Stage.PROBING
+    host.movers.fetches.forget("s", ticket)  # its deadline
     host.save(2, 5)
     found = host.keeper.lookup("s", host.space, chain_keys(2, 5))
     assert found.chunks == 5
@@ -273,7 +273,7 @@ def test_a_store_that_hangs_for_ever_hides_no_other(
         found = host.keeper.lookup("s", host.space, keys)
         tickets += [host.movers.fetch(Asked("s", host.space, keys, 0, patience=5.0), found)]
     assert all(tickets)
-    host.run_until(lambda: all(host.movers.stage("s", ticket) is Stage.DONE for ticket in tickets))
+    host.run_until(lambda: all(host.movers.fetches.stage("s", ticket) is Stage.DONE for ticket in tickets))
     assert [host.ask(chain, 3) for chain in range(2, 12, 2)] == [3] * 5
 
 
@@ -327,8 +327,8 @@ def test_no_request_waits_for_a_store_that_is_slow_to_answer(held: dict[Key, byt
         ticket = host.movers.fetch(Asked("s", host.space, keys, 0, 1e-9, 0.02), found)
         if not ticket:
             break
-        host.run_until(lambda ticket=ticket: host.movers.stage("s", ticket) is Stage.DONE)
-        host.movers.forget("s", ticket)
+        host.run_until(lambda ticket=ticket: host.movers.fetches.stage("s", ticket) is Stage.DONE)
+        host.movers.fetches.forget("s", ticket)
     else:
         raise AssertionError("each request was told to wait")
     faulty.faults = Faults()

@@ -73,11 +73,6 @@ class PolicyMachine(RuleBasedStateMachine):
         self.policy.remove(ids_of(chunks), evicted=False)
         self.forget(chunks)
 
-    @rule(capacity=st.integers(1, 30))
-    def resize(self, capacity: int) -> None:
-        self.policy.resize(capacity)
-        assert self.policy.capacity == capacity
-
     @precondition(lambda self: hasattr(self, "policy"))
     @invariant()
     def books_balance(self) -> None:
@@ -272,6 +267,3 @@ def test_names() -> None:
 def test_no_policy_without_room(policy: Policy) -> None:
     with pytest.raises(ValueError, match="at least 1"):
         make_policy(policy.name, 0)
-    with pytest.raises(ValueError, match="at least 1"):
-        policy.resize(0)
-    assert policy.capacity == 4

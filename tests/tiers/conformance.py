@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from typing import ClassVar
@@ -197,6 +198,23 @@ class TierConformance:
             assert back[3] == sent[3]
             assert back[5] == sent[5]
             assert tier.contains(keys) == [False, False, False, True, False, True]
+
+    def test_random_flips_in_many_values_are_counted_and_never_served(self, place: Place) -> None:
+        source, keys = random.Random(21), keys_of(40, 21)
+        sent, back = (buffers_of([PAGE << number % 6 for number in range(40)], seed) for seed in (21, None))
+        hurt = set(source.sample(range(40), 30))
+        with closing(place.opened()) as tier:
+            assert tier.put(keys, sent) == [Put.STORED] * 40
+            for number in hurt:
+                value = bytearray(place.read(keys[number]) or b"")
+                for bit in source.sample(range(8 * len(value)), source.randint(1, 3)):
+                    value[bit // 8] ^= 1 << bit % 8
+                place.write(keys[number], bytes(value))
+            wanted = [Got.DAMAGED if number in hurt else Got.HIT for number in range(40)]
+            assert tier.get(keys, back) == wanted
+            assert all(back[number] == sent[number] for number in set(range(40)) - hurt)
+            assert (tier.counters.damaged, tier.counters.hits) == (30, 10)
+            assert tier.contains(keys) == [got is Got.HIT for got in wanted]
 
     def test_closed_tiers_say_so(self, place: Place) -> None:
         tier = place.open()

@@ -5,21 +5,18 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
-from urllib.parse import urlencode
 
 from kvkeep.tiers.base import Key, Tier
 from kvkeep.tiers.fs_root import value_path
-from kvkeep.tiers.open import open_raw
-from kvkeep.tiers.url import TierURL
-from tests.tiers.place import PAGE, Place
+from tests.tiers.place import PAGE, Place, query
 
 
 class FsPlace(Place):
     def __init__(self, root: Path) -> None:
         self.root = root
 
-    def open(self, **options: str) -> Tier:
-        return open_raw(TierURL(f"fs://{self.root}?{urlencode(options)}".rstrip("?")))
+    def address(self, **options: str) -> str:
+        return f"fs://{self.root}{query(options)}"
 
     def path(self, key: Key) -> Path:
         return Path(value_path(str(self.root), key))

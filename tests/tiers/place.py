@@ -6,11 +6,17 @@ import mmap
 import random
 import socket
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
+from kvkeep.errors import ConfigError
 from kvkeep.tiers.base import KEY_BYTES, Key, Tier
+from kvkeep.tiers.meter import Metered
+from kvkeep.tiers.open import open_raw, open_tier
+from kvkeep.tiers.url import TierURL
 
 PAGE = 4096
 
@@ -23,9 +29,17 @@ class Place(ABC):
     capacity_option: str | None = "capacity"
     """Option that bounds the tier's bytes; None where the store's own bound counts (see `used_bytes`)."""
 
-    @abstractmethod
+    def address(self, **options: str) -> str:
+        """The URL of a tier on this store, with these options."""
+        raise NotImplementedError("it has none, and `open` and `opened` of its own")
+
     def open(self, **options: str) -> Tier:
-        """A raw tier (no wrappers) on this store, opened by URL with these options."""
+        """A raw tier (no wrappers) on this store. Raises ConfigError."""
+        return open_at(self.address(**options))
+
+    def opened(self) -> Metered:
+        """A tier on this store as a keeper has it: metered, sealed, guarded."""
+        return open_tier(self.address()).tier
 
     @abstractmethod
     def read(self, key: Key) -> bytes | None:
@@ -38,6 +52,24 @@ class Place(ABC):
     @abstractmethod
     def used_bytes(self) -> int:
         """Bytes that all values take in the store, by other means than the tier."""
+
+
+def open_at(text: str) -> Tier:
+    """The tier of a URL without wrappers. Raises ConfigError, also for options that it does not know."""
+    url = TierURL(text)
+    tier = open_raw(url)
+    try:
+        url.finish()
+    except ConfigError:
+        tier.close()
+        raise
+    return tier
+
+
+def query(options: dict[str, str], separator: str = "?") -> str:
+    """Options as the end of a URL."""
+    words = "&".join(f"{name}={value}" for name, value in options.items())
+    return separator + words if words else ""
 
 
 def keys_of(count: int, seed: int = 0) -> list[Key]:
@@ -62,6 +94,15 @@ def buffers_of(sizes: list[int], seed: int | None = None) -> list[memoryview]:
         out.append(view)
         at += length
     return out
+
+
+def wait_until(what: Any, seconds: float) -> Any:
+    """What `what` returns once that is true."""
+    deadline = time.monotonic() + seconds
+    while not (result := what()):
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.02)
+    return result
 
 
 def free_port() -> int:

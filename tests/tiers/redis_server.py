@@ -16,11 +16,9 @@ from typing import Any
 import pytest
 
 from kvbench.servers import valkey_binary
-from kvkeep.errors import ConfigError, TierUnavailable
-from kvkeep.tiers.base import Key, Tier, key_name
-from kvkeep.tiers.open import open_raw
-from kvkeep.tiers.url import TierURL
-from tests.tiers.place import Place, Proxy, free_port
+from kvkeep.errors import TierUnavailable
+from kvkeep.tiers.base import Key, key_name
+from tests.tiers.place import Place, Proxy, free_port, query, wait_until
 
 redis = pytest.importorskip("redis", reason="needs redis-py: pip install 'kvkeep[redis]'")
 
@@ -111,14 +109,6 @@ def running(*options: str, **more: Any) -> Iterator[Server]:
         server.close()
 
 
-def wait_until(what: Any, seconds: float) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (result := what()):
-        assert time.monotonic() < deadline, f"not within {seconds} s"
-        time.sleep(0.02)
-    return result
-
-
 def patiently(verb: Any, seconds: float = 10.0) -> Any:
     """Until the tier reaches its servers again."""
     deadline = time.monotonic() + seconds
@@ -128,18 +118,6 @@ def patiently(verb: Any, seconds: float = 10.0) -> Any:
         except TierUnavailable:
             assert time.monotonic() < deadline, f"not available within {seconds} s"
             time.sleep(0.05)
-
-
-def open_at(text: str) -> Tier:
-    """The tier without wrappers. Raises ConfigError, also for options that it does not know."""
-    url = TierURL(text)
-    tier = open_raw(url)
-    try:
-        url.finish()
-    except ConfigError:
-        tier.close()
-        raise
-    return tier
 
 
 def name_of(key: Key, prefix: str = "kvkeep") -> str:
@@ -155,9 +133,8 @@ class RedisPlace(Place):
         self.server, self.url, self.proxy = server, url, proxy
         self.client = server.client()
 
-    def open(self, **options: str) -> Tier:
-        more = "&".join(f"{name}={value}" for name, value in options.items())
-        return open_at(self.url + ("&" if "?" in self.url else "?") * bool(more) + more)
+    def address(self, **options: str) -> str:
+        return self.url + query(options, "&" if "?" in self.url else "?")
 
     def read(self, key: Key) -> bytes | None:
         return self.client.get(name_of(key))

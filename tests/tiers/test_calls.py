@@ -11,6 +11,7 @@ import pytest
 from kvkeep.errors import TierUnavailable
 from kvkeep.tiers.calls import Calls, Gate
 from kvkeep.tiers.landing import Landings, groups, offsets
+from kvkeep.tiers.threads import Threads
 
 
 def test_results_and_errors_come_back() -> None:
@@ -133,3 +134,25 @@ def test_groups_fill_a_landing_and_longer_values_are_alone() -> None:
     assert [list(places) for places in found] == [[0, 1], [2], [3], [4, 5], [6], [7]]
     assert list(groups([], 10)) == []
     assert list(offsets([3, 4, 5])) == [0, 3, 7]
+
+
+def test_a_batch_has_threads_though_two_others_hang() -> None:
+    """Reads do not queue behind what is written in the background."""
+    helpers, leave = Threads(2, "test"), threading.Event()
+    inside, together = threading.Barrier(5, timeout=10), threading.Barrier(2, timeout=3)
+
+    def hang(_: int) -> None:
+        inside.wait()
+        leave.wait(10)
+
+    others = [threading.Thread(target=helpers.each, args=(range(2), hang)) for _ in range(2)]
+    for other in others:
+        other.start()
+    inside.wait()
+    try:
+        helpers.each(range(2), lambda _: together.wait() and None)
+    finally:
+        leave.set()
+        for other in others:
+            other.join()
+        helpers.close()

@@ -23,9 +23,10 @@ from kvkeep.tiers.fs_root import values
 from kvkeep.tiers.open import open_raw, open_tier
 from kvkeep.tiers.seal import Sealed
 from kvkeep.tiers.url import TierURL
+from kvkeep.tiers.wrap import innermost
 from tests.tiers.conformance import TierConformance
 from tests.tiers.fs_place import FsPlace, counted
-from tests.tiers.place import PAGE, Place, buffers_of, closing, keys_of
+from tests.tiers.place import PAGE, Place, buffers_of, closing, keys_of, wait_until
 
 
 @pytest.fixture
@@ -370,14 +371,23 @@ def test_a_count_under_way_does_not_hold_up_close(place: FsPlace, monkeypatch: p
 # Faults of the medium
 
 
+def refuse_direct(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.open
+
+    def refuse(path, flags, mode=0o777):
+        fd = real(path, flags & ~os.O_DIRECT, mode)
+        if flags & os.O_DIRECT:  # as Linux does: the new file is there
+            os.close(fd)
+            raise OSError(errno.EINVAL, "no O_DIRECT here")
+        return fd
+
+    monkeypatch.setattr(os, "open", refuse)
+
+
 def test_where_o_direct_is_refused_it_is_done_without(
     place: FsPlace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(fd, command, flags):
-        if flags & os.O_DIRECT:
-            raise OSError(errno.EINVAL, "no O_DIRECT here")
-
-    monkeypatch.setattr(fs_io.fcntl, "fcntl", refuse)
+    refuse_direct(monkeypatch)
     keys, sent, back = keys_of(3), buffers_of([4 * PAGE] * 3, 1), buffers_of([4 * PAGE] * 3)
     with closing(place.open()) as tier:
         assert not tier.direct
@@ -417,6 +427,34 @@ def test_a_transfer_refused_or_cut_short_under_o_direct_goes_on_without(
         assert moves[1]
 
 
+def test_without_o_direct_in_the_middle_a_value_is_written_all_the_same(
+    place: FsPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a remount: the probe at open said yes."""
+    keys, sent, back = keys_of(3), buffers_of([4 * PAGE] * 3, 1), buffers_of([4 * PAGE] * 3)
+    with closing(place.open()) as tier:
+        assert tier.direct
+        refuse_direct(monkeypatch)
+        assert tier.put(keys, sent) == [Put.STORED] * 3
+        assert tier.get(keys, back) == [Got.HIT] * 3
+        assert back == sent
+
+
+def test_where_a_rename_cannot_refuse_to_replace_links_are_made(
+    place: FsPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on NFS: a value is new there, or it replaces one; nothing of ours stays behind."""
+    monkeypatch.setattr(fs, "rename_new", lambda _source, _target: False)
+    keys, sent, back = keys_of(3), buffers_of([PAGE] * 3, 1), buffers_of([PAGE] * 3)
+    with closing(place.open()) as tier:
+        for _ in range(2):
+            assert tier.put(keys, sent) == [Put.STORED] * 3
+            assert counted(tier) == (3 * PAGE, 3)
+        assert tier.get(keys, back) == [Got.HIT] * 3
+        assert back == sent
+        assert not list(place.root.glob("tmp/*/[0-9]*"))
+
+
 @pytest.mark.parametrize("code", [errno.EIO, errno.EROFS, errno.EACCES, errno.ESTALE])
 def test_a_fault_of_the_medium_is_an_outage_and_leaves_nothing(
     place: FsPlace, monkeypatch: pytest.MonkeyPatch, code: int
@@ -428,9 +466,9 @@ def test_a_fault_of_the_medium_is_an_outage_and_leaves_nothing(
 
     with closing(place.open(capacity="1MiB", depth="2")) as tier:
         tier.put(keys[:4], sent[:4])
-        for name in ("pwritev", "link"):
+        for module, name in ((os, "pwritev"), (fs, "rename_new")):
             with monkeypatch.context() as patch:
-                patch.setattr(os, name, fail)
+                patch.setattr(module, name, fail)
                 with pytest.raises(TierUnavailable, match=os.strerror(code)):
                     tier.put(keys[4:], sent[4:])
             assert len(place.files()) == 4
@@ -473,6 +511,33 @@ def test_a_directory_that_vanishes_is_an_outage(place: FsPlace) -> None:
             tier.put(keys_of(1), buffers_of([PAGE]))
         place.root.with_name("elsewhere").rename(place.root)
         assert tier.put(keys_of(1), buffers_of([PAGE])) == [Put.STORED]
+
+
+def test_a_file_system_that_turns_read_only_takes_no_values_until_it_is_writable_again(
+    mounted: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    place, again = FsPlace(mounted / "kv"), ["mount", "--bind", mounted, mounted]
+    keys, sent, back = keys_of(4), buffers_of([PAGE] * 4, 1), buffers_of([PAGE] * 4)
+    opened = open_tier(place.address(capacity="4MiB"))
+    with closing(opened.tier) as tier:
+        assert tier.put(keys[:2], sent[:2]) == [Put.STORED] * 2
+        subprocess.run(again, check=True)  # over the first: that one has files open
+        subprocess.run(["mount", "-o", "remount,bind,ro", mounted], check=True)
+        try:
+            for _ in range(4):
+                with pytest.raises(TierUnavailable, match="Read-only file system"):
+                    tier.put(keys, sent)
+            assert not opened.guard.writable
+            (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+            assert "is only read until it takes values again" in warning
+            assert tier.get(keys, back) == [Got.HIT] * 2 + [Got.MISS] * 2
+            assert back[:2] == sent[:2]
+        finally:
+            subprocess.run(["umount", mounted], check=True)
+        wait_until(lambda: opened.guard.put_due, 10)
+        assert tier.put(keys, sent) == [Put.STORED] * 4
+        assert opened.guard.writable
+        assert counted(innermost(tier)) == (4 * PAGE, 4)
 
 
 def test_a_full_file_system_refuses_and_is_lived_in(mounted: Path) -> None:
@@ -627,3 +692,52 @@ def test_where_no_permission_is_given(tmp_path: Path) -> None:
         check=False,
     )
     assert "no permission" in done.stdout, done.stderr
+
+
+# What the books may have wrong is counted by whoever opens the directory next
+
+
+def test_eviction_that_fails_halfway_leaves_doubts(place: FsPlace, monkeypatch: pytest.MonkeyPatch) -> None:
+    sample = fs_space.Space._sample
+
+    def the_second_fails(space: fs_space.Space) -> None:
+        if space.gone:  # a value was evicted, and kept to be overwritten
+            raise OSError(errno.EIO, "bad directory")
+        sample(space)
+
+    with closing(place.open(capacity=str(8 * PAGE))) as tier:
+        assert tier.put(keys_of(8), buffers_of([PAGE] * 8)) == [Put.STORED] * 8
+        with monkeypatch.context() as patch:
+            patch.setattr(fs_space.Space, "_sample", the_second_fails)
+            with pytest.raises(TierUnavailable, match="bad directory"):
+                tier.put(keys_of(4, 1), buffers_of([PAGE] * 4))
+        assert place.used_bytes() == 7 * PAGE
+    with closing(place.open()) as tier:
+        assert counted(tier) == (7 * PAGE, 7)
+
+
+def test_books_that_are_held_for_too_long_leave_doubts(
+    place: FsPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with closing(place.open(capacity="1MiB")) as tier:
+        monkeypatch.setattr(fs_space, "_LOCK_WAIT", 0.1)
+        with tier._space._mutex, pytest.raises(TierUnavailable, match="locked by this process"):
+            tier.put(keys_of(2), buffers_of([PAGE] * 2))
+        assert not tier._space.exact
+
+
+def test_with_fsync_the_names_of_new_directories_are_durable_too(
+    place: FsPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced, real = set(), fs.sync_directory
+
+    def sync(path: str) -> None:
+        synced.add(path)
+        real(path)
+
+    monkeypatch.setattr(fs, "sync_directory", sync)
+    keys = keys_of(3)
+    with closing(place.open(fsync="yes")) as tier:
+        assert tier.put(keys, buffers_of([PAGE] * 3)) == [Put.STORED] * 3
+    folders = {place.path(key).parent for key in keys}
+    assert synced == {str(path) for path in {*folders, *(folder.parent for folder in folders), place.root}}

@@ -133,23 +133,23 @@ def test_kill_9_while_evicting_leaves_whole_values_within_the_bound(place: FsPla
 
 
 _HANG_IN_PUT = """
-import mmap, os, sys, time
-from kvkeep.tiers import fs_space
+import mmap, sys, time
+from kvkeep.tiers import fs
 from kvkeep.tiers.open import open_raw
 from kvkeep.tiers.url import TierURL
 
 tier = open_raw(TierURL("fs://" + sys.argv[1] + "?depth=2"))
-link, links = os.link, []
+rename, renames = fs.rename_new, []
 
 def hang(*names):
-    links.append(names)
-    if len(links) == 3:
+    renames.append(names)
+    if len(renames) == 3:
         print("hangs", flush=True)
-    if len(links) > 2:  # two threads may come here
+    if len(renames) > 2:  # two threads may come here
         time.sleep(60)
-    link(*names)
+    return rename(*names)
 
-os.link = hang
+fs.rename_new = hang
 keys = [b"namespac" + bytes([number] * 16) for number in range(8)]
 tier.put(keys, [memoryview(mmap.mmap(-1, 4096)) for _ in keys])
 """

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import pytest
 
 from kvkeep.errors import ConfigError, TierUnavailable
-from kvkeep.tiers.base import Got, Key, Put, Tier, key_name
+from kvkeep.tiers.base import Got, Key, Put, key_name
 from kvkeep.tiers.infinistore import Marker
 from kvkeep.tiers.infinistore_wire import OK, Link, _payload
 from kvkeep.tiers.open import open_raw
@@ -18,7 +18,7 @@ from kvkeep.tiers.url import TierURL
 from tests.tiers import infini
 from tests.tiers.conformance import TierConformance
 from tests.tiers.netns import loopback_only
-from tests.tiers.place import PAGE, Place, Proxy, buffers_of, closing, free_port, keys_of
+from tests.tiers.place import PAGE, Place, Proxy, buffers_of, closing, free_port, keys_of, query
 
 
 class InfiniPlace(Place):
@@ -28,18 +28,14 @@ class InfiniPlace(Place):
         self.server = server
         self.proxy = Proxy(("127.0.0.1", server.port))
 
-    def open(self, **options: str) -> Tier:
-        query = "&".join(f"{name}={value}" for name, value in options.items())
-        url = TierURL(f"infinistore://127.0.0.1:{self.proxy.port}?{query}".rstrip("?"))
-        tier = open_raw(url)
-        url.finish()
-        return tier
+    def address(self, **options: str) -> str:
+        return f"infinistore://127.0.0.1:{self.proxy.port}{query(options)}"
 
     @contextmanager
     def link(self) -> Iterator[Link]:
         link = Link("127.0.0.1", self.server.port, 10)
         yield link
-        link.drop()
+        link.close()
 
     def exists(self, name: bytes) -> bool:
         with self.link() as link:
@@ -150,8 +146,8 @@ def test_a_reader_that_gives_up_does_not_end_the_server(place: InfiniPlace) -> N
 
     with closing(place.open(timeout="300ms")) as tier, closing(place.open()) as patient:
         patient.put([key], [value])
-        tier._idle.pop().drop()
-        tier._idle[:] = [Halfway("127.0.0.1", place.proxy.port, 0.3)]
+        tier._pool.flush()
+        tier._pool._dial = lambda address: Halfway(*address, 0.3)
         with pytest.raises(TierUnavailable, match="no answer in time"):
             tier.get([key], [back])
         at_the_end = bytes(back)

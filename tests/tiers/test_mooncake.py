@@ -28,7 +28,7 @@ from kvkeep.tiers.url import TierURL
 from tests.tiers import moon
 from tests.tiers.conformance import TierConformance
 from tests.tiers.netns import loopback_only
-from tests.tiers.place import PAGE, Place, buffers_of, closing, free_port, keys_of
+from tests.tiers.place import PAGE, Place, buffers_of, closing, free_port, keys_of, query
 
 MIB = 1 << 20
 NODE_BYTES = 512 * MIB
@@ -40,12 +40,8 @@ class MoonPlace(Place):
     def __init__(self, master: moon.Master, node: moon.Node, behind: Any) -> None:
         self.master, self.node, self._behind = master, node, behind
 
-    def open(self, **options: str) -> Tier:
-        query = "&".join(f"{name}={value}" for name, value in {"hostname": "127.0.0.1", **options}.items())
-        url = TierURL(f"mooncake://{self.master.address}?{query}")
-        tier = open_raw(url)
-        url.finish()
-        return tier
+    def address(self, **options: str) -> str:
+        return f"mooncake://{self.master.address}{query({'hostname': '127.0.0.1', **options})}"
 
     def read(self, key: Key) -> bytes | None:
         return self._behind.get(key_name(key)) or None
@@ -142,8 +138,10 @@ def test_more_gets_at_once_than_landings(place: MoonPlace) -> None:
 
         def read() -> None:
             back = buffers_of([2 * MIB] * 24)
-            if tier.get(keys, back) != [Got.HIT] * 24 or back != sent:
-                problems.append("not all came back")
+            for _ in range(5):  # a lease of 2 s is over before a busy machine has moved all: a miss
+                if tier.get(keys, back) == [Got.HIT] * 24 and back == sent:
+                    return
+            problems.append("not all came back")
 
         threads = [threading.Thread(target=read) for _ in range(6)]
         for thread in threads:

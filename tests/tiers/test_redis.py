@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import random
 import re
@@ -11,24 +12,24 @@ import socket
 import ssl
 import time
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+from kvkeep.cli import main
 from kvkeep.errors import ConfigError, TierUnavailable
 from kvkeep.tiers.base import Got, Put
 from kvkeep.tiers.open import open_tier
 from tests.tiers.conformance import TierConformance
-from tests.tiers.place import PAGE, Place, Proxy, buffers_of, closing, keys_of
+from tests.tiers.place import PAGE, Place, Proxy, buffers_of, closing, keys_of, open_at, wait_until
 from tests.tiers.redis_server import (
     RedisPlace,
     Server,
     TLSFront,
     name_of,
-    open_at,
     patiently,
     running,
-    wait_until,
 )
 
 trustme = pytest.importorskip("trustme", reason="makes certificates: pip install trustme")
@@ -298,8 +299,10 @@ def test_values_end_with_their_ttl(server: Server, url: str) -> None:
 # Bounds
 
 
-def test_the_servers_bound_holds_and_what_it_evicts_is_a_miss() -> None:
-    bound, size, count = 32 << 20, 256 << 10, 16
+@pytest.mark.parametrize(("bound", "count"), [(32 << 20, 16), (64 << 20, 128)])
+def test_the_servers_bound_holds_and_what_it_evicts_is_a_miss(bound: int, count: int) -> None:
+    """Batches of 4 MiB, over one connection, and of 32 MiB, over eight."""
+    size = 256 << 10
     with (
         running("--maxmemory", str(bound), "--maxmemory-policy", "allkeys-lru") as server,
         closing(open_at(f"redis://127.0.0.1:{server.port}")) as tier,
@@ -309,7 +312,6 @@ def test_the_servers_bound_holds_and_what_it_evicts_is_a_miss() -> None:
         for seed in range(batches):
             assert tier.put(keys_of(count, seed), buffers_of([size] * count, seed)) == [Put.STORED] * count
             assert client.info("memory")["used_memory"] <= bound
-        assert client.info("memory")["used_memory_peak"] <= bound + (8 << 20)  # with what is on its way
         found = []
         for seed in range(batches):
             back = buffers_of([size] * count)
@@ -318,6 +320,8 @@ def test_the_servers_bound_holds_and_what_it_evicts_is_a_miss() -> None:
             sent = buffers_of([size] * count, seed)
             assert all(a == b for a, b, got in zip(sent, back, results, strict=True) if got is Got.HIT)
             found.append(results.count(Got.HIT))
+        # With what is on its way: a window of 8 MiB, and a value on each connection.
+        assert client.info("memory")["used_memory_peak"] <= bound + (8 << 20) + 8 * size
         assert bound // 2 < sum(found) * size < bound
         assert found[-1] > 0
         usage = tier.usage()
@@ -346,6 +350,42 @@ def test_too_long_for_any_server_is_refused_unsent(url: str) -> None:
         (small,), keys = buffers_of([PAGE], 1), keys_of(2)
         tier._limit = PAGE - 1
         assert tier.put(keys, [small, small[: PAGE - 1]]) == [Put.REFUSED, Put.STORED]
+
+
+def test_connections_of_all_batches_at_once_are_kept(server: Server, url: str) -> None:
+    def dialled() -> int:
+        with server.client() as client:
+            return client.info("stats")["total_connections_received"]
+
+    with closing(open_at(f"{url}?connections=8")) as tier:
+        pool, address = tier._pool, tier._nodes.masters()[0]
+        counts = []
+        for _ in range(3):
+            with ExitStack() as at_once:
+                for _ in range(3 * 8):
+                    at_once.enter_context(pool.link(address))
+            counts.append(dialled())
+        assert counts[2] - counts[1] == 1  # who asked
+
+
+def test_fsck_of_a_server(server: Server, url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    keys, sent = keys_of(30, 9), buffers_of([PAGE] * 30, 9)
+    with closing(open_tier(url).tier) as tier:
+        assert tier.put(keys, sent) == [Put.STORED] * 30
+    with server.client() as client:
+        client.setrange(name_of(keys[3]), 100, b"?" if sent[3][100] != 63 else b"!")
+        client.append(name_of(keys[4]), "x")
+        client.set("another:thing", "x")
+    for options, code, figures in (
+        ([], 1, (30, 2, 30)),
+        (["--repair"], 0, (30, 2, 28)),
+        ([], 0, (28, 0, 28)),
+    ):
+        assert main(["fsck", url, "--json", *options]) == code
+        report = json.loads(capsys.readouterr().out)
+        assert (report["values"], report["damaged"], report["real_values"]) == figures
+    with server.client() as client:
+        assert client.exists("another:thing")
 
 
 # Faults

@@ -12,16 +12,14 @@ import pytest
 from kvkeep.errors import ConfigError, TierUnavailable
 from kvkeep.tiers.base import Got, Key, Put, Tier
 from tests.tiers.conformance import TierConformance
-from tests.tiers.place import PAGE, Place, buffers_of, closing, free_port, keys_of
+from tests.tiers.place import PAGE, Place, buffers_of, closing, free_port, keys_of, open_at, wait_until
 from tests.tiers.redis_server import (
     RedisPlace,
     Server,
     name_of,
-    open_at,
     patiently,
     redis,
     running,
-    wait_until,
 )
 
 SLOTS = 16384

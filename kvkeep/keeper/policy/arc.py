@@ -42,11 +42,6 @@ class ArcPolicy(Policy):
     def __len__(self) -> int:
         return len(self._recent) + len(self._newest) + len(self._frequent)
 
-    def resize(self, capacity: int) -> None:
-        super().resize(capacity)
-        self._target = min(self._target, capacity)
-        self._trim_ghosts()
-
     def insert(self, ids: Ids, keys: list[int], epoch: int, first: int) -> None:
         # Tail to head, here and below, so that the head ends most recent.
         pieces = list(zip(ids.tolist(), keys, strict=True))
@@ -100,9 +95,9 @@ class ArcPolicy(Policy):
         assert not self._recent_ghosts.keys() & self._frequent_ghosts.keys(), "a ghost is in both lists"
         ghosts = self._recent_ghosts.keys() | self._frequent_ghosts.keys()
         assert not ghosts & held, "a chunk is held and a ghost"
-        assert 0 <= self._target <= self._capacity, "the target is out of bounds"
-        assert len(self._recent_ghosts) <= self._capacity, "too many ghosts of recent chunks"
-        assert len(ghosts) <= 2 * self._capacity, "too many ghosts"
+        assert 0 <= self._target <= self.capacity, "the target is out of bounds"
+        assert len(self._recent_ghosts) <= self.capacity, "too many ghosts of recent chunks"
+        assert len(ghosts) <= 2 * self.capacity, "too many ghosts"
 
     def _pop_recent(self, chunk: int) -> int | None:
         """Take a chunk out of T1; its key, or None if it is in T2."""
@@ -113,7 +108,7 @@ class ArcPolicy(Policy):
         """Move the target if `key` is a ghost, which it is no longer then; say whether it was."""
         recent, frequent = len(self._recent_ghosts), len(self._frequent_ghosts)
         if key in self._recent_ghosts:
-            self._target = min(self._target + max(1.0, frequent / recent), self._capacity)
+            self._target = min(self._target + max(1.0, frequent / recent), self.capacity)
             del self._recent_ghosts[key]
         elif key in self._frequent_ghosts:
             self._target = max(self._target - max(1.0, recent / frequent), 0.0)
@@ -123,9 +118,9 @@ class ArcPolicy(Policy):
         return True
 
     def _trim_ghosts(self) -> None:
-        room = max(0, self._capacity - len(self._recent) - len(self._newest))
+        room = max(0, self.capacity - len(self._recent) - len(self._newest))
         while len(self._recent_ghosts) > room:
             self._recent_ghosts.popitem(last=False)
-        room = max(0, 2 * self._capacity - len(self) - len(self._recent_ghosts))
+        room = max(0, 2 * self.capacity - len(self) - len(self._recent_ghosts))
         while len(self._frequent_ghosts) > room:
             self._frequent_ghosts.popitem(last=False)

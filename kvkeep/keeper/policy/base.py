@@ -37,16 +37,10 @@ class Policy(ABC):
 
     def __init__(self, capacity: int) -> None:
         """Start empty, for at most `capacity` chunks (1 or more, or ValueError)."""
-        self._capacity = _checked(capacity)
-
-    @property
-    def capacity(self) -> int:
-        """The number of chunks that the caller means to hold at most."""
-        return self._capacity
-
-    def resize(self, capacity: int) -> None:
-        """Change the capacity; the caller evicts what is too much. ValueError below 1."""
-        self._capacity = _checked(capacity)
+        if capacity < 1:
+            raise ValueError(f"capacity is {capacity} chunks; a policy needs at least 1")
+        self.capacity = capacity
+        """Chunks that the caller means to hold at most."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -92,9 +86,3 @@ def grown(array: npt.NDArray[_Scalar], ids: Ids, fill: int) -> npt.NDArray[_Scal
     longer = np.full(max(size, 2 * len(array)), fill, dtype=array.dtype)
     longer[: len(array)] = array
     return longer
-
-
-def _checked(capacity: int) -> int:
-    if capacity < 1:
-        raise ValueError(f"capacity is {capacity} chunks; a policy needs at least 1")
-    return capacity

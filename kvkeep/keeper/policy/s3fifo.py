@@ -41,11 +41,6 @@ class S3FifoPolicy(Policy):
     def __len__(self) -> int:
         return len(self._small) + len(self._main)
 
-    def resize(self, capacity: int) -> None:
-        super().resize(capacity)
-        self._forget_moves()
-        self._trim_ghosts()
-
     def insert(self, ids: Ids, keys: list[int], epoch: int, first: int) -> None:
         self._forget_moves()
         self._uses = grown(self._uses, ids, 0)
@@ -68,7 +63,7 @@ class S3FifoPolicy(Policy):
         main = _then(iter(self._main), self._moves)
         left, chosen = len(self._small), list[int]()
         while len(chosen) < count:
-            chunk = next(small, None) if left >= _SMALL_SHARE * self._capacity else None
+            chunk = next(small, None) if left >= _SMALL_SHARE * self.capacity else None
             if chunk is None:
                 victim = self._next_of_main(main, evictable)
                 chunk = next(small, None) if victim is None else None
@@ -102,7 +97,7 @@ class S3FifoPolicy(Policy):
         assert not self._small.keys() & self._main.keys(), "a chunk is in both queues"
         held = {*self._small.values(), *self._main.values()}
         assert not self._ghosts.keys() & held, "a chunk is held and a ghost"
-        assert len(self._ghosts) <= self._capacity, "too many ghosts"
+        assert len(self._ghosts) <= self.capacity, "too many ghosts"
         assert int(self._uses.max()) <= _USES_MAX, "a use count is out of bounds"
         assert self._uses_after.keys() == set(self._moves), "the moves do not balance"
 
@@ -132,7 +127,7 @@ class S3FifoPolicy(Policy):
         self._uses_after.clear()
 
     def _trim_ghosts(self) -> None:
-        while len(self._ghosts) > (1 - _SMALL_SHARE) * self._capacity:
+        while len(self._ghosts) > (1 - _SMALL_SHARE) * self.capacity:
             self._ghosts.popitem(last=False)
 
 

@@ -71,7 +71,7 @@ def test_an_engine_on_several_hosts_is_refused() -> None:
 def described(folder: Path, media: Any = None, attention: Any = None, **options: Any) -> dict[str, Any]:
     """The namespace of an engine with these options, for a model whose positions depend on them."""
     model = EngineArgs(model=str(folder), skip_tokenizer_init=True, **options).create_model_config()
-    model.multimodal_config = media and MultiModalConfig(**media)
+    model.multimodal_config = None if media is None else MultiModalConfig(**media)
     config: Any = SimpleNamespace(
         model_config=model,
         attention_config=AttentionConfig(**(attention or {})),
