@@ -429,6 +429,22 @@ def test_a_tier_that_cannot_say_what_is_gone_goes_on(held: dict[Key, bytes]) -> 
     assert len(held) == 10
 
 
+def test_a_keeper_that_ends_reads_no_more_and_writes_what_it_has(held: dict[Key, bytes]) -> None:
+    """Whose connection it has closed may still copy: no slot is given out to what comes from below."""
+    first = Host(wrapped(MemoryTier(held)))
+    first.save(0, 10)
+    first.flushed()
+    host = Host(wrapped(MemoryTier(held)))
+    host.save(2, 5)
+    host.movers.reading = False
+    assert host.ask(0, 10) == 0
+    assert len(host.keeper.chunks) == 5
+    with pytest.raises(RequestRefused, match="this keeper is ending"):
+        host.movers.prefetch(host.space, b"", b"")
+    host.flushed()
+    assert len(held) == 15
+
+
 def test_a_tier_that_takes_nothing_more_is_read_and_written_again_later(held: dict[Key, bytes]) -> None:
     store = ReadOnly(MemoryTier(held))
     opened_ = wrapped(store)
