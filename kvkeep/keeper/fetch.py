@@ -87,6 +87,8 @@ class Fetch:
         self.landed: defaultdict[int, list[Records]] = defaultdict(list)
         """By tier, arena offsets of what came from it for this request; leased until that takes it."""
         self.pending: set[Batch] = set()
+        self.held = 0
+        """The usable run that memory has, or others are bringing, without it."""
         self._sources = [np.full(len(keys), _UNKNOWN, np.int64) for keys in chains]
         self._windows = [group.window_chunks for group in space.groups]
         self._asked: list[tuple[int, Records]] = []
@@ -187,18 +189,18 @@ class Fetches:
                 records = self._keeper.chunks.table.find(chain)
                 here |= np.array([record in self._arriving for record in records.tolist()], np.bool_)
             fetch.known(group, here)
+        fetch.held = fetch.usable()
         return fetch
 
-    def plan(self, fetch: Fetch, held: int, worth: Callable[[list[Need], int], bool]) -> list[Batch]:
-        """All is known: reserve room and make batches, from the chain's head on.
+    def plan(self, fetch: Fetch, worth: Callable[[list[Need], int], bool]) -> list[Batch]:
+        """All is known: reserve room and make batches, from the chain's head on; none without a gain.
 
-        `held`: chunks that the lookup found. `worth(needs, chunks)`: whether reading that is better than
-        computing so many chunks. No batches where there is nothing to gain.
-        """
+        `worth(needs, chunks)`: whether reading that is better than computing so many chunks."""
         usable = fetch.usable()
         groups = range(len(fetch.chains))
         wanted = [fetch.wanted(group, usable) for group in groups]
-        if usable <= held or not (any(map(len, wanted)) and worth(self._needs(fetch, wanted), usable - held)):
+        more = usable - fetch.held
+        if more <= 0 or not worth(self._needs(fetch, wanted), more):
             self._wait_for_arriving(fetch, usable)
             return []
         owner = self._keeper.tenants.number(fetch.tenant)
@@ -261,8 +263,8 @@ class Fetches:
         keeper = self._keeper
         for record in batch.records.tolist():
             del self._arriving[record]
-        keeper.chunks.stored[batch.records[good]] |= np.uint16(1 << batch.tier)
         kept = batch.records[good]
+        keeper.chunks.stored[kept] |= np.uint16(1 << batch.tier)
         keeper.chunks.sealed[kept] = True
         keeper.settle(batch.claim, MOVERS, good)
         for fetch in batch.waiters:

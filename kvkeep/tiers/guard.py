@@ -87,6 +87,8 @@ class Guarded(Wrapper):
         self._place, self._writes = _Breaker(clock), _Breaker(clock)
         self.last_error: str | None = None
         """Why a verb failed the last time."""
+        self.failures = 0
+        """How many verbs have failed."""
 
     @property
     def available(self) -> bool:
@@ -108,11 +110,13 @@ class Guarded(Wrapper):
         """Whether puts alone are switched off, and it is time to try one."""
         return self.available and self._writes.due
 
-    def probe(self, enough: int = _FAILURES_TO_OPEN) -> None:
-        """Ask the place for a key that nobody has; switches the tier on again if it answers, and off if that
-        is the failure that is `enough`."""
+    def probe(self, keys: Sequence[Key] = (), enough: int = _FAILURES_TO_OPEN) -> list[bool]:
+        """Ask the place which of `keys` it has (without any: about one that nobody has), also where it is
+        switched off. Switches it on again if it answers; else returns nothing, and switches it off if that is
+        the failure that is `enough`."""
         with contextlib.suppress(TierUnavailable):
-            self._asked(lambda: self.inner.contains([random.randbytes(KEY_BYTES)]), enough)
+            return self._asked(lambda: self.inner.contains(keys or [random.randbytes(KEY_BYTES)]), enough)
+        return []
 
     def contains(self, keys: Sequence[Key]) -> list[bool]:
         return self._read(lambda: self.inner.contains(keys))
@@ -134,6 +138,11 @@ class Guarded(Wrapper):
         """Tried once, and no failure counts: where nothing may be deleted, values can still be put."""
         self._refuse_unless(self.available)
         self._called(lambda: self.inner.delete(keys))
+
+    def gone(self) -> list[Key]:
+        with contextlib.suppress(TierUnavailable):
+            return self._called(self.inner.gone)
+        return []
 
     def _read(self, verb: Callable[[], _T]) -> _T:
         self._refuse_unless(self.available)
@@ -183,13 +192,13 @@ class Guarded(Wrapper):
         try:
             return verb()
         except TierUnavailable as error:
-            self.last_error = str(error)
+            self.failures, self.last_error = self.failures + 1, str(error)
             raise
         except Exception as error:
             # The edge to clients of stores, other people's tiers among them: a bug of theirs is as good as a
             # store that is away, and must not end a mover's thread, which would pin slots for good.
             log.exception("tier %(tier)s: an unexpected error", {"tier": self._name})
-            self.last_error = f"{type(error).__name__}: {error}"
+            self.failures, self.last_error = self.failures + 1, f"{type(error).__name__}: {error}"
             raise TierUnavailable(self.last_error) from error
 
     def _refuse_unless(self, well: bool) -> None:

@@ -89,6 +89,8 @@ class KeeperServer:
                 self.recorder.start()
             if self.peers is not None:
                 self.peers.start()
+            if self.movers is not None:
+                self.movers.start()
             await server.start_serving()
             self.ready = True
             ready()
