@@ -121,7 +121,9 @@ class Movers:
         if asked.recompute < 0 or not (near or far) or len(self.fetches) >= _MOST_FETCHES:
             return 0
         fetch = self._search(asked, found.epoch, near, far)
-        return fetch.ticket if fetch.attended and fetch.stage is not Stage.DONE else 0
+        if fetch.stage is Stage.DONE:
+            self.fetches.forget(asked.session, fetch.ticket)  # its request will not ask again
+        return fetch.ticket if fetch.attended else 0
 
     def prefetch(self, space: Namespace, keys: bytes, tenant: bytes) -> Fetch:
         """Read what tiers have of a chain and memory lacks; nobody waits for it. Raises RequestRefused."""

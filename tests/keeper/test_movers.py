@@ -365,6 +365,17 @@ def test_a_store_that_hangs_for_ever_hides_no_other(
     assert [host.ask(chain, 3) for chain in range(2, 12, 2)] == [3] * 5
 
 
+def test_a_tier_that_fails_as_it_is_about_to_be_asked_leaves_nothing_open(
+    held: dict[Key, bytes], faulty: Faulty, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = Host(wrapped(faulty))
+    faulty.faults = Faults(error_rate=1.0)
+    host.run_until(lambda: not host.ask(0, 3) and not host.movers.tiers[0].guard.available)
+    monkeypatch.setattr(probes.Probes, "within", lambda self, patience: ([0], []))
+    assert host.ask(0, 3) == 0
+    assert len(host.movers.fetches) == 0
+
+
 def test_a_tier_that_fails_is_switched_off_and_comes_back(held: dict[Key, bytes], faulty: Faulty) -> None:
     opened_ = wrapped(faulty)
     host = Host(opened_)
