@@ -211,10 +211,10 @@ class Fetches:
             return []
         owner = self._keeper.tenants.number(fetch.tenant)
         rows: list[tuple[Records, Records, Records]] = []
-        for group, places in enumerate(wanted):
-            keys = fetch.chains[group][places]
+        for group, lacking in enumerate(wanted):
+            keys = fetch.chains[group][lacking]
             new = self._keeper.chunks.table.find(keys) < 0
-            places, keys = places[new], keys[new]
+            places, keys = lacking[new], keys[new]
             if len(places):
                 positions = fetch.first + places
                 records = self._keeper.place(fetch.space, group, keys, positions, fetch.epoch, owner)
