@@ -68,6 +68,8 @@ class Movers:
         self._post = post
         self.fetches = Fetches(keeper)
         """What is on its way up, by ticket."""
+        self.reading = True
+        """Whether more may be read; at the keeper's end slots are no longer given out."""
         self._probes = Probes(self.tiers, post)
         self._readers = [
             Lane(f"read{number}", opened.tier.capabilities.concurrency) for number, opened in enumerate(tiers)
@@ -109,12 +111,15 @@ class Movers:
         if asked.recompute < 0 or not (near or far) or len(self.fetches) >= _MOST_FETCHES:
             return 0
         fetch = self._search(asked, found.epoch, near, far)
-        return fetch.ticket if fetch.attended and fetch.stage is not Stage.DONE else 0
+        if fetch.stage is Stage.DONE:
+            self.fetches.forget(asked.session, fetch.ticket)  # its request will not ask again
+        return fetch.ticket if fetch.attended else 0
 
     def prefetch(self, space: Namespace, keys: bytes, tenant: bytes) -> Fetch:
         """Read what tiers have of a chain and memory lacks; nobody waits for it. Raises RequestRefused."""
-        if len(self.fetches) >= _MOST_FETCHES:
-            raise RequestRefused(f"{_MOST_FETCHES} fetches are under way: try again later")
+        if len(self.fetches) >= _MOST_FETCHES or not self.reading:
+            why = f"{_MOST_FETCHES} fetches are under way" if self.reading else "this keeper is ending"
+            raise RequestRefused(f"{why}: try again later")
         asked = Asked(MOVERS, space, keys, 0, tenant=tenant)
         return self._search(asked, self._keeper.now(), *self._probes.within(asked.patience))
 
@@ -149,6 +154,8 @@ class Movers:
 
         Where it does not by measurements that are old, what is there is read once more, for the next request.
         """
+        if not self.reading:
+            return False
         limit, slow = chunks * asked.recompute, list[int]()
         for tier, nbytes in needs:
             if self.tiers[tier].tier.read_seconds(nbytes + self._reading[tier]) >= limit:
@@ -163,8 +170,7 @@ class Movers:
 
     def _read(self, batch: Batch) -> None:
         opened = self.tiers[batch.tier]
-        nbytes = sum(move.length for move in batch.moves)
-        self._reading[batch.tier] += nbytes
+        self._reading[batch.tier] += batch.nbytes
 
         def job() -> None:
             try:
@@ -175,7 +181,7 @@ class Movers:
             self._post(lambda: landed(good))
 
         def landed(good: _Which) -> None:
-            self._reading[batch.tier] -= nbytes
+            self._reading[batch.tier] -= batch.nbytes
             self.fetches.landed(batch, good)
             self.kick()
 

@@ -115,14 +115,15 @@ class Guarded(Wrapper):
         switched off. Switches it on again if it answers; else returns nothing, and switches it off if that is
         the failure that is `enough`."""
         with contextlib.suppress(TierUnavailable):
-            return self._asked(lambda: self.inner.contains(keys or [random.randbytes(KEY_BYTES)]), enough)
+            keys = keys or [random.randbytes(KEY_BYTES)]
+            return self._asked(lambda: _each(keys, self.inner.contains(keys)), enough)
         return []
 
     def contains(self, keys: Sequence[Key]) -> list[bool]:
-        return self._read(lambda: self.inner.contains(keys))
+        return self._read(lambda: _each(keys, self.inner.contains(keys)))
 
     def get(self, keys: Sequence[Key], buffers: Sequence[Buffer]) -> list[Got]:
-        return self._read(lambda: self.inner.get(keys, buffers))
+        return self._read(lambda: _each(keys, self.inner.get(keys, buffers)))
 
     def put(self, keys: Sequence[Key], buffers: Sequence[Buffer]) -> list[Put]:
         for attempt in range(_WRITE_TRIES - 1):
@@ -157,7 +158,7 @@ class Guarded(Wrapper):
     def _put(self, keys: Sequence[Key], buffers: Sequence[Buffer]) -> list[Put]:
         self._refuse_unless(self.writable or self.put_due)
         try:
-            results = self._called(lambda: self.inner.put(keys, buffers))
+            results = self._called(lambda: _each(keys, self.inner.put(keys, buffers)))
         except TierUnavailable:
             self._put_failed()
             raise
@@ -204,3 +205,10 @@ class Guarded(Wrapper):
     def _refuse_unless(self, well: bool) -> None:
         if not well:
             raise TierSwitchedOff(f"{self._name} is switched off: {self.last_error}")
+
+
+def _each(keys: Sequence[Key], results: list[_T]) -> list[_T]:
+    """The results of a verb, one for each key; a third party's tier may have miscounted."""
+    if len(results) != len(keys):
+        raise ValueError(f"it gave {len(results)} results for {len(keys)} keys")
+    return results

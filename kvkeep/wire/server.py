@@ -97,6 +97,8 @@ class KeeperServer:
             await self._until_done()
         finally:
             self.ready = False
+            if self.movers is not None:
+                self.movers.reading = False
             if self.peers is not None:
                 self.peers.close()
             server.close()

@@ -285,13 +285,32 @@ def test_what_is_fetched_behind_what_the_engine_has_goes_before_it() -> None:
     assert bench.keeper.chunks.position[records[4:]].tolist() == list(range(4, 10))
 
 
-def test_a_prompt_larger_than_memory_gets_its_head() -> None:
+def test_a_prompt_larger_than_half_of_memory_gets_its_head() -> None:
     bench = Bench(FULL)
     slots = SLABS * SLOTS
     fetch = bench.begin(0, 2 * slots)
     Below(bench.space, 0, 2 * slots, everything(FULL, 2 * slots)).determine(fetch)
     bench.land(*bench.plan(fetch))
-    assert bench.settle(fetch, 0, 2 * slots) == slots
+    assert bench.settle(fetch, 0, 2 * slots) == slots // 2
+
+
+@pytest.mark.parametrize("groups", [FULL, HYBRID], ids=["full", "hybrid"])
+def test_a_tier_that_hangs_leaves_half_of_memory_to_engines(groups: list[GroupSpec]) -> None:
+    """However many prompts wait for it: what it was given is neither evicted nor written to."""
+    bench = Bench(groups)
+    arena = bench.keeper.arena.nbytes
+    batches = list[Batch]()
+    for chain in range(10):
+        fetch = bench.begin(chain, 20)
+        Below(bench.space, chain, 20, everything(groups, 20)).determine(fetch)
+        batches += bench.plan(fetch)
+        assert sum(batch.nbytes for batch in batches) <= arena // 2
+    assert batches
+    bench.keeper.check_integrity()
+    bench.land(*batches)
+    fetch = bench.begin(11, 20)
+    Below(bench.space, 11, 20, everything(groups, 20)).determine(fetch)
+    assert bench.plan(fetch), "what has landed makes room again"
 
 
 def test_a_chunk_that_an_engine_is_writing_is_neither_read_nor_waited_for() -> None:

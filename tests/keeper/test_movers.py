@@ -365,6 +365,17 @@ def test_a_store_that_hangs_for_ever_hides_no_other(
     assert [host.ask(chain, 3) for chain in range(2, 12, 2)] == [3] * 5
 
 
+def test_a_tier_that_fails_as_it_is_about_to_be_asked_leaves_nothing_open(
+    held: dict[Key, bytes], faulty: Faulty, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = Host(wrapped(faulty))
+    faulty.faults = Faults(error_rate=1.0)
+    host.run_until(lambda: not host.ask(0, 3) and not host.movers.tiers[0].guard.available)
+    monkeypatch.setattr(probes.Probes, "within", lambda self, patience: ([0], []))
+    assert host.ask(0, 3) == 0
+    assert len(host.movers.fetches) == 0
+
+
 def test_a_tier_that_fails_is_switched_off_and_comes_back(held: dict[Key, bytes], faulty: Faulty) -> None:
     opened_ = wrapped(faulty)
     host = Host(opened_)
@@ -427,6 +438,22 @@ def test_a_tier_that_cannot_say_what_is_gone_goes_on(held: dict[Key, bytes]) -> 
         host.save(chain, 5)
         host.flushed()
     assert len(held) == 10
+
+
+def test_a_keeper_that_ends_reads_no_more_and_writes_what_it_has(held: dict[Key, bytes]) -> None:
+    """Whose connection it has closed may still copy: no slot is given out to what comes from below."""
+    first = Host(wrapped(MemoryTier(held)))
+    first.save(0, 10)
+    first.flushed()
+    host = Host(wrapped(MemoryTier(held)))
+    host.save(2, 5)
+    host.movers.reading = False
+    assert host.ask(0, 10) == 0
+    assert len(host.keeper.chunks) == 5
+    with pytest.raises(RequestRefused, match="this keeper is ending"):
+        host.movers.prefetch(host.space, b"", b"")
+    host.flushed()
+    assert len(held) == 15
 
 
 def test_a_tier_that_takes_nothing_more_is_read_and_written_again_later(held: dict[Key, bytes]) -> None:

@@ -465,3 +465,26 @@ def test_a_bug_in_a_tier_is_a_store_that_is_away(caplog) -> None:
         guard.get(keys_of(1), buffers_of([PAGE]))
     assert "an unexpected error" in caplog.text
     assert "Traceback" in caplog.text
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_a_tier_that_miscounts_is_a_store_that_is_away(count: int) -> None:
+    class Short(Wrapper):
+        def contains(self, keys):
+            return [True] * count
+
+        def get(self, keys, buffers):
+            return [Got.HIT] * count
+
+        def put(self, keys, buffers):
+            return [Put.STORED] * count
+
+    guard, _ = guarded(Short(MemoryTier({})))
+    keys, buffers = keys_of(2), buffers_of([PAGE, PAGE])
+    for verb in (
+        lambda: guard.contains(keys),
+        lambda: guard.get(keys, buffers),
+        lambda: guard.put(keys, buffers),
+    ):
+        with pytest.raises(TierUnavailable, match=f"{count} results for 2 keys"):
+            verb()
