@@ -49,7 +49,6 @@ _FOREIGN = "WRONGTYPE"
 _AT_ONCE = 16  # connections that one batch uses, over all servers
 _ASKED = 4  # connections more, for short questions beside batches
 _WORTH_A_CONNECTION = 4 << 20  # bytes: less is there sooner than another thread is awake
-_PUT_OVER = 8
 _TELL_EVERY = 60.0
 _ASKING = command(b"ASKING")
 
@@ -70,8 +69,6 @@ class _Job(Generic[_R]):
     """By place: the result, or why there is none yet."""
     nbytes: int = 0
     """Of all values: many are worth several connections."""
-    most: int = 64
-    """Connections, per server."""
     unseen: bool = False
     """Not to count as a use of the values, where the server can do that (Redis 7.2, Valkey)."""
 
@@ -99,7 +96,6 @@ class RedisTier(Tier, Listing):
         self._set = b"*%d\r\n$3\r\nSET\r\n" % (3 if ttl is None else 5)
         self._connections = connections
         self._limit = limit
-        self._capabilities = Capabilities(shared=True, persistent=True, max_value_bytes=limit)
         self._threads = Threads(_AT_ONCE, "kvkeep-redis")
         self._pid = os.getpid()
         self._closed = False
@@ -107,7 +103,7 @@ class RedisTier(Tier, Listing):
 
     @property
     def capabilities(self) -> Capabilities:
-        return self._capabilities
+        return Capabilities(shared=True, persistent=True, max_value_bytes=self._limit)
 
     def contains(self, keys: Sequence[Key]) -> list[bool]:
         return [bool(number) for number in self._short(b"EXISTS", keys)]
@@ -130,7 +126,7 @@ class RedisTier(Tier, Listing):
 
         names = self._names(keys)
         out: list[Got | _Refused | None] = [None] * len(names)
-        return self._run(_Job(names, request, read, out, sum(map(len, buffers)), unseen=unseen))
+        return self._run(_Job(names, request, read, out, sum(map(len, buffers)), unseen))
 
     def put(self, keys: Sequence[Key], buffers: Sequence[Buffer]) -> list[Put]:
         def request(i: int) -> Request:
@@ -147,7 +143,7 @@ class RedisTier(Tier, Listing):
         names = self._names(keys)
         too_long = [len(buffer) > self._limit for buffer in buffers]
         out: list[Put | _Refused | None] = [Put.REFUSED if long else None for long in too_long]
-        return self._run(_Job(names, request, read, out, sum(map(len, buffers)), _PUT_OVER))
+        return self._run(_Job(names, request, read, out, sum(map(len, buffers))))
 
     def delete(self, keys: Sequence[Key]) -> None:
         self._short(b"DEL", keys)
@@ -265,7 +261,7 @@ class RedisTier(Tier, Listing):
         parts: dict[Address, list[int]] = {}
         for i in job.todo():
             parts.setdefault(self._nodes.of(job.names[i]), []).append(i)
-        ways = max(1, min(self._connections, job.most, job.nbytes // _WORTH_A_CONNECTION))
+        ways = max(1, min(self._connections, job.nbytes // _WORTH_A_CONNECTION))
         shares = [(to, places[way::ways]) for to, places in parts.items() for way in range(ways)]
         self._spread(job, shares)
         asks: dict[Address, list[int]] = {}
@@ -320,7 +316,7 @@ def _words(*words: bytes) -> bytes:
 def open_redis(url: TierURL) -> RedisTier:
     """The tier of a redis://, rediss:// or redis+unix:// URL. Raises ConfigError with what to do."""
     ttl = url.take_seconds("ttl", 0.0)
-    connections = url.take_count("connections", 8)
+    connections = url.take_count("connections", 4)
     prefix = url.take("prefix", str, "kvkeep")
     if not prefix or not prefix.isprintable() or set(prefix) & set("{} "):
         raise ConfigError(f"{url}: prefix must be of printable characters, without spaces and braces")
