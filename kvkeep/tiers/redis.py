@@ -129,8 +129,8 @@ class RedisTier(Tier, Listing):
             return Got.DAMAGED if got is Got.HIT and not self.check_value(keys[i], buffers[i]) else got
 
         names = self._names(keys)
-        job = _Job(names, request, read, [None] * len(names), sum(map(len, buffers)), unseen=unseen)
-        return self._run(job)
+        out: list[Got | _Refused | None] = [None] * len(names)
+        return self._run(_Job(names, request, read, out, sum(map(len, buffers)), unseen=unseen))
 
     def put(self, keys: Sequence[Key], buffers: Sequence[Buffer]) -> list[Put]:
         def request(i: int) -> Request:

@@ -101,7 +101,7 @@ def test_what_changes_kv_at_run_time_is_in_the_namespace(tmp_path: Path) -> None
         (tmp_path / name / "config.json").write_text(json.dumps(phi | more))
     plain, moved = (described(tmp_path / name, max_model_len=400) for name in "ab")
     assert plain == moved, "where it was loaded from is no part of it"
-    same = {"served_model_name": "x", "enforce_eager": True, "max_logprobs": 3, "seed": 7, "tokenizer": "t"}
+    same = {"served_model_name": "x", "enforce_eager": True, "max_logprobs": 3, "seed": 7}
     assert described(tmp_path / "a", max_model_len=400, **same) == plain
     told = [
         plain,
