@@ -108,6 +108,7 @@ class HostBackend(Backend):
         self._lock = threading.RLock()  # pageable copies are submitted by a thread of their own
         self._favoured: list[HostStream] = []  # first come first: the last ones fall far behind
         self.registered: dict[int, int] = {}
+        self.attended: set[str] = set()
         self.gathered = 0
         self.engine = self.stream()
 
@@ -132,6 +133,9 @@ class HostBackend(Backend):
         """Execute all."""
         while self.advance(1):
             pass
+
+    def attend(self) -> None:
+        self.attended.add(threading.current_thread().name)
 
     def current(self) -> HostStream:
         return self.engine
@@ -164,11 +168,11 @@ class HostBackend(Backend):
         ):
             raise DeviceError("a copy that no one registration covers")
 
-    def register(self, address: int, nbytes: int) -> bool:
+    def register(self, address: int, nbytes: int) -> int:
         if sum(self.registered.values()) + nbytes > self._limit:
-            return False
+            return 2
         self.registered[address] = nbytes
-        return True
+        return 0
 
     def unregister(self, address: int) -> None:
         del self.registered[address]

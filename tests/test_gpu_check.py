@@ -35,32 +35,45 @@ def test_a_dry_run_shows_every_part(
     out = tmp_path / "figures.json"
     monkeypatch.setattr(sys, "argv", ["x", "--dry", "--json", str(out)])
     assert script.main() == 0
-    figures = json.loads(out.read_text())
-    assert figures["wrong"] == 0
-    told = [row["what"].split(",")[0].split(":")[0] for row in figures["rows"]]
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert rows[-1] == {"what": "wrong", "count": 0}
+    told = [row["what"].split(",")[0].split(":")[0] for row in rows]
     assert set(told) >= {
-        *("ceiling", "registration", "LBNHC", "BLHNC", "load of 16 KiB pieces", "overlap"),
-        *("kernel with PROGRAMS 8", "kernel with _WORDS 512", "load of 16 pieces"),
-        *("submitted behind a forward", "time to first token"),
+        *("machine", "ceiling", "registration", "LBNHC", "BLHNC", "load of 16 KiB pieces", "overlap"),
+        *("kernel with PROGRAMS 8", "kernel with _WORDS 512", "kernel with _WARPS 8"),
+        *("load of 16 pieces", "submitted behind a forward", "graphs captured beside a registration"),
+        "time to first token",
         *(f"waits in one step with a {one} (the profiler's own end adds one)" for one in ("load", "save")),
     }
-    assert all(row["equal"] for row in figures["rows"] if "save_ratio" in row)
+    assert all(row["equal"] for row in rows if "equal" in row)
 
-    first = [row for row in figures["rows"] if row["what"].startswith("time to first token")]
-    assert [row["tokens"] for row in first] == [500, 800], first
-    assert all(row["same_token"] and row["loaded_bytes"] > 0 for row in first)
+    first = [row for row in rows if row["what"].startswith("time to first token")]
+    assert [(row["tokens"], "disk_s" in row) for row in first] == [
+        *((500, False), (800, False), (500, True), (800, True))
+    ]
+    assert all(row["same_token"] and row["pinned"] == 1 for row in first)
+    assert all(row["loaded_bytes"] > 0 for row in first[:2])
 
 
-@pytest.mark.parametrize("lacking", ["seconds", "memory"])
+@pytest.mark.parametrize("lacking", ["seconds", "memory", "memory after all"])
 def test_counts_that_do_not_fit_are_left_out(lacking: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
     from benchmarks.gpu import ttft
 
-    left = iter([1 << 30, 1 << 30, 0])  # of the device: for the weights and the first count
+    left, first_token = iter([1 << 30, 1 << 30, 0]), ttft.first_token  # for the weights and the first count
+
+    def out_of_memory(model, ids, cache):
+        if ids.shape[1] == 800:
+            raise torch.OutOfMemoryError("no more")
+        return first_token(model, ids, cache)
+
     if lacking == "memory":
         monkeypatch.setattr(ttft, "room", lambda device: next(left))
-    rows = list(ttft.gpu_rows(torch.device("cpu"), 0.0 if lacking == "seconds" else 600.0, dry=True))
-    assert [row.get("tokens") for row in rows] == ([None] if lacking == "seconds" else [500, None])
+    if lacking == "memory after all":
+        monkeypatch.setattr(ttft, "first_token", out_of_memory)
+    rows = list(ttft.gpu_rows(torch.device("cpu"), -1.0 if lacking == "seconds" else 600.0, dry=True))
+    found = {"seconds": [None], "memory": [500, 500, None], "memory after all": [500, None, None]}
+    assert [row.get("tokens") for row in rows] == found[lacking]
     assert rows[-1]["left_out"] == ("500, 800" if lacking == "seconds" else "800")
 
 
@@ -71,6 +84,21 @@ def test_what_time_to_first_token_lacks_takes_no_other_figure_away(
     monkeypatch.setattr(sys, "argv", ["x", "--dry", "--ttft", "benchmarks.gpu.missing:rows"])
     assert script.main() == 0
     assert "failed ModuleNotFoundError: No module named 'benchmarks.gpu.missing'" in capsys.readouterr().out
+
+
+def test_a_table_that_saves_and_loads_share_hides_nothing(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """Blocks saved to and loaded from wrong places come back as they were."""
+    places = CudaTransfer._places
+
+    def swapped(self, group, offsets, blocks, *pieces):
+        return places(self, group, offsets, blocks[::-1], *pieces)
+
+    monkeypatch.setattr(CudaTransfer, "_places", swapped)
+    monkeypatch.setattr(sys, "argv", ["x", "--dry", "--ttft", ""])
+    assert script.main() == 1
+    assert "WRONG" in capsys.readouterr().err
 
 
 def test_wrong_bytes_are_told(script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

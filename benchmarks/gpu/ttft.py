@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import json
 import math
+import shutil
 import statistics
 import subprocess
 import sys
@@ -125,6 +126,15 @@ def room(device: str) -> float:
     return torch.cuda.mem_get_info(device)[0]
 
 
+def await_pinned(cache: KVKeepCache, deadline: float) -> float:
+    """Wait until the device reaches all of the arena, at most a minute: the share that it does. Before that
+    copies go through pageable memory, which is not what is to be measured."""
+    deadline = min(deadline, time.monotonic() + 60)
+    while (share := cache.pinned) < 1 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return round(share, 3)
+
+
 def from_memory(
     model: Any, cache: KVKeepCache, prompts: Sequence[torch.Tensor], rounds: int, deadline: float
 ) -> Iterator[tuple[dict[str, Any], int]]:
@@ -143,7 +153,7 @@ def from_memory(
         per_square = recompute / count**2
         first_token(model, ids, cache)
         cache.save()
-        before = cache.stats.loaded_bytes
+        before, pinned = cache.stats.loaded_bytes, await_pinned(cache, deadline)
         loads = [load(model, ids, cache, token) for _ in range(rounds)]
         seconds = statistics.median(one[0] for one in loads)
         row = {
@@ -152,9 +162,25 @@ def from_memory(
             "load_s": seconds,
             "load_ratio": recompute / seconds,
             "loaded_bytes": (cache.stats.loaded_bytes - before) // rounds,
+            "pinned": pinned,
             "same_token": all(same for _, same in loads),
         }
         yield row, token
+
+
+def from_disk(
+    model: Any,
+    cache: KVKeepCache,
+    found: Sequence[tuple[dict[str, Any], int]],
+    prompts: Sequence[torch.Tensor],
+) -> Iterator[dict[str, Any]]:
+    """Per prompt a row of the load from a restarted keeper's tier: once, as then it is in memory."""
+    pinned = await_pinned(cache, math.inf)
+    for (row, token), ids in zip(found, prompts, strict=False):
+        seconds, same = load(model, ids, cache, token)
+        ratio = row["recompute_s"] / seconds
+        told = {"disk_s": seconds, "disk_ratio": ratio, "pinned": pinned, "same_token": same}
+        yield {"tokens": row["tokens"], **told}
 
 
 def measure(
@@ -167,10 +193,10 @@ def measure(
     disk: Path | None = None,
     rounds: int = 3,
     deadline: float = math.inf,
-) -> list[dict[str, Any]]:
-    """One row per token count: medians in seconds of recompute, load and (with `disk`) load from disk by a
-    keeper that was restarted, and the ratios of recompute to each. Counts for which the device's memory or
-    the time until `deadline` (monotonic) does not suffice have no row."""
+) -> Iterator[dict[str, Any]]:
+    """Rows as they are made. One per token count: medians in seconds of recompute and load, and their ratio;
+    then, with `disk`, one of the load from there. Counts for which the device's memory or the time until
+    `deadline` (monotonic) does not suffice have no row."""
     model = make_model(shape, device, dtype)
     first_token(model, torch.ones((1, 64), dtype=torch.long, device=device), None)  # warms up
     generator = torch.Generator().manual_seed(0)
@@ -178,15 +204,18 @@ def measure(
         torch.randint(3, shape["vocab_size"], (1, count), generator=generator).to(device) for count in counts
     ]
     options = ["--tier", f"fs://{disk}?capacity={memory}"] if disk else []
+    found = []
     with keeper(memory, *options) as socket, KVKeepCache.for_model(model, socket=socket) as cache:
-        found = list(from_memory(model, cache, prompts, rounds, deadline))
-    if disk:
-        with keeper(memory, *options) as socket, KVKeepCache.for_model(model, socket=socket) as cache:
-            for (row, token), ids in zip(found, prompts, strict=False):  # once: then it is in memory
-                row["disk_s"], same = load(model, ids, cache, token)
-                row["disk_ratio"] = row["recompute_s"] / row["disk_s"]
-                row["same_token"] &= same
-    return [row for row, _ in found]
+        for row, token in from_memory(model, cache, prompts, rounds, deadline):
+            found.append((row, token))
+            yield row
+    if disk and time.monotonic() < deadline:
+        waits = {"load_wait": 60.0, "probe_wait": 1.0}  # it is to be measured, however slow it is
+        with (
+            keeper(memory, *options) as socket,
+            KVKeepCache.for_model(model, socket=socket, **waits) as cache,
+        ):
+            yield from from_disk(model, cache, found, prompts)
 
 
 def gpu_rows(device: torch.device, seconds: float, dry: bool) -> Iterator[dict[str, Any]]:
@@ -195,22 +224,29 @@ def gpu_rows(device: torch.device, seconds: float, dry: bool) -> Iterator[dict[s
     counts = (500, 800) if dry else (2048, 8192, 32768)
     weights = 0 if dry else 17 << 30
     began, where = time.monotonic(), str(device)
-    rows = []
+    left = {str(count) for count in counts}
+    held = 3 * kv_bytes(shape, sum(counts), dtype) // 2
     if room(where) > weights and (dry or seconds > _LEAST_SECONDS):
-        held = 2 * kv_bytes(shape, sum(counts), dtype)
-        rows = measure(
-            shape,
-            counts,
-            device=where,
-            dtype=dtype,
-            memory=f"{max(64, held >> 20)}MiB",
-            rounds=1 if dry else 3,
-            deadline=began + seconds,
-        )
-    for row in rows:
-        yield {"what": f"time to first token, {row['tokens']} tokens", **row}
-    if left_out := [str(count) for count in counts[len(rows) :]]:
-        yield {"what": "time to first token", "left_out": ", ".join(left_out)}
+        with tempfile.TemporaryDirectory(prefix="kvkeep-") as folder:
+            measured = measure(
+                shape,
+                counts,
+                device=where,
+                dtype=dtype,
+                memory=f"{max(64, held >> 20)}MiB",
+                disk=Path(folder) if shutil.disk_usage(folder).free > 2 * held else None,
+                rounds=1 if dry else 3,
+                deadline=began + seconds,
+            )
+            try:
+                for row in measured:
+                    left.discard(str(row["tokens"]))
+                    kind = ", from disk" if "disk_s" in row else ""
+                    yield {"what": f"time to first token, {row['tokens']} tokens{kind}", **row}
+            except torch.OutOfMemoryError as error:
+                yield {"what": "time to first token", "failed": str(error)}
+    if left:
+        yield {"what": "time to first token", "left_out": ", ".join(sorted(left, key=int))}
 
 
 def main() -> int:
@@ -227,7 +263,8 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="a tiny shape, to try it out")
     parser.add_argument("--json", type=Path, help="also write the result here")
     args = parser.parse_args()
-    rows = measure(
+    rows = []
+    for row in measure(
         TINY if args.tiny else LLAMA_8B,
         args.tokens,
         device=args.device,
@@ -235,7 +272,9 @@ def main() -> int:
         memory=args.memory,
         disk=args.disk.resolve() if args.disk else None,
         rounds=args.rounds,
-    )
+    ):
+        print(row, file=sys.stderr, flush=True)
+        rows.append(row)
     text = json.dumps({"device": args.device, "dtype": args.dtype, "rows": rows}, indent=1)
     print(text)
     if args.json:

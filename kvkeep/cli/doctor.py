@@ -284,23 +284,20 @@ def check_driver(driver: str, triton: str | None) -> Check:
 def check_nodes(gpus: Mapping[str, int], arena: Mapping[int, int]) -> Iterator[Check]:
     """`gpus`: NUMA node by PCI address; `arena`: how many of the running keeper's pages lie on which. One for
     each GPU: more than what an arena that is spread over the GPUs' nodes must have elsewhere is too much."""
-    nodes, total = sorted(set(gpus.values()) - {-1}), sum(arena.values())
+    placed, total = {name: node for name, node in gpus.items() if node >= 0}, sum(arena.values())
+    nodes = sorted(set(placed.values()))
     if not nodes:
         yield Check("numa", Level.OK, "one node")
-    for name, node in gpus.items():
-        if node < 0:
-            continue
+    where = f"--{'membind' if len(nodes) == 1 else 'interleave'}={','.join(map(str, nodes))}"
+    for name, node in placed.items():
         away = 1 - arena.get(node, 0) / total if total else 0.0
         detail = f"GPU {name} is on node {node}"
         detail += f", and {away:.0%} of the arena on others" if total else ""
         if away <= 1.1 - 1 / len(nodes):
             yield Check("numa", Level.OK, detail)
-            continue
-        remedy = f"numactl --membind={node} kvkeep serve …"
-        if len(nodes) > 1:
-            spread = ",".join(map(str, nodes))
-            remedy = f"numactl --interleave={spread} kvkeep serve …, or a keeper for each node"
-        yield Check("numa", Level.WARNING, f"{detail}: its copies are slower", remedy)
+        else:
+            detail += ": its copies are slower"
+            yield Check("numa", Level.WARNING, detail, f"numactl {where} kvkeep serve …")
 
 
 def check_command(names: Sequence[str]) -> Check:

@@ -24,6 +24,8 @@ __all__ = ["Keeper", "add_keepers", "each", "fetch"]
 
 _AT_ONCE = 16
 _MOST = 64 << 20  # bytes of an answer
+_STRANGE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
+"""What comes of taking a stranger's answer for a keeper's."""
 _REMEDIES = (
     ("self-signed certificate", "; give the file of its CA as --tls"),
     ("unable to get local issuer", "; give the file of its CA as --tls"),
@@ -51,7 +53,7 @@ class Keeper(NamedTuple):
             text = refusal.read(4096).decode(errors="replace").strip()
             if refusal.code == 401:
                 text = "it wants its token: give the file as --token"
-            with contextlib.suppress(ValueError, LookupError, TypeError):
+            with contextlib.suppress(*_STRANGE):
                 text = str(json.loads(text)["error"])
             raise RequestRefused(text or f"status {refusal.code}") from refusal
         except (OSError, ValueError) as error:
@@ -140,7 +142,7 @@ def each(
             return {"url": keeper.url, "said": said, "error": None}, line(said)
         except KVKeepError as failure:
             error = str(failure)
-        except (LookupError, TypeError, ValueError, AttributeError) as stranger:
+        except (*_STRANGE, http.client.HTTPException) as stranger:
             error = f"what answers there is not a keeper of this version ({stranger!r})"
         return {"url": keeper.url, "said": {}, "error": error}, f"failed: {error}"
 

@@ -30,6 +30,7 @@ __all__ = ["Batch", "Fetch", "Fetches", "Need", "Stage"]
 
 _FIRST_QUESTION = 16  # a miss costs one of these
 _BATCH_BYTES = 32 << 20
+_MOST = 1 / 2  # of the arena may wait for tiers, so that a slow one leaves the rest to engines
 _HELD, _UNKNOWN, _ABSENT = -1, -2, -3  # what is not the number of a tier
 
 
@@ -57,6 +58,11 @@ class Batch:
     claim: int
     moves: list[Move]
     waiters: list[Fetch] = field(default_factory=list)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arena that wait for it."""
+        return sum(move.length for move in self.moves)
 
 
 class Fetch:
@@ -87,6 +93,11 @@ class Fetch:
         self.landed: defaultdict[int, list[Records]] = defaultdict(list)
         """By tier, arena offsets of what came from it for this request; leased until that takes it."""
         self.pending: set[Batch] = set()
+        self.tiers: list[int] = []
+        self.later: list[int] = []
+        """Tiers to ask, and those to ask for the rest once its request waits no more."""
+        self.held = 0
+        """The usable run that memory has, or others are bringing, without it."""
         self._sources = [np.full(len(keys), _UNKNOWN, np.int64) for keys in chains]
         self._windows = [group.window_chunks for group in space.groups]
         self._asked: list[tuple[int, Records]] = []
@@ -141,9 +152,10 @@ class Fetch:
             at += len(places)
         self._asked = []
 
-    def usable(self) -> int:
-        """The longest run that memory and tiers can give together, as far as is known."""
-        return usable_chunks([source >= _HELD for source in self._sources], self._windows)
+    def usable(self, end: int | None = None) -> int:
+        """The longest run, of `end` chunks at most, that memory and tiers can give together, as far as is
+        known."""
+        return usable_chunks([source[:end] >= _HELD for source in self._sources], self._windows)
 
     def wanted(self, group: int, usable: int) -> Records:
         """Places of a group's chunks that a tier must give for a run of `usable`."""
@@ -167,6 +179,7 @@ class Fetches:
         self._keeper = keeper
         self._open: dict[int, Fetch] = {}
         self._arriving: dict[int, Batch] = {}
+        self._arriving_bytes = 0
         self._next = 1
         keeper.attach(MOVERS)
 
@@ -187,27 +200,24 @@ class Fetches:
                 records = self._keeper.chunks.table.find(chain)
                 here |= np.array([record in self._arriving for record in records.tolist()], np.bool_)
             fetch.known(group, here)
+        fetch.held = fetch.usable()
         return fetch
 
-    def plan(self, fetch: Fetch, held: int, worth: Callable[[list[Need], int], bool]) -> list[Batch]:
-        """All is known: reserve room and make batches, from the chain's head on.
+    def plan(self, fetch: Fetch, worth: Callable[[list[Need], int], bool]) -> list[Batch]:
+        """All is known: reserve room and make batches, from the chain's head on; none without a gain.
 
-        `held`: chunks that the lookup found. `worth(needs, chunks)`: whether reading that is better than
-        computing so many chunks. No batches where there is nothing to gain.
-        """
-        usable = fetch.usable()
-        groups = range(len(fetch.chains))
-        wanted = [fetch.wanted(group, usable) for group in groups]
-        if usable <= held or not (any(map(len, wanted)) and worth(self._needs(fetch, wanted), usable - held)):
+        `worth(needs, chunks)`: whether reading that is better than computing so many chunks."""
+        usable, wanted, needs = self._fitting(fetch)
+        more = usable - fetch.held
+        if more <= 0 or not worth(needs, more):
             self._wait_for_arriving(fetch, usable)
             return []
         owner = self._keeper.tenants.number(fetch.tenant)
         rows: list[tuple[Records, Records, Records]] = []
-        for group in groups:
-            places = wanted[group]
-            keys = fetch.chains[group][places]
+        for group, lacking in enumerate(wanted):
+            keys = fetch.chains[group][lacking]
             new = self._keeper.chunks.table.find(keys) < 0
-            places, keys = places[new], keys[new]
+            places, keys = lacking[new], keys[new]
             if len(places):
                 positions = fetch.first + places
                 records = self._keeper.place(fetch.space, group, keys, positions, fetch.epoch, owner)
@@ -215,6 +225,19 @@ class Fetches:
                 rows.append((places[fits], fetch.source(group)[places[fits]], records[fits]))
         self._wait_for_arriving(fetch, usable)
         return self._batches(fetch, rows)
+
+    def _fitting(self, fetch: Fetch) -> tuple[int, list[Records], list[Need]]:
+        """The longest run for which there is room: its length, per group the places that tiers must give,
+        and what that is of each tier."""
+        room = max(0, int(self._keeper.arena.nbytes * _MOST) - self._arriving_bytes)
+        usable = fetch.usable()
+        while True:
+            wanted = [fetch.wanted(group, usable) for group in range(len(fetch.chains))]
+            needs, more = self._needs(fetch, wanted), usable - fetch.held
+            total = sum(need.nbytes for need in needs)
+            if total <= room or more <= 0:
+                return usable, wanted, needs
+            usable = fetch.usable(fetch.held + more * room // total)
 
     def _needs(self, fetch: Fetch, wanted: list[Records]) -> list[Need]:
         nbytes: dict[int, int] = {}
@@ -248,6 +271,7 @@ class Fetches:
                 batch = Batch(tier, piece, claim, moves_of(self._keeper, piece), [fetch])
                 fetch.pending.add(batch)
                 self._arriving.update(dict.fromkeys(piece.tolist(), batch))
+                self._arriving_bytes += batch.nbytes
                 out.append(batch)
         return out
 
@@ -261,8 +285,9 @@ class Fetches:
         keeper = self._keeper
         for record in batch.records.tolist():
             del self._arriving[record]
-        keeper.chunks.stored[batch.records[good]] |= np.uint16(1 << batch.tier)
+        self._arriving_bytes -= batch.nbytes
         kept = batch.records[good]
+        keeper.chunks.stored[kept] |= np.uint16(1 << batch.tier)
         keeper.chunks.sealed[kept] = True
         keeper.settle(batch.claim, MOVERS, good)
         for fetch in batch.waiters:

@@ -18,6 +18,7 @@ __all__ = ["MOVERS", "Flush", "FlushQueue", "Move", "moves_of"]
 
 _MOST_WAITING = 1 << 20  # 16 MiB of keys: what waits while a tier is away for long
 _PIECE, _MOST_SOUGHT = 512, 1 << 15  # keys looked up at a time, and by one call: some milliseconds
+_NEWEST = 16
 MOVERS = "~movers"
 """The session that holds the movers' own claims."""
 
@@ -56,6 +57,8 @@ class FlushQueue:
         self._count = 0  # of keys in it: asked for at every commit, when it may be a million long
         self.lost = 0
         """Chunks that were gone from memory before they could be written."""
+        self.newest: list[bytes] = []
+        """Some of what the tier took last, by its names there."""
 
     def __len__(self) -> int:
         return self._count
@@ -96,16 +99,18 @@ class FlushQueue:
         together = np.concatenate(taken)
         return Flush(together, self._keeper.hold(MOVERS, together), moves_of(self._keeper, together))
 
-    def done(self, flush: Flush, stored: npt.NDArray[np.bool_], again: bool) -> None:
-        """A batch has been tried. What was not stored is queued anew if `again`."""
+    def done(self, flush: Flush, stored: npt.NDArray[np.bool_], again: npt.NDArray[np.bool_]) -> None:
+        """A batch has been tried: what is in the tier now, and what is to be queued anew."""
         chunks, written = self._keeper.chunks, flush.records[stored]
+        if len(written):
+            self.newest = [flush.moves[at].key for at in np.flatnonzero(stored)[-_NEWEST:]]
         chunks.stored[written] |= self._bit
         chunks.queued[written] &= ~self._bit  # where one was used in the meantime
         if self._keeper.journal is not None:
             self._keeper.journal.note(written)
-        missing = flush.records[~stored & (chunks.state[flush.records] == ChunkState.COMMITTED)]
+        missing = flush.records[again & (chunks.state[flush.records] == ChunkState.COMMITTED)]
         missing = missing[(chunks.queued[missing] & self._bit) == 0]
-        if again and len(missing):
+        if len(missing):
             chunks.queued[missing] |= self._bit
             self._waiting.appendleft(chunks.table.keys_of(missing))
             self._count += len(missing)
@@ -125,6 +130,19 @@ class FlushQueue:
             for name, record in zip(names, records.tolist(), strict=True):
                 if record < 0 and (space := spaces.get(name[:SPACE_BYTES])) is not None:
                     journal.probed(space, [name], [-1])
+
+    def forgotten(self, first: int = 0) -> int:
+        """The tier has lost what it had, as one in memory does when it starts again: what is held is written
+        once more. Goes through _MOST_SOUGHT records from `first`; returns where to go on, 0 at the end."""
+        chunks, end = self._keeper.chunks, first + _MOST_SOUGHT
+        had = (chunks.stored[first:end] & self._bit) != 0
+        held = first + np.flatnonzero(had & (chunks.state[first:end] == ChunkState.COMMITTED))
+        chunks.stored[held] &= ~self._bit
+        if self._keeper.journal is not None:
+            self._keeper.journal.note(held)
+        if self._through or self._second_touch:
+            self.add(held)
+        return end if end < len(chunks.state) else 0
 
     def add(self, records: Records) -> None:
         """Queue readable chunks, but for those that the tier has or that wait already."""

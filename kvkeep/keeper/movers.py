@@ -8,12 +8,15 @@ until its verb has returned, however long that takes, so a hung store pins what 
 from __future__ import annotations
 
 import logging
+import random
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from kvkeep.errors import RequestRefused, TierUnavailable
 from kvkeep.keeper.fetch import Batch, Fetch, Fetches, Need, Stage
@@ -21,10 +24,9 @@ from kvkeep.keeper.flush import MOVERS, Flush, FlushQueue, Move
 from kvkeep.keeper.index import Records
 from kvkeep.keeper.keeper import Keeper
 from kvkeep.keeper.namespaces import Namespace
-from kvkeep.keeper.pins import held_chunks
 from kvkeep.keeper.probes import Lane, Probes
 from kvkeep.terms import Found
-from kvkeep.tiers.base import Got, Put
+from kvkeep.tiers.base import KEY_BYTES, Got, Put
 from kvkeep.tiers.open import Opened, WriteWhen
 
 __all__ = ["Asked", "Movers"]
@@ -33,7 +35,7 @@ log = logging.getLogger("kvkeep.keeper")
 
 _FLUSH_BYTES = 32 << 20
 _MOST_FETCHES = 256
-_LATENCY_GUESS = 0.001
+_Which = npt.NDArray[np.bool_]
 
 
 class Asked(NamedTuple):
@@ -66,6 +68,8 @@ class Movers:
         self._post = post
         self.fetches = Fetches(keeper)
         """What is on its way up, by ticket."""
+        self.reading = True
+        """Whether more may be read; at the keeper's end slots are no longer given out."""
         self._probes = Probes(self.tiers, post)
         self._readers = [
             Lane(f"read{number}", opened.tier.capabilities.concurrency) for number, opened in enumerate(tiers)
@@ -82,76 +86,91 @@ class Movers:
         ]
         self._writing = [0] * len(tiers)
         self._reading = [0] * len(tiers)
-        self._probing = [False] * len(tiers)
+        self._checking = [False] * len(tiers)
+        self._failures = [0] * len(tiers)  # those that a check has followed
+        self._resting = set[int]()  # what did not take all does not take it a moment later
         keeper.queues += self._queues
-        for tier, opened in enumerate(tiers):
+        for opened in tiers:
             opened.tier.attach(self._memory)
-            # The first verb makes connections and loads code: not while a request waits for it.
-            self._writers[tier].submit(opened.guard.probe)
+
+    def start(self) -> None:
+        """Ask each tier something, now that calls can be posted: the first verb makes connections and loads
+        code, and says how long an answer takes; not while a request waits for it."""
+        for tier in range(len(self.tiers)):
+            self._probes.find([random.randbytes(KEY_BYTES)], lambda tiers: None, [tier])
 
     # Up
 
     def fetch(self, asked: Asked, found: Found) -> int:
         """Look below for chunks that a lookup did not find; a ticket if that is worth waiting for, or 0.
 
-        Where asking usually takes longer than the request has patience, what is found is fetched all the
-        same, for the next one.
+        The request waits for tiers that usually answer within its patience. What others have is fetched all
+        the same, for the next one.
         """
-        usable = [opened for tier, opened in enumerate(self.tiers) if self._probes.answers(tier)]
-        if asked.recompute < 0 or not usable or len(self.fetches) >= _MOST_FETCHES:
+        near, far = self._probes.within(asked.patience)
+        if asked.recompute < 0 or not (near or far) or len(self.fetches) >= _MOST_FETCHES:
             return 0
-        session, space, keys, first, *_, tenant = asked
-        fetch = self.fetches.begin(session, space, keys, first, found.epoch, tenant)
-        fetch.attended = sum(opened.tier.latency or 0.0 for opened in usable) < asked.patience
-        self._ask(fetch, found.chunks, asked.recompute)
-        return fetch.ticket if fetch.attended and fetch.stage is not Stage.DONE else 0
+        fetch = self._search(asked, found.epoch, near, far)
+        if fetch.stage is Stage.DONE:
+            self.fetches.forget(asked.session, fetch.ticket)  # its request will not ask again
+        return fetch.ticket if fetch.attended else 0
 
     def prefetch(self, space: Namespace, keys: bytes, tenant: bytes) -> Fetch:
         """Read what tiers have of a chain and memory lacks; nobody waits for it. Raises RequestRefused."""
-        if len(self.fetches) >= _MOST_FETCHES:
-            raise RequestRefused(f"{_MOST_FETCHES} fetches are under way: try again later")
-        fetch = self.fetches.begin(MOVERS, space, keys, 0, self._keeper.now(), tenant)
-        fetch.attended = False
-        self._ask(fetch, held_chunks(self._keeper, space, keys), 0.0)
+        if len(self.fetches) >= _MOST_FETCHES or not self.reading:
+            why = f"{_MOST_FETCHES} fetches are under way" if self.reading else "this keeper is ending"
+            raise RequestRefused(f"{why}: try again later")
+        asked = Asked(MOVERS, space, keys, 0, tenant=tenant)
+        return self._search(asked, self._keeper.now(), *self._probes.within(asked.patience))
+
+    def _search(self, asked: Asked, epoch: int, near: list[int], far: list[int]) -> Fetch:
+        fetch = self.fetches.begin(asked.session, asked.space, asked.keys, asked.first, epoch, asked.tenant)
+        fetch.attended = bool(near)
+        fetch.tiers, fetch.later = (near, far) if near else (far, [])
+        self._ask(asked, fetch)
         return fetch
 
-    def _ask(self, fetch: Fetch, held: int, recompute: float) -> None:
+    def _ask(self, asked: Asked, fetch: Fetch) -> None:
         keys = fetch.question()
-        if not keys:
-            self._plan(fetch, held, recompute)
+        if keys:
+            self._probes.find(keys, lambda tiers: self._answered(asked, fetch, keys, tiers), fetch.tiers)
             return
-        self._probes.find(keys, lambda tiers: self._answered(fetch, keys, tiers, held, recompute))
-
-    def _answered(
-        self, fetch: Fetch, keys: list[bytes], tiers: list[int], held: int, recompute: float
-    ) -> None:
-        if self._keeper.journal is not None:
-            self._keeper.journal.probed(fetch.space, keys, tiers)
-        fetch.answer(tiers)
-        self._ask(fetch, held, recompute)
-
-    def _plan(self, fetch: Fetch, held: int, recompute: float) -> None:
-        batches = self.fetches.plan(
-            fetch, held, lambda needs, chunks: not recompute or self._seconds(needs) < chunks * recompute
-        )
-        for batch in batches:
+        for batch in self.fetches.plan(fetch, lambda *gain: self._worth(asked, fetch, *gain)):
             self._read(batch)
         self.fetches.started(fetch)
+        if fetch.later and fetch.usable() < len(fetch.chains[0]):
+            self._search(asked, fetch.epoch, [], fetch.later)
 
-    def _seconds(self, needs: list[Need]) -> float:
-        """How long reading takes, behind what is being read; tiers work side by side."""
-        longest = 0.0
+    def _answered(self, asked: Asked, fetch: Fetch, keys: list[bytes], tiers: list[int]) -> None:
+        if self._keeper.journal is not None:
+            told = [at for at, tier in enumerate(tiers) if tier >= 0 or not fetch.later]
+            names = [keys[at] for at in told]
+            self._keeper.journal.probed(fetch.space, names, [tiers[at] for at in told])
+        fetch.answer(tiers)
+        self._ask(asked, fetch)
+
+    def _worth(self, asked: Asked, fetch: Fetch, needs: list[Need], chunks: int) -> bool:
+        """Whether reading takes less time than computing, behind what is being read; tiers work side by side.
+
+        Where it does not by measurements that are old, what is there is read once more, for the next request.
+        """
+        if not self.reading:
+            return False
+        limit, slow = chunks * asked.recompute, list[int]()
         for tier, nbytes in needs:
-            meter = self.tiers[tier].tier
-            rate = meter.seconds_per_byte or 0.0  # not known yet: worth finding out
-            latency = _LATENCY_GUESS if meter.latency is None else meter.latency
-            longest = max(longest, latency + rate * (nbytes + self._reading[tier]))
-        return longest
+            if self.tiers[tier].tier.read_seconds(nbytes + self._reading[tier]) >= limit:
+                slow.append(tier)
+        if not slow or not limit:
+            return True
+        if any(self._reading[tier] or not self.tiers[tier].tier.stale for tier in slow):
+            return False
+        if fetch.attended:
+            self._search(asked, fetch.epoch, [], fetch.tiers)
+        return not fetch.attended
 
     def _read(self, batch: Batch) -> None:
         opened = self.tiers[batch.tier]
-        nbytes = sum(move.length for move in batch.moves)
-        self._reading[batch.tier] += nbytes
+        self._reading[batch.tier] += batch.nbytes
 
         def job() -> None:
             try:
@@ -161,8 +180,8 @@ class Movers:
                 good = np.zeros(len(batch.moves), np.bool_)
             self._post(lambda: landed(good))
 
-        def landed(good: np.ndarray[Any, np.dtype[np.bool_]]) -> None:
-            self._reading[batch.tier] -= nbytes
+        def landed(good: _Which) -> None:
+            self._reading[batch.tier] -= batch.nbytes
             self.fetches.landed(batch, good)
             self.kick()
 
@@ -173,7 +192,9 @@ class Movers:
     def kick(self) -> None:
         """Begin to write what waits, where a tier is idle."""
         for tier, opened in enumerate(self.tiers):
-            if not self._writing[tier] and (opened.guard.writable or opened.guard.put_due):
+            if not (self._writing[tier] or tier in self._resting) and (
+                opened.guard.writable or opened.guard.put_due
+            ):
                 flush = self._queues[tier].next(_FLUSH_BYTES)
                 if flush is not None:
                     self._writing[tier] = len(flush.moves)
@@ -195,13 +216,16 @@ class Movers:
         return not (len(left) and waits)
 
     def tick(self) -> None:
-        """Now and then: see whether tiers that were switched off are well again, go on without those that do
-        not answer, and write what waits."""
+        """Now and then: see whether tiers that failed are well again, go on without those that do not answer,
+        and write what waits."""
         self._probes.tick()
         for tier, opened in enumerate(self.tiers):
-            if opened.guard.probe_due and not self._probing[tier]:
-                self._probing[tier] = True
-                self._writers[tier].submit(lambda tier=tier: self._probe(tier))  # type: ignore[misc]
+            guard, newest = opened.guard, self._queues[tier].newest
+            failed = guard.available and guard.failures != self._failures[tier]
+            if (guard.probe_due or failed) and not self._checking[tier]:
+                self._checking[tier] = True
+                self._writers[tier].submit(partial(self._check, tier, newest))
+        self._resting.clear()
         self.kick()
 
     @property
@@ -217,37 +241,50 @@ class Movers:
         opened = self.tiers[tier]
 
         def job() -> None:
-            stored, again = np.zeros(len(flush.moves), np.bool_), False
             try:
-                stored = self._put(opened, flush.moves)
+                stored, again = self._put(opened, flush.moves)
             except TierUnavailable:
-                again = True
+                stored, again = np.zeros(len(flush.moves), np.bool_), np.ones(len(flush.moves), np.bool_)
             gone = opened.tier.gone()
             self._post(lambda: done(stored, again, gone))
 
-        def done(stored: np.ndarray[Any, np.dtype[np.bool_]], again: bool, gone: list[bytes]) -> None:
+        def done(stored: _Which, again: _Which, gone: list[bytes]) -> None:
             self._writing[tier] = 0
             if gone:
                 self._queues[tier].gone(gone)
             self._queues[tier].done(flush, stored, again)
-            if not again:
-                self.kick()
+            if again.any():
+                self._resting.add(tier)
+            self.kick()
 
         self._writers[tier].submit(job)
 
-    def _put(self, opened: Opened, moves: list[Move]) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        """Which of the moves are held by the tier now; those that another host has written are left out."""
+    def _put(self, opened: Opened, moves: list[Move]) -> tuple[_Which, _Which]:
+        """Which of the moves the tier holds now, and which are to be tried again; what another host has put
+        there is left out."""
         keys = [move.key for move in moves]
         shared = opened.tier.capabilities.shared
         held = np.array(opened.tier.contains(keys) if shared else [False] * len(keys), np.bool_)
         new = [move for move, here in zip(moves, held.tolist(), strict=True) if not here]
         results = opened.tier.put([move.key for move in new], self._views(new)) if new else []
+        again = ~held
+        again[~held] = [result is Put.LATER for result in results]
         held[~held] = [result is Put.STORED for result in results]
-        return held
+        return held, again
 
-    def _probe(self, tier: int) -> None:
-        self.tiers[tier].guard.probe()
-        self._probing[tier] = False
+    def _check(self, tier: int, newest: list[bytes]) -> None:
+        """After a failure: whether the tier answers, and still has what it took last."""
+        guard = self.tiers[tier].guard
+        failures, held = guard.failures, guard.probe(newest)
+        if held:
+            self._failures[tier] = failures
+        if held and newest and not any(held):
+            self._post(partial(self._write_anew, tier))
+        self._checking[tier] = False
+
+    def _write_anew(self, tier: int, first: int = 0) -> None:
+        if after := self._queues[tier].forgotten(first):
+            self._post(partial(self._write_anew, tier, after))
 
     def _views(self, moves: list[Move]) -> list[memoryview]:
         return [self._memory[move.offset : move.offset + move.length] for move in moves]

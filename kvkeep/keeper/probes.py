@@ -52,10 +52,24 @@ class Probes:
         """Whether a tier is worth asking: it is not switched off, and owes no answer for long."""
         return self._tiers[tier].guard.available and not self._late[tier]
 
-    def find(self, keys: list[bytes], then: Callable[[list[int]], None], first: int = 0) -> None:
-        """Call `then` with the first tier, of `first` and those below it, that has each key, or -1; before
-        this returns where none can be asked."""
-        tier = next((tier for tier in range(first, len(self._tiers)) if self.answers(tier)), -1)
+    def within(self, patience: float) -> tuple[list[int], list[int]]:
+        """Tiers that are worth asking, in order: those that together are likely to answer within so many
+        seconds, and the others. What a tier has not answered yet counts as long as it takes already."""
+        near, far, spent, now = list[int](), list[int](), 0.0, time.monotonic()
+        for tier in filter(self.answers, range(len(self._tiers))):
+            oldest = next(iter(self._asked[tier].values()), now)
+            latency = max(self._tiers[tier].tier.latency or 0.0, now - oldest)
+            if spent + latency < patience:
+                near.append(tier)
+                spent += latency
+            else:
+                far.append(tier)
+        return near, far
+
+    def find(self, keys: list[bytes], then: Callable[[list[int]], None], tiers: Sequence[int]) -> None:
+        """Call `then` with the first one of `tiers` that has each key, or -1; before this returns where none
+        can be asked."""
+        tier, *others = [tier for tier in tiers if self.answers(tier)] or [-1]
         if tier < 0 or not keys:
             then([-1] * len(keys))
             return
@@ -76,7 +90,7 @@ class Probes:
                     found[at] = other
                 then(found)
 
-            self.find([keys[at] for at in left], below, tier + 1)
+            self.find([keys[at] for at in left], below, others)
 
         self._asked[tier][go_on] = time.monotonic()
         self._lanes[tier].submit(job)

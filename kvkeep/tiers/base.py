@@ -67,6 +67,8 @@ class Put(enum.Enum):
     STORED = "stored"
     REFUSED = "refused"
     """No room for it, or larger than the store takes. Not an error: the cache goes on without."""
+    LATER = "later"
+    """Not now, for a reason that passes by itself and is none for reads: it is to be put again."""
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,7 @@ class FsTier(Tier, Listing):
 
     @property
     def counting(self) -> bool:
-        """Whether the books are being made again; writes are refused until that is done."""
+        """Whether the books are being made again; writes are put off until that is done."""
         return self._space.counting
 
     def contains(self, keys: Sequence[Key]) -> list[bool]:
@@ -139,7 +139,7 @@ class FsTier(Tier, Listing):
         now, members = time.time_ns(), self._members
         with self._verb(), self._space.writing() as may_write:
             if not may_write:
-                return results
+                return [Put.LATER] * len(keys)
             promise = self._space.reserve([len(buffer) for buffer in buffers], members.new_name)
 
             def store(place: int) -> None:
@@ -160,6 +160,8 @@ class FsTier(Tier, Listing):
                 self._space.settle(sum(map(footprint, unused)), len(unused))
             if self._fsync:
                 self._sync_names([keys[place] for place in promise.places if results[place] is Put.STORED])
+            if self._space.counting:  # the books have turned out wrong, and with them the want of room
+                results = [Put.LATER if result is Put.REFUSED else result for result in results]
         return results
 
     def delete(self, keys: Sequence[Key]) -> None:

@@ -87,6 +87,8 @@ class Guarded(Wrapper):
         self._place, self._writes = _Breaker(clock), _Breaker(clock)
         self.last_error: str | None = None
         """Why a verb failed the last time."""
+        self.failures = 0
+        """How many verbs have failed."""
 
     @property
     def available(self) -> bool:
@@ -108,17 +110,20 @@ class Guarded(Wrapper):
         """Whether puts alone are switched off, and it is time to try one."""
         return self.available and self._writes.due
 
-    def probe(self, enough: int = _FAILURES_TO_OPEN) -> None:
-        """Ask the place for a key that nobody has; switches the tier on again if it answers, and off if that
-        is the failure that is `enough`."""
+    def probe(self, keys: Sequence[Key] = (), enough: int = _FAILURES_TO_OPEN) -> list[bool]:
+        """Ask the place which of `keys` it has (without any: about one that nobody has), also where it is
+        switched off. Switches it on again if it answers; else returns nothing, and switches it off if that is
+        the failure that is `enough`."""
         with contextlib.suppress(TierUnavailable):
-            self._asked(lambda: self.inner.contains([random.randbytes(KEY_BYTES)]), enough)
+            keys = keys or [random.randbytes(KEY_BYTES)]
+            return self._asked(lambda: _each(keys, self.inner.contains(keys)), enough)
+        return []
 
     def contains(self, keys: Sequence[Key]) -> list[bool]:
-        return self._read(lambda: self.inner.contains(keys))
+        return self._read(lambda: _each(keys, self.inner.contains(keys)))
 
     def get(self, keys: Sequence[Key], buffers: Sequence[Buffer]) -> list[Got]:
-        return self._read(lambda: self.inner.get(keys, buffers))
+        return self._read(lambda: _each(keys, self.inner.get(keys, buffers)))
 
     def put(self, keys: Sequence[Key], buffers: Sequence[Buffer]) -> list[Put]:
         for attempt in range(_WRITE_TRIES - 1):
@@ -135,6 +140,11 @@ class Guarded(Wrapper):
         self._refuse_unless(self.available)
         self._called(lambda: self.inner.delete(keys))
 
+    def gone(self) -> list[Key]:
+        with contextlib.suppress(TierUnavailable):
+            return self._called(self.inner.gone)
+        return []
+
     def _read(self, verb: Callable[[], _T]) -> _T:
         self._refuse_unless(self.available)
         began = self._clock()
@@ -148,7 +158,7 @@ class Guarded(Wrapper):
     def _put(self, keys: Sequence[Key], buffers: Sequence[Buffer]) -> list[Put]:
         self._refuse_unless(self.writable or self.put_due)
         try:
-            results = self._called(lambda: self.inner.put(keys, buffers))
+            results = self._called(lambda: _each(keys, self.inner.put(keys, buffers)))
         except TierUnavailable:
             self._put_failed()
             raise
@@ -183,15 +193,22 @@ class Guarded(Wrapper):
         try:
             return verb()
         except TierUnavailable as error:
-            self.last_error = str(error)
+            self.failures, self.last_error = self.failures + 1, str(error)
             raise
         except Exception as error:
             # The edge to clients of stores, other people's tiers among them: a bug of theirs is as good as a
             # store that is away, and must not end a mover's thread, which would pin slots for good.
             log.exception("tier %(tier)s: an unexpected error", {"tier": self._name})
-            self.last_error = f"{type(error).__name__}: {error}"
+            self.failures, self.last_error = self.failures + 1, f"{type(error).__name__}: {error}"
             raise TierUnavailable(self.last_error) from error
 
     def _refuse_unless(self, well: bool) -> None:
         if not well:
             raise TierSwitchedOff(f"{self._name} is switched off: {self.last_error}")
+
+
+def _each(keys: Sequence[Key], results: list[_T]) -> list[_T]:
+    """The results of a verb, one for each key; a third party's tier may have miscounted."""
+    if len(results) != len(keys):
+        raise ValueError(f"it gave {len(results)} results for {len(keys)} keys")
+    return results

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import Counter
@@ -21,6 +22,9 @@ _KINDS = {"off": TierSwitchedOff, "timeout": TimeoutError, "connection": Connect
 ERROR_KINDS = (*_KINDS, "other")
 """Why verbs fail; `off`: not tried, after failures."""
 _SHARE = 0.2  # of the newest sample in a running mean
+_DECAY = 0.7  # of all that was read before, at each batch
+_BENEFIT_OF_DOUBT = 32 << 20  # bytes that cost nothing before the first batch: one that dials is no measure
+_STALE = 30.0  # seconds
 
 
 @dataclass
@@ -56,12 +60,26 @@ class Metered(Wrapper):
         self.latency: float | None = None
         """Running mean of the seconds that a `contains` takes; None before the first."""
         self.seconds_per_byte: float | None = None
-        """Running mean over batches that hit; None before the first."""
+        """What a byte has cost lately, batches read side by side; None before the first that hit."""
+        self._doubt, self._read_bytes, self._read_seconds = float(_BENEFIT_OF_DOUBT), 0.0, 0.0
+        self._read_at = -math.inf
 
     def figures(self) -> dict[str, float]:
         """The counters as a dict, for `kvkeep status`."""
         with self._lock:
             return asdict(self.counters) | {f"errors_{kind}": self._errors[kind] for kind in ERROR_KINDS}
+
+    def read_seconds(self, nbytes: int) -> float:
+        """How long reading so much is likely to take, by what was read before; of a tier that nothing was
+        read from yet, only what asking takes: that is worth finding out."""
+        with self._lock:
+            rate = self._read_seconds / (self._read_bytes + self._doubt)
+        return (self.latency or 0.0) + rate * nbytes
+
+    @property
+    def stale(self) -> bool:
+        """Whether what is known of reading is so old that it may be otherwise now."""
+        return self._clock() - self._read_at > _STALE
 
     def contains(self, keys: Sequence[Key]) -> list[bool]:
         began = self._clock()
@@ -80,7 +98,8 @@ class Metered(Wrapper):
     def get(self, keys: Sequence[Key], buffers: Sequence[Buffer]) -> list[Got]:
         began = self._clock()
         results = self._counted(lambda: self.inner.get(keys, buffers))
-        took = self._clock() - began
+        now = self._clock()
+        took = now - began
         nbytes = sum(len(buffer) for buffer, got in zip(buffers, results, strict=True) if got is Got.HIT)
         with self._lock:
             self.counters.hits += results.count(Got.HIT)
@@ -90,7 +109,7 @@ class Metered(Wrapper):
             self.seconds["get"].add(took)
             self.nbytes["get"].add(nbytes)
             if nbytes:
-                self.seconds_per_byte = _mean(self.seconds_per_byte, took / nbytes)
+                self._add(nbytes, began, now)
         return results
 
     def put(self, keys: Sequence[Key], buffers: Sequence[Buffer]) -> list[Put]:
@@ -100,7 +119,7 @@ class Metered(Wrapper):
         stored = [len(buffer) for buffer, put in zip(buffers, results, strict=True) if put is Put.STORED]
         with self._lock:
             self.counters.stored += len(stored)
-            self.counters.refused += len(results) - len(stored)
+            self.counters.refused += results.count(Put.REFUSED)
             self.counters.put_bytes += sum(stored)
             self.seconds["put"].add(took)
             self.nbytes["put"].add(sum(stored))
@@ -108,6 +127,17 @@ class Metered(Wrapper):
 
     def delete(self, keys: Sequence[Key]) -> None:
         self._counted(lambda: self.inner.delete(keys))
+
+    def _add(self, nbytes: int, began: float, ended: float) -> None:
+        # Time in which another batch was read too has been counted with the one that ended first.
+        asking = 0.0 if began < self._read_at else self.latency or 0.0
+        seconds = max(0.0, ended - max(began, self._read_at) - asking)
+        if began - self._read_at > _STALE:
+            self._doubt, self._read_bytes, self._read_seconds = float(_BENEFIT_OF_DOUBT), 0.0, 0.0
+        self._read_bytes = _DECAY * self._read_bytes + nbytes
+        self._read_seconds = _DECAY * self._read_seconds + seconds
+        self._doubt, self._read_at = _DECAY * self._doubt, ended
+        self.seconds_per_byte = self._read_seconds / self._read_bytes
 
     def _counted(self, verb: Callable[[], _T]) -> _T:
         try:

@@ -88,7 +88,7 @@ class PeerTier(Tier):
         self._questions, self._values = _seats(_QUESTIONS), _seats(connections)
         self._lock = threading.Lock()
         self._open: set[Channel] = set()
-        self._closed = False
+        self._closed = threading.Event()
 
     capabilities = Capabilities(shared=True, persistent=False, readonly=True, live=True)
     overlaps = True
@@ -138,7 +138,7 @@ class PeerTier(Tier):
 
     def close(self) -> None:
         with self._lock:
-            self._closed = True
+            self._closed.set()
             channels = list(self._open)
         for channel in channels:
             channel.shut()
@@ -210,7 +210,7 @@ class PeerTier(Tier):
     @contextmanager
     def _channel(self, seats: _Seats) -> Iterator[Channel]:
         """A connection for one exchange; kept if that goes well. Raises TierUnavailable."""
-        if self._closed:
+        if self._closed.is_set():
             raise TierUnavailable("peer: the tier is closed")
         try:
             channel = seats.get(timeout=self._timeout)
@@ -227,20 +227,20 @@ class PeerTier(Tier):
             if channel is not None and kept is None:
                 self._drop(channel)
             seats.put(kept)
-            if self._closed:
+            if self._closed.is_set():
                 self.close()
 
     def _ready(self, channel: Channel | None) -> Channel:
         """A connection to use: this one, or if that has ended, a new one. Raises OSError, ProtocolError."""
         if channel is not None:
-            if not (self._closed or channel.stale):
+            if not (self._closed.is_set() or channel.stale):
                 return channel
             self._drop(channel)
         channel = self._address.connect(self._timeout)
         with self._lock:
             self._open.add(channel)  # before it is greeted, so that `close` ends that
         try:
-            if self._closed:
+            if self._closed.is_set():
                 raise ConnectionAbortedError("the tier is closed")
             wire.greet(channel, self._address.token)
         except (OSError, ProtocolError):

@@ -125,7 +125,8 @@ class RedisTier(Tier, Listing):
             return Got.DAMAGED if got is Got.HIT and not self.check_value(keys[i], buffers[i]) else got
 
         names = self._names(keys)
-        return self._run(_Job(names, request, read, [None] * len(names), sum(map(len, buffers)), unseen))
+        out: list[Got | _Refused | None] = [None] * len(names)
+        return self._run(_Job(names, request, read, out, sum(map(len, buffers)), unseen=unseen))
 
     def put(self, keys: Sequence[Key], buffers: Sequence[Buffer]) -> list[Put]:
         def request(i: int) -> Request:

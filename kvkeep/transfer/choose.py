@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Sequence
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,16 +26,11 @@ def make_transfer(
     layers: Sequence[Sequence[tuple[str, torch.Tensor]]], num_blocks: int, arena: memoryview, threads: int = 1
 ) -> Transfer:
     """The fast engine for the device that holds the layers. Raises LayoutError where there is none."""
-    devices = {tensor.device for group in layers for _, tensor in group}
-    kinds = {device.type for device in devices}
-    if len(devices) == 1 and kinds == {"cuda"} and torch.version.cuda:
-        backend = make_backend(devices.pop())
+    backend = make_backend(frozenset(tensor.device for group in layers for _, tensor in group))
+    if backend is not None:
         from kvkeep.transfer.cuda import CudaTransfer
 
         return CudaTransfer(layers, num_blocks, arena, backend)
-    if kinds != {"cpu"}:
-        names = ", ".join(sorted(map(str, devices)))
-        raise LayoutError(f"KV on {names} cannot be moved: kvkeep serves CPUs, and one NVIDIA GPU per worker")
     if importlib.util.find_spec("numba") is None:
         log.warning("numba is not installed: blocks are copied at a third of the speed; pip install numba")
         return ReferenceTransfer(layers, num_blocks, arena)
@@ -43,8 +39,17 @@ def make_transfer(
     return CpuTransfer(layers, num_blocks, arena, threads)
 
 
-def make_backend(device: torch.device) -> Backend:
-    """An NVIDIA GPU, as copies need it. Raises LayoutError where something is not installed."""
+@cache
+def make_backend(devices: frozenset[torch.device]) -> Backend | None:
+    """What copies need of the device that holds KV, once per process; None for CPUs. Raises LayoutError where
+    they are others, or something is not installed."""
+    kinds = {device.type for device in devices}
+    if kinds == {"cpu"}:
+        return None
+    if len(devices) > 1 or kinds != {"cuda"} or not torch.version.cuda:
+        names = ", ".join(sorted(map(str, devices)))
+        raise LayoutError(f"KV on {names} cannot be moved: kvkeep serves CPUs, and one NVIDIA GPU per worker")
+    (device,) = devices
     if importlib.util.find_spec("triton") is None:
         raise LayoutError(f"KV on {device} cannot be moved without Triton: pip install triton")
     from kvkeep.transfer.driver import CudaBackend

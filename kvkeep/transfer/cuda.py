@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -33,8 +33,9 @@ _KERNEL_BELOW = 28 << 10
 """Bytes of a piece below which a kernel loads it; vLLM's figure for an H100. Not measured yet by us."""
 _KERNEL_FROM = 16
 """Pieces of that kind that are worth a launch; vLLM's figure for an H100. Not measured yet by us."""
-_ONE_BY_ONE = 64
-"""Copies from which on a save is submitted on another thread, if each is a call. Not measured yet."""
+_ONE_BY_ONE, _AT_ONCE = 64, 4096
+"""Copies from which on they are submitted on another thread, where each is a call, and where all are one. Not
+measured yet."""
 _STAGES = 16
 """Steps in which a load arrives, at most: what the first one takes cannot be hidden. Not measured yet."""
 _STAGE_BYTES = 4 << 20
@@ -67,15 +68,15 @@ class CudaTransfer(Transfer):
     ) -> None:
         super().__init__(layers, num_blocks, arena)
         self.backend = backend
-        self.pinning = Pinning(backend, self._base, len(self.arena))
-        self._owners = [_owners(group, num_blocks) for group in layers]
-        self._shared = _shared(layers)
+        self.pinning = Pinning(backend, arena)
+        self._numbers = _numbers(layers)
+        self._owners = [self._owner_of_pieces(group, num_blocks) for group in layers]
         self._saves, self._loads = backend.stream(), backend.stream(urgent=True)
         self._submitting = threading.Lock()  # nothing is let go of between a look at it and the submission
         self._reading: list[_Reading] = []
-        self._arrivals: dict[str, Event] = {}
+        self._arrivals: dict[int, Event] = {}
         self._last: Event | None = None
-        self._pageable: ThreadPoolExecutor | None = None
+        self._beside: ThreadPoolExecutor | None = None
 
     def prepare(self, fd: int, busy: Busy = never) -> None:
         """Whatever `busy` says: the engine computes on the device."""
@@ -86,12 +87,16 @@ class CudaTransfer(Transfer):
         with self._submitting:
             super().close()
         try:
-            if self._pageable is not None:
-                self._pageable.shutdown()
-            for stream in (self._saves, self._loads):
-                stream.record_event().synchronize()
+            if self._beside is not None:
+                self._beside.shutdown()
+            self.settle()
         finally:
             self.pinning.close()
+
+    def settle(self) -> None:
+        """Block until the copies that have been submitted have ended."""
+        for stream in (self._saves, self._loads):
+            stream.record_event().synchronize()
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[None]:
@@ -109,14 +114,10 @@ class CudaTransfer(Transfer):
         """
         nbytes = self._check_all(moves)
         copies = self._plan(moves)
-        ended: Event | Future[Event]
         with self._open():
             self._saves.wait_event(self.backend.current().record_event())
-            began, pinned = self._saves.record_event(), self._pinned(moves)
-            if pinned and (self.backend.batches or len(copies.sizes) < _ONE_BY_ONE):
-                ended = self._save(copies, pinned)
-            else:
-                ended = self._beside().submit(self._save, copies, pinned)
+            began = self._saves.record_event()
+            ended = self._submit(self._save, copies, self._pinned(moves))
         pending = Pending(nbytes, began, ended)
         self._reading.append(_Reading(np.concatenate([move.blocks for move in moves]), pending))
         if hold:
@@ -135,20 +136,19 @@ class CudaTransfer(Transfer):
         LayoutError before anything is copied, or DeviceError: then some of it may have been.
         """
         nbytes = self._check_all(moves)
-        order = list(dict.fromkeys(self._shared.get(name, name) for name in order))
-        rest = {name for group in self._owners for name in group} - set(order)
-        stages = [sorted(rest), *_stages(order, nbytes)]
-        plans = [self._plan(moves, names) for names in stages]
+        known = list(dict.fromkeys(self._numbers[name] for name in order if name in self._numbers))
+        stages = [sorted(set(self._numbers.values()) - set(known)), *_stages(known, nbytes)]
+        plans = [self._plan(moves, layers) for layers in stages]
         with self._open():
             pinned = self._pinned(moves)
             # Behind the blocks' last users, and behind what `fence` has put before them.
             self._loads.wait_event(self.backend.current().record_event())
             began = ended = self._loads.record_event()
             self._arrivals = {}
-            for names, copies in zip(stages, plans, strict=True):
+            for layers, copies in zip(stages, plans, strict=True):
                 self._load(copies, pinned)
                 ended = self._loads.record_event()
-                self._arrivals |= dict.fromkeys(names, ended)
+                self._arrivals |= dict.fromkeys(layers, ended)
                 self._last = ended  # where a later stage is refused too: what is under way has to end first
         if len(plans[0].sizes):
             self.backend.current().wait_event(self._arrivals[stages[0][0]])
@@ -163,14 +163,10 @@ class CudaTransfer(Transfer):
         """
         nbytes = self._check_all(moves)
         copies = self._plan(moves)
-        ended: Event | Future[Event]
         with self._open():
             self._loads.wait_event(after)
             began = self._loads.record_event()
-            if self._pinned(moves):
-                ended = self._load_apart(copies, True)
-            else:
-                ended = self._beside().submit(self._load_apart, copies, False)
+            ended = self._submit(self._load_apart, copies, self._pinned(moves))
         return Pending(nbytes, began, ended)
 
     def _load_apart(self, copies: Copies, pinned: bool) -> Event:
@@ -181,12 +177,16 @@ class CudaTransfer(Transfer):
             raise
         return self._loads.record_event()
 
-    def _beside(self) -> ThreadPoolExecutor:
-        """A thread for what blocks its caller: a copy from or to pageable memory until the device has come to
-        it, many copies one by one until the driver's queue has room."""
-        if self._pageable is None:
-            self._pageable = ThreadPoolExecutor(1, "kvkeep-pageable")
-        return self._pageable
+    def _submit(
+        self, submit: Callable[[Copies, bool], Event], copies: Copies, pinned: bool
+    ) -> Event | Future[Event]:
+        """On a thread beside the engine's what blocks its caller: a copy from or to pageable memory until the
+        device has come to it, many copies until the driver's queue has room."""
+        if pinned and len(copies.sizes) < (_AT_ONCE if self.backend.batches else _ONE_BY_ONE):
+            return submit(copies, True)
+        if self._beside is None:
+            self._beside = ThreadPoolExecutor(1, "kvkeep-copies", self.backend.attend)
+        return self._beside.submit(submit, copies, pinned)
 
     def _load(self, copies: Copies, pinned: bool) -> None:
         small = (copies.sizes < _KERNEL_BELOW) & pinned
@@ -202,7 +202,7 @@ class CudaTransfer(Transfer):
 
     def arrive(self, layer: str) -> None:
         """Have the engine's stream wait for this layer's bytes, if they are on their way."""
-        event = self._arrivals.get(self._shared.get(layer, layer))
+        event = self._arrivals.get(self._numbers.get(layer, -1))
         if event is not None:
             self.backend.current().wait_event(event)
 
@@ -215,7 +215,7 @@ class CudaTransfer(Transfer):
     def fence(self, blocks: Offsets) -> None:
         """Have the engine's stream wait for the saves that still read any of these blocks.
 
-        The calling thread waits only for pageable copies to be submitted.
+        The calling thread waits only for what is still being submitted on another.
         """
         self._reading = [reading for reading in self._reading if not reading.pending.done()]
         for reading in self._reading:
@@ -233,8 +233,8 @@ class CudaTransfer(Transfer):
             self._check(*move)
         return sum(len(move.blocks) * self.layouts[move.group].block_bytes for move in moves)
 
-    def _plan(self, moves: Sequence[Move], layers: Sequence[str] | None = None) -> Copies:
-        """Copies of all pieces, or of those that belong to some layers."""
+    def _plan(self, moves: Sequence[Move], layers: Sequence[int] | None = None) -> Copies:
+        """Copies of all pieces, or of those that belong to some layers, by their numbers."""
         parts = []
         for move in moves:
             pieces: npt.NDArray[np.bool_] | slice = slice(None)
@@ -244,32 +244,28 @@ class CudaTransfer(Transfer):
         together = Copies(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
         return split(together, self._base, self.pinning.step)
 
+    def _owner_of_pieces(self, group: Sequence[tuple[str, torch.Tensor]], num_blocks: int) -> Offsets:
+        owners, described = list[int](), describe_layers(group)
+        for index, (name, _) in enumerate(group):
+            pieces = len(group_layout(described[: index + 1], num_blocks).pieces)
+            owners += [self._numbers[name]] * (pieces - len(owners))
+        return np.array(owners)
+
     def _pinned(self, moves: Sequence[Move]) -> bool:
         ends = (int(m.offsets.max()) + self.layouts[m.group].block_bytes for m in moves if len(m.offsets))
         return max(ends, default=0) <= self.pinning.registered
 
 
-def _owners(group: Sequence[tuple[str, torch.Tensor]], num_blocks: int) -> npt.NDArray[np.str_]:
-    """The layer of each of a group's pieces."""
-    owners, described = list[str](), describe_layers(group)
-    for index, (name, _) in enumerate(group):
-        pieces = len(group_layout(described[: index + 1], num_blocks).pieces)
-        owners += [name] * (pieces - len(owners))
-    return np.array(owners)
-
-
-def _shared(layers: Sequence[Sequence[tuple[str, torch.Tensor]]]) -> dict[str, str]:
-    """Layers that keep their KV in another one's tensor, and that one: `group_layout` moves it once."""
-    found: dict[str, str] = {}
+def _numbers(layers: Sequence[Sequence[tuple[str, torch.Tensor]]]) -> dict[str, int]:
+    """Of each layer; one for those that keep their KV in one tensor, which `group_layout` moves once."""
+    found: dict[str, int] = {}
     for group in layers:
-        first: dict[object, str] = {}
+        first: dict[object, int] = {}
         for name, tensor in group:
-            owner = first.setdefault((tensor.data_ptr(), tensor.shape), name)
-            if owner != name:
-                found[name] = owner
+            found[name] = first.setdefault((tensor.data_ptr(), tensor.shape), len(found))
     return found
 
 
-def _stages(order: Sequence[str], nbytes: int) -> list[list[str]]:
+def _stages(order: Sequence[int], nbytes: int) -> list[list[int]]:
     count = max(1, min(len(order), _STAGES, nbytes // _STAGE_BYTES))
-    return [list(names) for names in np.array_split(np.array(order, object), count) if len(names)]
+    return [layers.tolist() for layers in np.array_split(np.array(order, np.int64), count) if len(layers)]

@@ -7,22 +7,18 @@ pieces or more, on an H100).
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 import triton
 import triton.language as tl
 
-from kvkeep.transfer.base import Offsets
-
-__all__ = ["PROGRAMS", "WORD", "copy_words", "copy_words_reference"]
+__all__ = ["PROGRAMS", "WORD", "copy_words"]
 
 WORD = 8
 """Bytes that addresses and sizes are multiples of."""
 PROGRAMS = 16
 """Programs that share the pieces: enough reads in flight to fill the bus, and cores left to the model.
 Not measured yet on a GPU."""
-_WORDS = 1024  # per step of a program: 8 KiB; not measured yet on a GPU
+_WORDS, _WARPS = 1024, 4  # of a program: 8 KiB in each of its steps; not measured yet on a GPU
 
 
 @triton.jit(do_not_specialize=["count"])  # else it is compiled again for multiples of 16
@@ -44,15 +40,4 @@ def _copy_words(table, count, WORDS: tl.constexpr):  # type: ignore[no-untyped-d
 def copy_words(table: torch.Tensor) -> None:
     """Copy pieces on the current stream. `table`: int64 [3, n] on the device: targets, sources, bytes."""
     count = table.shape[1]
-    _copy_words[(min(PROGRAMS, count),)](table, count, WORDS=_WORDS)
-
-
-def copy_words_reference(target: Offsets, source: Offsets, sizes: Offsets) -> None:
-    """The same on host memory in plain torch: what the kernel must equal."""
-    for to, start, size in zip(target.tolist(), source.tolist(), sizes.tolist(), strict=True):
-        _at(to, size).copy_(_at(start, size))
-
-
-def _at(address: int, nbytes: int) -> torch.Tensor:
-    raw = (ctypes.c_uint8 * nbytes).from_address(address)
-    return torch.frombuffer(raw, dtype=torch.uint8)
+    _copy_words[(min(PROGRAMS, count),)](table, count, WORDS=_WORDS, num_warps=_WARPS)

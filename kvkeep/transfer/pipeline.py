@@ -1,17 +1,14 @@
-"""Around copies that go on while the engine computes: in which order layers are needed, what follows, and
-how a CPU does them."""
+"""Around copies that go on while the engine computes: in which order layers are needed, and how a CPU does
+them."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import queue
-import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from kvkeep.background import GiveWay
-from kvkeep.errors import KVKeepError
 from kvkeep.transfer.base import Move, Transfer
 from kvkeep.transfer.streams import Pending
 
@@ -41,37 +38,21 @@ def load_beside(transfer: Transfer, moves: Sequence[Move]) -> float:
 
 
 class Completions:
-    """Waits for copies on a thread of its own, one after the other, and then does what is to follow.
+    """Waits for copies on a thread of its own, one after the other, and then does what is to follow. So an
+    idle engine's last save is reported at once. `attend`: see `Backend`."""
 
-    So the engine's thread never asks the device, and an idle engine's last save is reported at once.
-    """
-
-    def __init__(self) -> None:
-        self._queue: queue.SimpleQueue[tuple[Pending, Callable[[float], None], Callable[[], None]] | None]
-        self._queue = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="kvkeep-completions", daemon=True)
-        self._thread.start()
+    def __init__(self, attend: Callable[[], None]) -> None:
+        self._pool = ThreadPoolExecutor(1, "kvkeep-completions", attend)
 
     def add(self, pending: Pending, then: Callable[[float], None], failed: Callable[[], None]) -> None:
         """Call `then(seconds on the device)` when the bytes are there, or `failed()`, on that thread."""
-        self._queue.put((pending, then, failed))
 
-    def close(self) -> None:
-        """Let what is under way end."""
-        self._queue.put(None)
-        self._thread.join(timeout=5.0)
+        def look(done: Future[None]) -> None:
+            if (error := done.exception()) is not None:
+                log.warning("kvkeep: a copy on the device failed", exc_info=error)
+                failed()
 
-    def _run(self) -> None:
-        while (item := self._queue.get()) is not None:
-            pending, then, failed = item
-            try:
-                seconds = pending.wait()
-            except (KVKeepError, RuntimeError) as error:  # torch's errors of a device are RuntimeErrors
-                log.warning("kvkeep: a copy on the device failed: %s", error)
-                with contextlib.suppress(KVKeepError):
-                    failed()
-                continue
-            then(seconds)
+        self._pool.submit(lambda: then(pending.wait())).add_done_callback(look)
 
 
 class LayerOrder:

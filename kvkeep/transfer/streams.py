@@ -61,6 +61,11 @@ class Backend(ABC):
     batches = True
     """Whether `copy` is one call to the driver, however many they are."""
 
+    def attend(self) -> None:
+        """Called by each thread of ours, first of all: what it asks of the device must not disturb a graph
+        that the engine's thread captures meanwhile."""
+        return
+
     @abstractmethod
     def current(self) -> Stream:
         """The stream on which the engine computes, on this thread."""
@@ -78,8 +83,8 @@ class Backend(ABC):
         """Arena → device by a kernel that reads pinned memory itself; all is aligned to WORD bytes."""
 
     @abstractmethod
-    def register(self, address: int, nbytes: int) -> bool:
-        """Pin memory of ours; blocks, and may take a second per GiB. False where it is refused."""
+    def register(self, address: int, nbytes: int) -> int:
+        """Pin memory of ours; blocks, and may take a second per GiB. Returns 0, or the driver's error."""
 
     @abstractmethod
     def unregister(self, address: int) -> None:

@@ -89,12 +89,16 @@ class KeeperServer:
                 self.recorder.start()
             if self.peers is not None:
                 self.peers.start()
+            if self.movers is not None:
+                self.movers.start()
             await server.start_serving()
             self.ready = True
             ready()
             await self._until_done()
         finally:
             self.ready = False
+            if self.movers is not None:
+                self.movers.reading = False
             if self.peers is not None:
                 self.peers.close()
             server.close()

@@ -301,6 +301,8 @@ STRANGERS: dict[str, tuple[int, bytes]] = {
     "/deep": (200, b"[" * 100_000),
     "/no": (200, b"<html>"),
     "/endless": (200, b" " * (65 << 20)),
+    "/refused": (500, b"[" * 5000),
+    "/broken": (500, b"{"),  # which says that it is longer
     "/away": (307, b""),
 }
 
@@ -314,7 +316,7 @@ class Stranger(BaseHTTPRequestHandler):
         status, body = STRANGERS["/" + self.path.split("/")[1]]
         self.send_response(status)
         self.send_header("Location", self.elsewhere + self.path)
-        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Length", str(len(body) + 99 * (body == b"{")))
         self.end_headers()
         with contextlib.suppress(ConnectionError):  # it had enough
             self.wfile.write(body)

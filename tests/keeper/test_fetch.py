@@ -54,17 +54,17 @@ class Bench:
         self.fetches = Fetches(self.keeper)
         self.needs: list = []
 
-    def begin(self, chain: int, length: int, session: str = "s", first: int = 0) -> tuple[Fetch, int]:
+    def begin(self, chain: int, length: int, session: str = "s", first: int = 0) -> Fetch:
         keys = chain_keys(chain, length)
         found = self.keeper.lookup(session, self.space, keys, first)
-        return self.fetches.begin(session, self.space, keys, first, found.epoch), found.chunks
+        return self.fetches.begin(session, self.space, keys, first, found.epoch)
 
-    def plan(self, fetch: Fetch, held: int, worth: bool = True) -> list[Batch]:
+    def plan(self, fetch: Fetch, worth: bool = True) -> list[Batch]:
         def judge(needs, chunks):
             self.needs = list(needs)
             return worth
 
-        batches = self.fetches.plan(fetch, held, judge)
+        batches = self.fetches.plan(fetch, judge)
         self.fetches.started(fetch)
         return batches
 
@@ -97,11 +97,11 @@ def everything(groups: list[GroupSpec], length: int) -> list[set[int]]:
 @pytest.mark.parametrize("groups", [FULL, HYBRID], ids=["full", "hybrid"])
 def test_what_a_tier_has_is_fetched_and_found(groups) -> None:
     bench = Bench(groups)
-    fetch, held = bench.begin(0, 10)
-    assert held == 0
+    fetch = bench.begin(0, 10)
+    assert fetch.held == 0
     Below(bench.space, 0, 10, everything(groups, 10)).determine(fetch)
     assert fetch.usable() == 10
-    batches = bench.plan(fetch, held)
+    batches = bench.plan(fetch)
     assert fetch.stage is Stage.LOADING
     wanted = sum(10 if group.window_chunks is None else group.window_chunks for group in groups)
     assert sum(len(batch.moves) for batch in batches) == wanted
@@ -113,17 +113,17 @@ def test_what_a_tier_has_is_fetched_and_found(groups) -> None:
 
 def test_a_miss_is_one_small_question_and_no_batch() -> None:
     bench = Bench(FULL)
-    fetch, held = bench.begin(0, 500)
+    fetch = bench.begin(0, 500)
     below = Below(bench.space, 0, 500, [set()])
     assert below.determine(fetch) == 1
     assert below.asked == 16
-    assert bench.plan(fetch, held) == []
+    assert bench.plan(fetch) == []
     assert fetch.stage is Stage.DONE
 
 
 def test_questions_grow_and_stop_at_the_first_hole() -> None:
     bench = Bench(FULL)
-    fetch, _ = bench.begin(0, 2000)
+    fetch = bench.begin(0, 2000)
     below = Below(bench.space, 0, 2000, [set(range(2000)) - {700}])
     assert below.determine(fetch) == 4
     assert below.asked == 16 + 64 + 256 + 1024
@@ -132,26 +132,26 @@ def test_questions_grow_and_stop_at_the_first_hole() -> None:
 
 def test_a_window_needs_only_its_last_chunks_or_an_earlier_end() -> None:
     bench = Bench(HYBRID)
-    fetch, held = bench.begin(0, 50)
+    fetch = bench.begin(0, 50)
     below = Below(bench.space, 0, 50, [set(range(50)), set(range(47, 50)), set(range(48, 50))])
     below.determine(fetch)
     assert fetch.usable() == 50
     assert below.asked == 50 + 3 + 2
-    fetch, held = bench.begin(2, 50)
+    fetch = bench.begin(2, 50)
     Below(bench.space, 2, 50, [set(range(50)), set(range(31)), set(range(40))]).determine(fetch)
     assert fetch.usable() == 31
-    batches = bench.plan(fetch, held)
+    batches = bench.plan(fetch)
     assert sum(len(batch.moves) for batch in batches) == 31 + 3 + 2
 
 
 def test_memory_and_two_tiers_add_up() -> None:
     bench = Bench(FULL)
     save(bench.keeper, bench.space, chain_keys(0, 4))
-    fetch, held = bench.begin(0, 12)
-    assert held == 4
+    fetch = bench.begin(0, 12)
+    assert fetch.held == 4
     Below(bench.space, 0, 12, [{4, 5, 8}], [{5, 6, 7, 9, 11}]).determine(fetch)
     assert fetch.usable() == 10
-    batches = bench.plan(fetch, held)
+    batches = bench.plan(fetch)
     assert sorted((batch.tier, len(batch.moves)) for batch in batches) == [(0, 3), (1, 3)]
     assert sorted(bench.needs) == [(0, 3 * PAGE), (1, 3 * PAGE)]
     bench.land(*batches)
@@ -160,32 +160,32 @@ def test_memory_and_two_tiers_add_up() -> None:
 
 def test_what_is_not_worth_it_is_not_read() -> None:
     bench = Bench(FULL)
-    fetch, held = bench.begin(0, 10)
+    fetch = bench.begin(0, 10)
     Below(bench.space, 0, 10, everything(FULL, 10)).determine(fetch)
-    assert bench.plan(fetch, held, worth=False) == []
+    assert bench.plan(fetch, worth=False) == []
     assert bench.fetches.stage("s", fetch.ticket) is Stage.DONE
     bench.keeper.check_integrity()
 
 
 def test_values_that_turn_out_bad_are_dropped_and_the_rest_kept() -> None:
     bench = Bench(FULL)
-    fetch, held = bench.begin(0, 10)
+    fetch = bench.begin(0, 10)
     Below(bench.space, 0, 10, everything(FULL, 10)).determine(fetch)
-    bench.land(*bench.plan(fetch, held), bad=(6,))
+    bench.land(*bench.plan(fetch), bad=(6,))
     assert bench.settle(fetch, 0, 10) == 6
 
 
 def test_two_requests_for_one_document_read_it_once() -> None:
     bench = Bench(FULL)
-    first, held = bench.begin(0, 10)
+    first = bench.begin(0, 10)
     below = Below(bench.space, 0, 10, everything(FULL, 10))
     below.determine(first)
-    batches = bench.plan(first, held)
+    batches = bench.plan(first)
     asked = below.asked
-    second, held = bench.begin(0, 10, "t")
+    second = bench.begin(0, 10, "t")
     below.determine(second)
     assert below.asked == asked
-    assert bench.plan(second, held) == []
+    assert bench.plan(second) == []
     assert bench.fetches.stage("t", second.ticket) is Stage.LOADING
     bench.land(*batches)
     assert bench.fetches.stage("t", second.ticket) is Stage.DONE
@@ -209,10 +209,10 @@ def test_a_request_that_waited_has_used_each_chunk_once(policy: str, monkeypatch
         touch(ids, epoch, first)
 
     monkeypatch.setattr(bench.keeper.policies[0], "touch", counted)
-    fetch, held = bench.begin(0, 12)
-    assert held == 4
+    fetch = bench.begin(0, 12)
+    assert fetch.held == 4
     Below(bench.space, 0, 12, [set(range(9))]).determine(fetch)
-    bench.land(*bench.plan(fetch, held))
+    bench.land(*bench.plan(fetch))
     chain = group_keys(chain_keys(0, 12), bench.space.fingerprint, 0)
     before = bench.keeper.reserve("t", bench.space, chain_keys(0, 12)[9 * 16 :], [[True] * 3], 9, 1)
     bench.keeper.commit("t", before.reservation, 0)
@@ -225,13 +225,13 @@ def test_each_chunk_came_from_one_place() -> None:
     groups = [GroupSpec(PAGE, None), GroupSpec(2 * PAGE, None)]
     bench = Bench(groups)
     save(bench.keeper, bench.space, chain_keys(0, 2))
-    long, held = bench.begin(0, 12)
+    long = bench.begin(0, 12)
     below = [set(range(7)), set(range(7))], [set(range(10)), set(range(10))]
     Below(bench.space, 0, 12, *below).determine(long)
-    batches = bench.plan(long, held)
-    short, held = bench.begin(0, 4, session="t", first=1)
+    batches = bench.plan(long)
+    short = bench.begin(0, 4, session="t", first=1)
     Below(bench.space, 0, 4, *below).determine(short)
-    assert bench.plan(short, held) == []
+    assert bench.plan(short) == []
     bench.land(*batches)
     save(bench.keeper, bench.space, chain_keys(0, 12))  # 10 and 11 are nobody's: saved while it waits
     assert bench.settle(short, 0, 4, first=1) == 3
@@ -242,18 +242,18 @@ def test_each_chunk_came_from_one_place() -> None:
 
 def test_what_was_damaged_was_not_given() -> None:
     bench = Bench(FULL)
-    fetch, held = bench.begin(0, 6)
+    fetch = bench.begin(0, 6)
     Below(bench.space, 0, 6, everything(FULL, 6)).determine(fetch)
-    bench.land(*bench.plan(fetch, held), bad=(4,))
+    bench.land(*bench.plan(fetch), bad=(4,))
     assert bench.settle(fetch, 0, 6) == 4
     assert bench.given == {0: 4}
 
 
 def test_what_landed_for_a_request_stays_until_it_comes() -> None:
     bench = Bench(FULL)
-    fetch, held = bench.begin(0, 10)
+    fetch = bench.begin(0, 10)
     Below(bench.space, 0, 10, everything(FULL, 10)).determine(fetch)
-    bench.land(*bench.plan(fetch, held))
+    bench.land(*bench.plan(fetch))
     for chain in range(2, 4 * SLABS * SLOTS, 2):
         save(bench.keeper, bench.space, chain_keys(chain, 1))
     bench.fetches.forget("t", fetch.ticket)  # another session's ticket is not ours to end
@@ -263,9 +263,9 @@ def test_what_landed_for_a_request_stays_until_it_comes() -> None:
 
 def test_a_session_that_ends_in_the_middle_leaves_nothing_behind() -> None:
     bench = Bench(FULL)
-    fetch, held = bench.begin(0, 10)
+    fetch = bench.begin(0, 10)
     Below(bench.space, 0, 10, everything(FULL, 10)).determine(fetch)
-    batches = bench.plan(fetch, held)
+    batches = bench.plan(fetch)
     bench.keeper.detach("s")
     assert bench.fetches.session_ended("s") == [fetch.ticket]
     bench.keeper.check_integrity()
@@ -277,30 +277,49 @@ def test_a_session_that_ends_in_the_middle_leaves_nothing_behind() -> None:
 def test_what_is_fetched_behind_what_the_engine_has_goes_before_it() -> None:
     """A chain's tail goes first: its place counts from the prompt's beginning, not from what was missing."""
     bench = Bench(FULL)
-    fetch, held = bench.begin(0, 10, first=4)
+    fetch = bench.begin(0, 10, first=4)
     Below(bench.space, 0, 10, everything(FULL, 10)).determine(fetch)
-    bench.land(*bench.plan(fetch, held))
+    bench.land(*bench.plan(fetch))
     records = bench.keeper.chunks.table.find(group_keys(chain_keys(0, 10), bench.space.fingerprint, 0))
     assert (records[:4] < 0).all()
     assert bench.keeper.chunks.position[records[4:]].tolist() == list(range(4, 10))
 
 
-def test_a_prompt_larger_than_memory_gets_its_head() -> None:
+def test_a_prompt_larger_than_half_of_memory_gets_its_head() -> None:
     bench = Bench(FULL)
     slots = SLABS * SLOTS
-    fetch, held = bench.begin(0, 2 * slots)
+    fetch = bench.begin(0, 2 * slots)
     Below(bench.space, 0, 2 * slots, everything(FULL, 2 * slots)).determine(fetch)
-    bench.land(*bench.plan(fetch, held))
-    assert bench.settle(fetch, 0, 2 * slots) == slots
+    bench.land(*bench.plan(fetch))
+    assert bench.settle(fetch, 0, 2 * slots) == slots // 2
+
+
+@pytest.mark.parametrize("groups", [FULL, HYBRID], ids=["full", "hybrid"])
+def test_a_tier_that_hangs_leaves_half_of_memory_to_engines(groups: list[GroupSpec]) -> None:
+    """However many prompts wait for it: what it was given is neither evicted nor written to."""
+    bench = Bench(groups)
+    arena = bench.keeper.arena.nbytes
+    batches = list[Batch]()
+    for chain in range(10):
+        fetch = bench.begin(chain, 20)
+        Below(bench.space, chain, 20, everything(groups, 20)).determine(fetch)
+        batches += bench.plan(fetch)
+        assert sum(batch.nbytes for batch in batches) <= arena // 2
+    assert batches
+    bench.keeper.check_integrity()
+    bench.land(*batches)
+    fetch = bench.begin(11, 20)
+    Below(bench.space, 11, 20, everything(groups, 20)).determine(fetch)
+    assert bench.plan(fetch), "what has landed makes room again"
 
 
 def test_a_chunk_that_an_engine_is_writing_is_neither_read_nor_waited_for() -> None:
     bench = Bench(FULL)
     epoch = bench.keeper.lookup("t", bench.space, chain_keys(0, 10)).epoch
     writing = bench.keeper.reserve("t", bench.space, chain_keys(0, 3), [[True] * 3], 0, epoch)
-    fetch, held = bench.begin(0, 10)
+    fetch = bench.begin(0, 10)
     Below(bench.space, 0, 10, everything(FULL, 10)).determine(fetch)
-    batches = bench.plan(fetch, held)
+    batches = bench.plan(fetch)
     assert sum(len(batch.moves) for batch in batches) == 7
     bench.land(*batches)
     assert fetch.stage is Stage.DONE
@@ -317,7 +336,7 @@ def test_random_lives_keep_the_books(seed: int) -> None:
         act = source.random()
         chain, length = source.randrange(0, 12), source.randrange(1, 25)
         if act < 0.35:
-            fetch, held = bench.begin(chain, length, source.choice("st"), source.randrange(length))
+            fetch = bench.begin(chain, length, source.choice("st"), source.randrange(length))
             below = Below(
                 bench.space,
                 chain,
@@ -326,7 +345,7 @@ def test_random_lives_keep_the_books(seed: int) -> None:
                 everything(bench.space.groups, source.randrange(length + 1)),
             )
             below.determine(fetch)
-            flying += bench.plan(fetch, held, source.random() < 0.9)
+            flying += bench.plan(fetch, source.random() < 0.9)
             open_.append(fetch)
         elif act < 0.6 and flying:
             batch = flying.pop(source.randrange(len(flying)))

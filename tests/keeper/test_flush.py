@@ -37,7 +37,8 @@ class Scene:
         return flush
 
     def done(self, flush: Flush, stored: bool = True) -> None:
-        self.queue.done(flush, np.full(len(flush.records), stored), again=not stored)
+        which = np.full(len(flush.records), stored)
+        self.queue.done(flush, which, again=~which)
         self.keeper.check_integrity()
 
 

@@ -127,7 +127,7 @@ def test_what_was_written_to_a_tier_stays_there_when_memory_lets_go() -> None:
     flush = queue.next(1 << 30)
     assert flush is not None
     keeper.clear(space)  # while they are being written
-    queue.done(flush, np.array([True, True, False]), again=False)
+    queue.done(flush, np.array([True, True, False]), again=np.zeros(3, np.bool_))
     assert known(client, chain_keys(0, 3)) == [BELOW, BELOW, 0]
     save(keeper, space, chain_key(0, 2))
     assert known(client, chain_keys(0, 3)) == [BELOW, BELOW, MEMORY]
@@ -139,11 +139,11 @@ def test_tiers_tell_by_what_they_are_asked_and_give() -> None:
     bench.keeper.journal = Journal(bench.keeper.chunks)
     client = Client(bench.keeper.journal, bench.space)
     below = Below(bench.space, 0, 5, [set(range(4))])
-    fetch, held = bench.begin(0, 5)
+    fetch = bench.begin(0, 5)
     while keys := fetch.question():
         found = [below.tier_of(*below.names[key]) for key in keys]
         bench.keeper.journal.probed(bench.space, keys, found)
         fetch.answer(found)
     assert known(client, chain_keys(0, 5)) == [BELOW] * 4 + [0]
-    bench.land(*bench.plan(fetch, held), bad=(1,))
+    bench.land(*bench.plan(fetch), bad=(1,))
     assert known(client, chain_keys(0, 5)) == [BELOW | MEMORY, 0, BELOW | MEMORY, BELOW | MEMORY, 0]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import mmap
 import queue
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +16,7 @@ import pytest
 
 from kvkeep.errors import RequestRefused
 from kvkeep.identity import group_keys
-from kvkeep.keeper import flush, probes
+from kvkeep.keeper import flush, movers, probes
 from kvkeep.keeper.fetch import Stage
 from kvkeep.keeper.journal import MEMORY, Journal
 from kvkeep.keeper.keeper import Keeper
@@ -28,16 +30,19 @@ from kvkeep.tiers.meter import Metered
 from kvkeep.tiers.open import Opened, WriteWhen, open_raw
 from kvkeep.tiers.seal import SEAL_BYTES, Sealed
 from kvkeep.tiers.url import TierURL
+from kvkeep.tiers.wrap import Wrapper
 from tests.keeper.test_keeper import PAGE, SLABS, chain_key, chain_keys, opened
-from tests.tiers.test_wrappers import MemoryTier, ReadOnly
+from tests.tiers.test_wrappers import Clock, MemoryTier, ReadOnly
 
 SMALL = SLABS * 8 * PAGE
 PAYLOAD = PAGE - SEAL_BYTES
 
 
-def wrapped(raw: Tier, write: WriteWhen = WriteWhen.THROUGH) -> Opened:
+def wrapped(
+    raw: Tier, write: WriteWhen = WriteWhen.THROUGH, clock: Callable[[], float] = time.perf_counter
+) -> Opened:
     guard = Guarded(raw, "test", sleep=lambda seconds: None)
-    return Opened("test://", Metered(Sealed(guard)), guard, write)
+    return Opened("test://", Metered(Sealed(guard), clock), guard, write)
 
 
 class Host:
@@ -49,6 +54,7 @@ class Host:
         self.memory = memoryview(mmap.mmap(-1, self.keeper.arena.nbytes))
         self.calls: queue.Queue[Callable[[], None]] = queue.Queue()
         self.movers = Movers(self.keeper, tiers, self.memory, self.calls.put)
+        self.movers.start()
         self.space = opened(self.keeper, "one", [GroupSpec(PAYLOAD, None)])
 
     def run_until(self, done: Callable[[], object], seconds: float = 10.0) -> None:
@@ -234,6 +240,88 @@ def test_loading_is_weighed_against_computing(held: dict[Key, bytes], faulty: Fa
     assert host.ask(0, 20, recompute=10.0) == 20
 
 
+class Timed(Wrapper):
+    """Each get takes `seconds` of a clock that only it moves."""
+
+    def __init__(self, inner: Tier) -> None:
+        super().__init__(inner)
+        self.clock, self.seconds = Clock(), 0.0
+
+    def get(self, keys, buffers):
+        self.clock.sleep(self.seconds)
+        return super().get(keys, buffers)
+
+
+def test_a_store_that_was_slow_once_is_tried_again_and_nobody_waits_for_that(held: dict[Key, bytes]) -> None:
+    store = Timed(MemoryTier(held))
+    host = Host(wrapped(store, clock=store.clock))
+
+    def hits() -> object:
+        return host.movers.figures()[0]["hits"]
+
+    host.save(0, 20)
+    host.flushed()
+    host.forget_memory()
+    store.seconds = 10.0
+    assert host.ask(0, 20) == 20
+    host.forget_memory()
+    store.seconds = 0.0
+    assert host.ask(0, 20, recompute=1e-4) == 0
+    assert hits() == 20
+    store.clock.sleep(31.0)
+    assert host.ask(0, 20, recompute=1e-4) == 0
+    host.run_until(lambda: hits() == 40 and not host.movers.figures()[0]["reading_bytes"])
+    assert host.ask(0, 20, recompute=1e-4) == 20  # it is in memory
+    host.forget_memory()
+    assert host.ask(0, 20, recompute=1e-4) == 20
+    assert hits() == 60
+
+
+class Gate(Wrapper):
+    """A get waits until it is opened."""
+
+    def __init__(self, inner: Tier) -> None:
+        super().__init__(inner)
+        self.open = threading.Event()
+
+    def get(self, keys, buffers):
+        assert self.open.wait(20)
+        return super().get(keys, buffers)
+
+
+def test_what_a_near_store_has_is_not_given_up_for_a_slow_one(held: dict[Key, bytes]) -> None:
+    near = dict[Key, bytes]()
+    for store, length in ((near, 10), (held, 20)):
+        other = Host(wrapped(MemoryTier(store)))
+        other.save(0, length)
+        other.flushed()
+    gate = Gate(MemoryTier(held))
+    far = wrapped(gate, WriteWhen.NEVER)
+    host = Host(wrapped(MemoryTier(near)), far)
+    journal = host.keeper.journal = Journal(host.keeper.chunks)
+    host.run_until(lambda: far.tier.latency is not None)
+    far.tier.latency = 1000.0
+    assert host.ask(0, 20) == 10
+    assert journal.since(0, host.space).states.all()  # nobody has said that the others are nowhere
+    gate.open.set()
+    host.run_until(lambda: len(host.keeper.chunks) == 20 and not host.movers.figures()[1]["reading_bytes"])
+    assert host.ask(0, 20) == 20
+
+
+def test_what_a_store_has_not_answered_yet_counts_as_long_as_it_takes(
+    held: dict[Key, bytes], faulty: Faulty, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probes, "_PATIENCE", 1e9)
+    monkeypatch.setattr(movers, "_MOST_FETCHES", 1 << 20)
+    opened_ = wrapped(faulty)
+    host = Host(opened_)
+    host.run_until(lambda: opened_.tier.latency is not None)  # before any request has come
+    faulty.faults = Faults(hang=True)
+    found = host.keeper.lookup("s", host.space, b"")
+    asked = Asked("s", host.space, chain_keys(0, 5), 0, patience=0.001)
+    assert not all(host.movers.fetch(asked, found) for _ in range(20000))
+
+
 def test_a_hung_store_holds_up_nobody_and_nothing_is_lost(held: dict[Key, bytes], faulty: Faulty) -> None:
     host = Host(wrapped(faulty))
     host.save(0, 5)
@@ -277,6 +365,17 @@ def test_a_store_that_hangs_for_ever_hides_no_other(
     assert [host.ask(chain, 3) for chain in range(2, 12, 2)] == [3] * 5
 
 
+def test_a_tier_that_fails_as_it_is_about_to_be_asked_leaves_nothing_open(
+    held: dict[Key, bytes], faulty: Faulty, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = Host(wrapped(faulty))
+    faulty.faults = Faults(error_rate=1.0)
+    host.run_until(lambda: not host.ask(0, 3) and not host.movers.tiers[0].guard.available)
+    monkeypatch.setattr(probes.Probes, "within", lambda self, patience: ([0], []))
+    assert host.ask(0, 3) == 0
+    assert len(host.movers.fetches) == 0
+
+
 def test_a_tier_that_fails_is_switched_off_and_comes_back(held: dict[Key, bytes], faulty: Faulty) -> None:
     opened_ = wrapped(faulty)
     host = Host(opened_)
@@ -288,6 +387,73 @@ def test_a_tier_that_fails_is_switched_off_and_comes_back(held: dict[Key, bytes]
     host.run_until(lambda: opened_.guard.available)
     host.flushed()
     assert len(held) == 10  # what waited was written
+
+
+def test_what_a_directory_puts_off_is_written_once_it_has_counted(tmp_path: Path) -> None:
+    opened_ = wrapped(open_raw(TierURL(f"fs://{tmp_path / 'kv'}?capacity=1MiB")))
+    host = Host(opened_)
+    with (tmp_path / "kv" / "writers").open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # as who counts
+        host.save(0, 5)
+        host.run_until(lambda: opened_.tier.seconds["put"].buckets()[-1][1] > 2)
+        assert host.movers.unwritten == 5  # the end waits for it
+    host.flushed()
+    (figures,) = host.movers.figures()
+    assert [figures[what] for what in ("stored", "refused", "errors")] == [5, 0, 0]
+    opened_.tier.close()
+
+
+def test_a_store_that_comes_back_empty_gets_all_that_is_held(
+    held: dict[Key, bytes], faulty: Faulty, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flush, "_MOST_SOUGHT", 7)
+    host = Host(wrapped(faulty))
+    for chain in (0, 2):
+        host.save(chain, 10)
+    host.flushed()
+    faulty.faults = Faults(error_rate=1.0)  # too short to be switched off for
+    assert host.ask(4, 5) == 0
+    faulty.faults = Faults()
+    kept = dict(held)
+    held.clear()
+    host.run_until(lambda: held == kept)
+    host.flushed()
+    assert host.movers.figures()[0]["stored"] == 40
+    faulty.faults = Faults(error_rate=1.0)  # with all that it had
+    assert host.ask(4, 5) == 0
+    faulty.faults = Faults()
+    host.movers.tick()
+    host.save(6, 1)
+    host.flushed()
+    assert host.movers.figures()[0]["stored"] == 41
+
+
+def test_a_tier_that_cannot_say_what_is_gone_goes_on(held: dict[Key, bytes]) -> None:
+    class Odd(Wrapper):
+        def gone(self):
+            raise ZeroDivisionError("theirs")
+
+    host = Host(wrapped(Odd(MemoryTier(held))))
+    for chain in (0, 2):
+        host.save(chain, 5)
+        host.flushed()
+    assert len(held) == 10
+
+
+def test_a_keeper_that_ends_reads_no_more_and_writes_what_it_has(held: dict[Key, bytes]) -> None:
+    """Whose connection it has closed may still copy: no slot is given out to what comes from below."""
+    first = Host(wrapped(MemoryTier(held)))
+    first.save(0, 10)
+    first.flushed()
+    host = Host(wrapped(MemoryTier(held)))
+    host.save(2, 5)
+    host.movers.reading = False
+    assert host.ask(0, 10) == 0
+    assert len(host.keeper.chunks) == 5
+    with pytest.raises(RequestRefused, match="this keeper is ending"):
+        host.movers.prefetch(host.space, b"", b"")
+    host.flushed()
+    assert len(held) == 15
 
 
 def test_a_tier_that_takes_nothing_more_is_read_and_written_again_later(held: dict[Key, bytes]) -> None:
@@ -347,7 +513,7 @@ def test_a_queue_forgets_the_oldest_beyond_its_bound(
     host = Host(opened_, memory=64 * SMALL)
     faulty.faults = Faults(error_rate=1.0)
     host.save(0, 5)
-    host.run_until(lambda: not opened_.guard.available)
+    host.run_until(lambda: not opened_.guard.available and len(host.keeper.queues[0]) == 5)
     for chain in range(2, 20, 2):
         host.save(chain, 5)
     (figures,) = host.movers.figures()

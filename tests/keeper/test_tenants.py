@@ -136,7 +136,7 @@ def test_what_comes_from_a_tier_counts_for_the_tenant_that_asked() -> None:
     found = keeper.lookup("s", space, chain_keys(0, 10))
     fetch = fetches.begin("s", space, chain_keys(0, 10), 0, found.epoch, A)
     Below(space, 0, 10, everything([GroupSpec(CHUNK, None)], 10)).determine(fetch)
-    for batch in fetches.plan(fetch, 0, lambda needs, chunks: True):
+    for batch in fetches.plan(fetch, lambda needs, chunks: True):
         fetches.landed(batch, np.ones(len(batch.records), np.bool_))
     keeper.check_integrity()
     row = figures(keeper, A)

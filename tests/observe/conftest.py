@@ -69,12 +69,16 @@ def watched(keeper_process: Callable[..., Any]) -> Iterator[Callable[..., Watche
 
 
 @pytest.fixture(scope="module")
-def busy(module_keeper_process: Callable[..., Any]) -> Iterator[Watched]:
+def busy(module_keeper_process: Callable[..., Any], wait_until: Callable[..., None]) -> Iterator[Watched]:
     """One whose memory is too small for its traffic, and whose tier is not. Peers may read it."""
     starting = _watched(module_keeper_process)
     one = next(starting)("--peers", "0", "--tenant-quota", "default=1MiB", tier=True)
     one.tenants()
-    traffic(one.engine, rounds=4, documents=8)
+
+    def written() -> bool:
+        return not one.engine.connection.status()["tiers"][0]["waiting_chunks"]
+
+    traffic(one.engine, rounds=4, documents=8, after=lambda: wait_until(written))
     yield one
     for _ in starting:
         pass

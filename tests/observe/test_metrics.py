@@ -63,7 +63,7 @@ def test_sums(busy) -> None:
     assert asked == sum(12 + turn - (2 * (d % 2) if turn else 0) for turn in range(4) for d in range(8))
     hits = value(text, "kvkeep_hit_chunks_total", namespace=namespace)
     known = asked - 8 * 12 - 8 * 3  # the first round, and one chunk more in each later one, are new
-    assert 0.7 * known < hits <= known, "but for what was evicted before the tier had it"
+    assert hits == known, "what memory had to give up was in the tier by then"
     (tier,) = [tier["name"] for tier in state["tiers"]]
     assert value(text, "kvkeep_hit_chunks_total", tier=tier) > 0
     arena = {

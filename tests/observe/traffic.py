@@ -2,6 +2,7 @@
 
 import hashlib
 import time
+from collections.abc import Callable
 
 from kvkeep.wire.client import Connection
 from kvkeep.wire.messages import Reservation
@@ -47,8 +48,15 @@ class Engine:
         return found.chunks
 
 
-def traffic(engine: Engine, rounds: int = 3, documents: int = 6, chunks: int = 12) -> None:
+def traffic(
+    engine: Engine,
+    rounds: int = 3,
+    documents: int = 6,
+    chunks: int = 12,
+    after: Callable[[], object] = lambda: None,
+) -> None:
     """Documents of growing length, over and over; the engine has the first two chunks of each second one."""
     for turn in range(rounds):
         for document in range(documents):
             engine.request(document, chunks + turn, first=2 * (document % 2) if turn else 0)
+            after()

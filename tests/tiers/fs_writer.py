@@ -1,6 +1,6 @@
 """A process that puts into a directory until it is killed, and says what was acknowledged.
 
-    python -m tests.tiers.fs_writer DIRECTORY CAPACITY
+    python -m tests.tiers.fs_writer DIRECTORY CAPACITY small|large
 
 Each line on its standard input is a seed: a fork of it puts as that says, and names each key on standard
 output once it is STORED. When that fork has ended, the line is `dead`.
@@ -19,10 +19,14 @@ from kvkeep.tiers.open import open_tier
 from kvkeep.tiers.seal import SEAL_BYTES
 
 BATCH = 6
+SPACES = {"small": b"namespac", "large": b"largeone"}
+"""The first bytes of keys, by the size of their values."""
 
 
 def length_of(key: Key) -> int:
     """Each key has one value: its length, and (`content_of`) its bytes."""
+    if key.startswith(SPACES["large"]):
+        return (1 + key[9] % 2) << 20
     return 4096 * (1 + key[9] % 4) + (77 if key[10] % 4 == 0 else 0)
 
 
@@ -32,17 +36,17 @@ def content_of(key: Key) -> bytes:
 
 def buffers_for(keys: list[Key]) -> list[memoryview]:
     """Page-aligned memory of the length that each value has."""
-    return [memoryview(mmap.mmap(-1, 5 * 4096))[: length_of(key)] for key in keys]
+    return [memoryview(mmap.mmap(-1, -(-length_of(key) // 4096) * 4096))[: length_of(key)] for key in keys]
 
 
-def put_for_ever(url: str, seed: str) -> None:
+def put_for_ever(url: str, space: bytes, seed: str) -> None:
     source, known = random.Random(seed), list[Key]()
     tier = open_tier(url).tier
     while True:
         if known and source.random() < 0.25:
             keys = source.sample(known, BATCH)  # replaces what is there
         else:
-            keys = [b"namespac" + source.randbytes(KEY_BYTES - 8) for _ in range(BATCH)]
+            keys = [space + source.randbytes(KEY_BYTES - len(space)) for _ in range(BATCH)]
         buffers = buffers_for(keys)
         for key, buffer in zip(keys, buffers, strict=True):
             buffer[:-SEAL_BYTES] = content_of(key)
@@ -52,11 +56,11 @@ def put_for_ever(url: str, seed: str) -> None:
 
 
 def main() -> None:
-    directory, capacity = sys.argv[1:]
+    directory, capacity, size = sys.argv[1:]
     for seed in sys.stdin:
         pid = os.fork()
         if not pid:
-            put_for_ever(f"fs://{directory}?capacity={capacity}&depth=3", seed)
+            put_for_ever(f"fs://{directory}?capacity={capacity}&depth=3", SPACES[size], seed)
         os.write(1, f"{pid}\n".encode())
         os.waitpid(pid, 0)
         os.write(1, b"dead\n")

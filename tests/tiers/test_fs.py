@@ -341,7 +341,7 @@ def test_books_that_are_lost_are_made_again_and_reads_do_not_wait(
             assert through.get(keys, back) == [Got.HIT] * 20
             assert back == sent
             assert all(through.contains(keys))
-            assert through.put(keys_of(2, 1), buffers_of([PAGE] * 2)) == [Put.REFUSED] * 2
+            assert through.put(keys_of(2, 1), buffers_of([PAGE] * 2)) == [Put.LATER] * 2
         assert tier.usage().values is None
         tier.delete(keys[:1])
         go.set()

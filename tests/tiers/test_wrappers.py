@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -241,6 +242,57 @@ def test_a_slow_failure_of_a_read_is_not_tried_again(broken: Broken) -> None:
     assert broken.calls == 1
 
 
+class Paced(Wrapper):
+    """Answers take 1 s; values pass at 1 MiB/s."""
+
+    def __init__(self, inner: Tier, clock: Clock) -> None:
+        super().__init__(inner)
+        self.clock = clock
+        self.first: Callable[[], object] | None = None
+        """What the next get does before its own."""
+
+    def contains(self, keys):
+        self.clock.sleep(1)
+        return super().contains(keys)
+
+    def get(self, keys, buffers):
+        first, self.first = self.first, None
+        if first is not None:
+            first()
+        self.clock.sleep(1 + sum(map(len, buffers)) / (1 << 20))
+        return super().get(keys, buffers)
+
+
+def test_how_long_reading_takes_is_learnt_from_bytes_and_not_from_batches() -> None:
+    clock, mib = Clock(), 1 << 20
+    store = Paced(MemoryTier({}), clock)
+    meter = Metered(store, clock)
+    keys, sent = keys_of(2), buffers_of([mib, 4 * mib], 1)
+    meter.put(keys, sent)
+    assert meter.read_seconds(mib) == 0
+    meter.contains(keys)
+    assert meter.read_seconds(mib) == 1
+
+    def get(place: int) -> None:
+        assert meter.get(keys[place : place + 1], [sent[place]]) == [Got.HIT]
+
+    store.first = lambda: clock.sleep(300)  # it dials
+    get(0)
+    assert meter.read_seconds(mib) < 20
+    for _ in range(60):
+        get(1)
+    assert meter.read_seconds(8 * mib) == pytest.approx(1 + 8, rel=0.01)
+    for _ in range(30):
+        store.first = lambda: get(1)  # beside the other one, which waits meanwhile
+        get(1)
+    assert meter.read_seconds(8 * mib) == pytest.approx(1 + 9, rel=0.05)
+    assert not meter.stale
+    clock.sleep(31)
+    assert meter.stale
+    get(1)
+    assert meter.read_seconds(mib) < 1.2  # what was before is forgotten
+
+
 def _raise(error: Exception) -> None:
     raise error
 
@@ -413,3 +465,26 @@ def test_a_bug_in_a_tier_is_a_store_that_is_away(caplog) -> None:
         guard.get(keys_of(1), buffers_of([PAGE]))
     assert "an unexpected error" in caplog.text
     assert "Traceback" in caplog.text
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_a_tier_that_miscounts_is_a_store_that_is_away(count: int) -> None:
+    class Short(Wrapper):
+        def contains(self, keys):
+            return [True] * count
+
+        def get(self, keys, buffers):
+            return [Got.HIT] * count
+
+        def put(self, keys, buffers):
+            return [Put.STORED] * count
+
+    guard, _ = guarded(Short(MemoryTier({})))
+    keys, buffers = keys_of(2), buffers_of([PAGE, PAGE])
+    for verb in (
+        lambda: guard.contains(keys),
+        lambda: guard.get(keys, buffers),
+        lambda: guard.put(keys, buffers),
+    ):
+        with pytest.raises(TierUnavailable, match=f"{count} results for 2 keys"):
+            verb()

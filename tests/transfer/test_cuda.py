@@ -30,6 +30,7 @@ from kvkeep.transfer.reference import ReferenceTransfer
 from kvkeep.transfer.streams import Copies, Pending, merge, split
 from tests.transfer.test_transfer import DTYPES, FORMS, paged
 from tests.transfer.test_transfer import random as random_tensor
+from tests.transfer.words import copy_words_reference
 
 STEP = 1 << 16  # small registrations: copies cross their borders
 
@@ -62,10 +63,10 @@ def small_stages() -> Iterator[None]:
 def engine(layers, blocks: int, memory: mmap.mmap, backend: HostBackend, pinned: bool = True) -> CudaTransfer:
     """A transfer with all of its arena registered, or none."""
     transfer = CudaTransfer(layers, blocks, memory, backend)
-    transfer.pinning = pinning.Pinning(backend, transfer._base, len(memory), STEP)
+    transfer.pinning = pinning.Pinning(backend, memory, STEP)
     if pinned:
         for offset in range(0, len(memory), STEP):
-            assert transfer.pinning._register(offset, min(STEP, len(memory) - offset))
+            assert not transfer.pinning._register(offset, min(STEP, len(memory) - offset))
     return transfer
 
 
@@ -144,7 +145,7 @@ def test_the_kernel_equals_its_reference(
     reads = source.data_ptr() + np.arange(count) * room
     table = torch.from_numpy(np.stack([targets[0].data_ptr() + places, reads, sizes]))
     kernels.copy_words(table)
-    kernels.copy_words_reference(targets[1].data_ptr() + places, reads, sizes)
+    copy_words_reference(targets[1].data_ptr() + places, reads, sizes)
     assert torch.equal(*targets)
     assert int(targets[0].count_nonzero()) > 0
 
@@ -427,7 +428,7 @@ def test_what_is_not_registered_is_not_taken_for_pinned() -> None:
     tensor = random_tensor(torch.float32, 8, STEP // 4)
     backend, memory = HostBackend(), mmap.mmap(-1, 8 * STEP)
     transfer = engine([[("0", tensor)]], 8, memory, backend, pinned=False)
-    assert transfer.pinning._register(0, STEP)
+    assert not transfer.pinning._register(0, STEP)
     every = np.arange(8)
     transfer.save(0, every * STEP, every)
     assert memory[:] == raw(tensor).numpy().tobytes()
@@ -445,18 +446,66 @@ def shared() -> tuple[mmap.mmap, int]:
 
 @pytest.mark.parametrize("limit", [float("inf"), 2 * STEP, 0])
 def test_registration_stops_where_it_is_refused(
-    limit: float, shared: tuple[mmap.mmap, int], caplog: pytest.LogCaptureFixture, monkeypatch
+    limit: float, shared: tuple[mmap.mmap, int], caplog: pytest.LogCaptureFixture
 ) -> None:
     memory, fd = shared
     backend = HostBackend(limit=limit)
-    pins = pinning.Pinning(backend, 4096, len(memory), STEP)
-    monkeypatch.setattr(pinning, "populate", lambda address, nbytes, give_way: True)
+    pins = pinning.Pinning(backend, memory, STEP)
     with caplog.at_level(logging.WARNING):
         pins.start(fd).join(20)
     assert pins.registered == min(limit, 5 * STEP)
-    assert sorted(backend.registered) == [4096 + n * STEP for n in range(pins.registered // STEP)]
-    assert len(caplog.records) == (limit < 5 * STEP)
+    base = pages.address(memory)
+    assert sorted(backend.registered) == [base + n * STEP for n in range(pins.registered // STEP)]
+    assert [record.args[2] for record in caplog.records] == (
+        ["the driver refuses more of it (CUDA error 2; see `kvkeep doctor`)"] if limit < 5 * STEP else []
+    )
+    assert backend.attended == {"kvkeep-pin"}
     pins.close()
+    assert not backend.registered
+    os.close(fd)
+
+
+@pytest.mark.parametrize("error", [900, 901])
+def test_while_a_graph_is_captured_registration_waits(
+    error: int, shared: tuple[mmap.mmap, int], caplog: pytest.LogCaptureFixture, monkeypatch
+) -> None:
+    """CUDA refuses it then, from whatever thread, for as long as the capture lasts."""
+    memory, fd = shared
+    backend, answers = HostBackend(), [0, error, error, 0, error]
+    register = backend.register
+    monkeypatch.setattr(pinning, "_AGAIN", 0.0)
+    monkeypatch.setattr(backend, "register", lambda *place: (answers and answers.pop(0)) or register(*place))
+    pins = pinning.Pinning(backend, memory, STEP)
+    pins.start(fd).join(20)
+    assert pins.registered == 5 * STEP
+    assert not answers
+    assert not caplog.records
+    pins.close()
+
+    monkeypatch.setattr(backend, "register", lambda *place: error)
+    pins = pinning.Pinning(backend, memory, STEP)
+    thread = pins.start(fd)
+    pins.close()  # in the midst of it
+    thread.join(20)
+    assert not thread.is_alive()
+    assert pins.registered == 0
+    os.close(fd)
+
+
+def test_one_that_is_closed_touches_its_memory_no_more(shared: tuple[mmap.mmap, int], monkeypatch) -> None:
+    memory, fd = shared
+    backend, entered = HostBackend(), list[bool]()
+    pins = pinning.Pinning(backend, memory, STEP)
+    populate = pages.populate
+
+    def closing(place: int, nbytes: int, give_way, stop) -> bool:
+        pins.close()
+        entered.append(populate(place, nbytes, give_way, stop))
+        return entered[-1]
+
+    monkeypatch.setattr(pages, "populate", closing)
+    pins.start(fd).join(20)
+    assert entered == [False]
     assert not backend.registered
     os.close(fd)
 
@@ -465,7 +514,7 @@ def test_an_arena_that_is_not_allocated_ahead_stays_so(caplog: pytest.LogCapture
     monkeypatch.setattr(pages, "_PATIENCE", 0.1)
     fd = os.memfd_create("test")
     os.ftruncate(fd, STEP)
-    pins = pinning.Pinning(HostBackend(), 4096, STEP, STEP)
+    pins = pinning.Pinning(HostBackend(), mmap.mmap(fd, STEP), STEP)
     pins.start(fd).join(20)
     assert pins.registered == os.fstat(fd).st_blocks == 0
     assert "--prefault no" in caplog.text
@@ -516,13 +565,15 @@ def test_a_device_that_is_broken_lets_go_of_the_arena(monkeypatch: pytest.Monkey
     assert not backend.registered
 
 
+@pytest.mark.parametrize("apart", [True, False])
 @pytest.mark.parametrize(
-    ("batches", "blocks", "beside"), [(True, 8, False), (False, 8, True), (False, 3, False)]
+    ("batches", "blocks", "beside"), [(True, 7, False), (True, 8, True), (False, 5, True), (False, 4, False)]
 )
-def test_many_copies_one_by_one_are_submitted_beside_the_engine(
-    batches: bool, blocks: int, beside: bool, monkeypatch: pytest.MonkeyPatch
+def test_many_copies_are_submitted_beside_the_engine(
+    batches: bool, blocks: int, beside: bool, apart: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cuda, "_ONE_BY_ONE", 5)
+    monkeypatch.setattr(cuda, "_AT_ONCE", 8)
     backend, threads = HostBackend(), list[int]()
     backend.batches, copy = batches, backend.copy
     transfer = engine([[("0", torch.randn(16, 1024))]], 16, mmap.mmap(-1, STEP), backend)
@@ -532,13 +583,15 @@ def test_many_copies_one_by_one_are_submitted_beside_the_engine(
         copy(*args, **kwargs)
 
     monkeypatch.setattr(backend, "copy", note)
-    apart = np.arange(blocks) * 2  # no two of them are one copy
-    transfer.start_save([Move(0, np.arange(blocks) * 4096, apart)]).wait()
+    chosen = np.arange(blocks) * 2  # no two of them are one copy
+    moves, whole = [Move(0, np.arange(blocks) * 4096, chosen)], transfer.layers[0][0]
+    slots = transfer.arena[: blocks * 4096].view(torch.float32).view(blocks, -1)
+    if apart:
+        slots.copy_(torch.randn(slots.shape))
+        transfer.start_apart(moves, backend.engine.record_event()).wait()
+    else:
+        transfer.start_save(moves).wait()
     assert [thread != threading.get_ident() for thread in threads] == [beside]
-    assert (
-        transfer.arena[: blocks * 4096]
-        .view(torch.float32)
-        .view(blocks, -1)
-        .equal(transfer.layers[0][0][apart])
-    )
+    assert slots.equal(whole[chosen])
+    assert len(backend.attended) == beside
     transfer.close()

@@ -7,6 +7,7 @@ import ctypes
 import importlib.util
 import logging
 import mmap
+import threading
 from typing import Any
 
 import numpy as np
@@ -16,17 +17,20 @@ import torch
 from kvkeep.errors import DeviceError, LayoutError
 from kvkeep.transfer import choose, driver
 from kvkeep.transfer.streams import Copies
+from tests.transfer.words import copy_words_reference
 
 COPIES = Copies(*(np.array(column, np.int64) for column in ([100, 200], [7000, 9000], [16, 32])))
 """Two runs: device addresses, arena addresses, bytes."""
 
 
 class Library:
-    """libcuda with these functions. Each call is kept; `failing` ones return an error."""
+    """libcuda with these functions, over host memory: it copies what is copied to try it out. Each call is
+    kept; those in `failing` return an error."""
 
-    def __init__(self, batched: bool, failing: str = "") -> None:
+    def __init__(self, batched: bool = True, **failing: int) -> None:
         self.calls: list[tuple[str, tuple[Any, ...]]] = []
-        self._failing = failing
+        self.modes: list[tuple[str, int]] = []
+        self.failing, self.trying = failing, True
         if batched:
             self.cuMemcpyBatchAsync = self._function("cuMemcpyBatchAsync")
 
@@ -38,9 +42,16 @@ class Library:
     def _function(self, name: str) -> Any:
         def call(*arguments: Any) -> int:
             self.calls.append((name, tuple(map(self._plain, arguments))))
+            if name in self.failing:
+                return self.failing[name]
             if name == "cuDeviceGetAttribute":
                 arguments[0]._obj.value = 1
-            return 1 if name == self._failing else 0
+            if name == "cuThreadExchangeStreamCaptureMode":
+                self.modes.append((threading.current_thread().name, arguments[0]._obj.value))
+            if name == "cuMemcpyBatchAsync" and self.trying:
+                for row in zip(*(at(one.value, arguments[3].value) for one in arguments[:3]), strict=True):
+                    ctypes.memmove(*row)
+            return 0
 
         return call
 
@@ -56,6 +67,7 @@ class Library:
 
 class TorchStream:
     cuda_stream = 77
+    idle = True
 
     def __init__(self, _device: Any = None, priority: int = 0) -> None:
         self.waited: list[Any] = []
@@ -76,6 +88,9 @@ class TorchEvent:
     def record(self, stream: Any) -> None:
         self.on = stream
 
+    def query(self) -> bool:
+        return self.on.idle
+
     def synchronize(self) -> None: ...
 
     def elapsed_time(self, end: TorchEvent) -> float:
@@ -88,18 +103,27 @@ GATHERED: list[list[list[int]]] = []
 """What the kernel was launched for by the last backend that was made."""
 
 
+def gather(table: torch.Tensor) -> None:
+    GATHERED.append(table.tolist())
+    if len(GATHERED) == 1:  # to try it out
+        copy_words_reference(*table.numpy())
+
+
 @pytest.fixture
 def backend(monkeypatch: pytest.MonkeyPatch) -> Any:
     parts = {"current_stream": TorchStream, "Stream": TorchStream, "Event": TorchEvent}
     for name, part in {**parts, "stream": contextlib.nullcontext}.items():
         monkeypatch.setattr(torch.cuda, name, part)
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
-    monkeypatch.setattr(driver, "copy_words", lambda table: GATHERED.append(table.tolist()))
+    monkeypatch.setattr(driver, "_new_table", lambda: torch.empty(3 * driver._TABLE_ROWS, dtype=torch.int64))
+    monkeypatch.setattr(driver, "copy_words", gather)
 
     def make(library: Library) -> driver.CudaBackend:
         GATHERED.clear()
         monkeypatch.setattr(driver.ctypes, "CDLL", lambda name: library)
-        return driver.CudaBackend(torch.device("cpu", 0))
+        made = driver.CudaBackend(torch.device("cpu", 0))
+        library.trying = False
+        library.calls.clear()
+        return made
 
     return make
 
@@ -109,7 +133,7 @@ def at(address: int, count: int) -> list[int]:
 
 
 def test_events_tell_the_time(backend: Any) -> None:
-    made = backend(Library(batched=True))
+    made = backend(Library())
     for stream in (made.stream(), made.current()):
         first, last = stream.record_event(), stream.record_event()
         assert first.elapsed_time(last) == 2.0
@@ -125,7 +149,7 @@ def test_the_attributes_are_as_the_driver_has_them() -> None:
 
 @pytest.mark.parametrize("saving", [True, False])
 def test_one_call_for_a_batch(backend: Any, saving: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    library = Library(batched=True)
+    library = Library()
     made = backend(library)
     seen: list[list[int]] = []
     whole = library.cuMemcpyBatchAsync
@@ -161,38 +185,124 @@ def test_an_older_driver_gets_them_one_by_one_and_says_so(
 
 
 def test_pageable_memory_is_never_batched(backend: Any) -> None:
-    library = Library(batched=True)
+    library = Library()
     made = backend(library)
     made.copy(made.stream(), COPIES, saving=False, pinned=False)
     assert len(library.named("cuMemcpyAsync")) == 2
 
 
 def test_an_error_of_the_driver_is_told(backend: Any) -> None:
-    library = Library(batched=True, failing="cuMemcpyBatchAsync")
+    library = Library()
     made = backend(library)
+    library.failing["cuMemcpyBatchAsync"] = 1
     with pytest.raises(DeviceError, match="cuMemcpyBatchAsync failed: CUDA error 1"):
         made.copy(made.stream(), COPIES, saving=True, pinned=True)
     assert library.calls[-1][0] == "cuCtxPopCurrent_v2"
 
 
 def test_memory_that_cannot_be_pinned_is_told_and_what_is_pinned_is_let_go(backend: Any) -> None:
-    library = Library(batched=True)
+    library = Library()
     made = backend(library)
-    assert made.register(4096, 8192)
+    assert not made.register(4096, 8192)
     assert library.named("cuMemHostRegister_v2") == [(4096, 8192, 0)]
     made.unregister(4096)
     assert library.named("cuMemHostUnregister") == [(4096,)]
-    assert not backend(Library(batched=True, failing="cuMemHostRegister_v2")).register(4096, 8192)
+    library.failing["cuMemHostRegister_v2"] = 2
+    assert made.register(4096, 8192) == 2
 
 
-def test_the_kernel_is_compiled_before_the_first_load(backend: Any) -> None:
-    backend(Library(batched=True))
-    [[[target], [source], [size]]] = GATHERED
-    assert (source, size) == (target + 8, 8)
+def test_what_it_relies_on_was_tried_with_registered_memory(backend: Any, caplog: Any) -> None:
+    """The kernel is compiled so, before the first load."""
+    made = backend(Library())
+    [[targets, sources, sizes]] = GATHERED
+    assert sizes == [512] * 4
+    assert [place - sources[0] for place in sources] == [place - targets[0] for place in targets]
+    assert made.batches
+    assert made._kernel
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("failing", "why"),
+    [
+        ({"cuMemcpyBatchAsync": 801}, "CUDA error 801"),
+        ({}, "other bytes"),
+        ({"cuMemHostRegister_v2": 2}, ""),
+    ],
+)
+def test_batches_that_fail_when_tried_are_not_used(
+    failing: dict[str, int], why: str, backend: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    library = Library(**failing)
+    library.trying = bool(failing)  # else it copies nothing
+    made = backend(library)
+    assert not made.batches
+    assert len(caplog.records) == bool(why)  # `Pinning` tells of the other
+    assert why in caplog.text
+    made.copy(made.stream(), COPIES, saving=True, pinned=True)
+    assert len(library.named("cuMemcpyAsync")) == 2
+    assert not library.named("cuMemcpyBatchAsync")
+    assert made._kernel == ("cuMemHostRegister_v2" not in failing)
+
+
+@pytest.mark.parametrize("fails", ["to compile", "silently"])
+def test_a_kernel_that_fails_when_tried_is_not_used(
+    fails: str, backend: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(table: torch.Tensor) -> None:
+        if fails == "to compile":
+            raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(driver, "copy_words", fail)
+    library = Library()
+    made = backend(library)
+    assert not made._kernel
+    assert made.batches
+    assert ("C compiler" if fails == "to compile" else "other bytes") in caplog.text
+    assert len(caplog.records) == 1
+    made.gather(made.stream(), COPIES)
+    assert len(library.named("cuMemcpyBatchAsync")) == 1
+
+
+def test_what_a_kernel_is_told_lies_in_memory_that_no_launch_reads(backend: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(driver, "_TABLES", 2)
+    monkeypatch.setattr(driver, "_TABLE_ROWS", 4)
+    made, tables, told = backend(Library()), list[int](), list[Any]()
+    first, take = {table.data_ptr() for table, _ in made._tables}, made._table
+
+    def taken() -> torch.Tensor:
+        table = take()
+        tables.append(table.data_ptr())
+        return table
+
+    monkeypatch.setattr(made, "_table", taken)
+    monkeypatch.setattr(driver, "copy_words", lambda table: told.append(table.clone()))
+    stream = made.stream()
+    stream.torchs.idle = False  # the device is behind
+    columns = np.arange(30, dtype=np.int64).reshape(3, 10)
+    made.gather(stream, Copies(*columns))
+    assert [table.shape[1] for table in told] == [4, 4, 2]
+    assert torch.cat(told, 1).numpy().tolist() == columns.tolist()
+    assert first == set(tables[:2])
+    assert tables[2] not in first, "the device still reads both"
+    stream.torchs.idle = True
+    made.gather(stream, Copies(*columns))
+    assert set(tables[3:]) == set(tables[:3]), "no memory is pinned anew"
+
+
+def test_a_thread_of_ours_disturbs_no_graph_that_is_captured(backend: Any) -> None:
+    library = Library()
+    made = backend(library)
+    assert not library.modes, "the thread that makes it is the engine's"
+    thread = threading.Thread(target=made.attend, name="ours")
+    thread.start()
+    thread.join()
+    assert library.modes == [("ours", 2)]  # CU_STREAM_CAPTURE_MODE_RELAXED
+    assert [name for name, _ in library.calls][::2] == ["cuCtxPushCurrent_v2", "cuCtxPopCurrent_v2"]
 
 
 def test_only_a_stream_that_is_urgent_goes_before_the_engines(backend: Any) -> None:
-    made = backend(Library(batched=True))
+    made = backend(Library())
     assert made.stream(urgent=True).torchs.priority == -1
     assert made.stream().torchs.priority == 0
 

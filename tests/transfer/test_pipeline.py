@@ -1,59 +1,17 @@
-"""What follows a copy, and in which order layers are asked for."""
+"""Loads beside an engine, and in which order layers are asked for."""
 
 from __future__ import annotations
 
 import mmap
-import random
-import threading
 
 import numpy as np
 import pytest
 import torch
 
-from kvbench.host_device import HostBackend
-from kvkeep.errors import DeviceError
 from kvkeep.transfer import pipeline
 from kvkeep.transfer.base import Move
-from kvkeep.transfer.pipeline import Completions, LayerOrder, load_beside
+from kvkeep.transfer.pipeline import LayerOrder, load_beside
 from kvkeep.transfer.reference import ReferenceTransfer
-from kvkeep.transfer.streams import Pending
-
-
-def test_what_follows_comes_after_the_bytes_on_another_thread() -> None:
-    backend, done = HostBackend(random.Random(0)), list[tuple[str, bool, bool]]()
-    completions, copied = Completions(), list[int]()
-    own = threading.get_ident()
-
-    def then(name: str, count: int) -> None:
-        done.append((name, len(copied) >= count, threading.get_ident() != own))
-
-    for number in range(1, 4):
-        stream = backend.stream()
-        began = stream.record_event()
-        stream.submit([lambda number=number: copied.append(number)])
-        pending = Pending(1, began, stream.record_event())
-        completions.add(
-            pending, lambda seconds, n=number: then("there", n if seconds >= 0 else -1), lambda: None
-        )
-    completions.close()
-    assert [name for name, _, _ in done] == ["there"] * 3
-    assert all(elsewhere for _, _, elsewhere in done)
-    assert done[-1][1]
-
-
-def test_a_copy_that_fails_is_not_reported_as_done(caplog: pytest.LogCaptureFixture) -> None:
-    class Broken(Pending):
-        def wait(self) -> float:
-            raise DeviceError("refused")
-
-    backend, said = HostBackend(), list[str]()
-    completions = Completions()
-    event = backend.engine.record_event()
-    completions.add(Broken(1, event, event), lambda _: said.append("done"), lambda: said.append("failed"))
-    completions.add(Pending(1, event, event), lambda _: said.append("next"), lambda: said.append("failed"))
-    completions.close()
-    assert said == ["failed", "next"]
-    assert "refused" in caplog.text
 
 
 @pytest.mark.parametrize("piece", [1, 700, 1 << 20])

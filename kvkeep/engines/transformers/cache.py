@@ -77,6 +77,11 @@ class KVKeepCache:
         """Tokens of a chunk: what is found is cut to these. 0 where the cache is off."""
         return 0 if self._store is None else self._store.chunk_tokens
 
+    @property
+    def pinned(self) -> float:
+        """The share of the arena that a GPU reaches directly: grows to 1 after the start; 1 on a CPU."""
+        return 1.0 if self._store is None else self._store.pinned
+
     # What a program calls
 
     def begin(
@@ -90,7 +95,7 @@ class KVKeepCache:
         """
         self.save()
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        begun = Begun(input_ids.detach(), mask != 0, salt)
+        begun = Begun(input_ids, mask != 0, salt)
         store = self._store
         past = PrefixCache(self, store.shapes if store else [], begun, None if store else self._config)
         if store is None:
@@ -154,6 +159,8 @@ class KVKeepCache:
             past.closed = True
             return None
         assert self._store is not None
+        if not past.at_start:
+            self._store.settle()
         if past.due(self._every):
             self._store.save(past)
         if past.at_start and not self._store.unchanged(past):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -12,17 +13,19 @@ import torch
 from kvkeep import pages
 from kvkeep.errors import DeviceError, LayoutError
 from kvkeep.transfer import Transfer, make_transfer
-from kvkeep.transfer.base import Offsets
+from kvkeep.transfer.base import Move, Offsets
 from kvkeep.transfer.choose import make_backend
-from kvkeep.transfer.pinning import Pinning
-from kvkeep.transfer.streams import Backend, Copies, Event, merge, split
+from kvkeep.transfer.cuda import CudaTransfer
+from kvkeep.transfer.streams import Backend, Event, Pending
+from kvkeep.wire.client import Connection
 
 __all__ = ["Bus", "Mapped", "StagedTransfer", "as_blocks", "find_backend", "make_copier"]
 
 log = logging.getLogger("kvkeep.transformers")
 
 _STAGE_BYTES = 64 << 20
-_STAGES = 2  # that a device copies, at most, while the next one is filled
+_STAGES = 3  # one is filled or emptied while others are copied
+_ALIGN = 16  # bytes
 
 
 def as_blocks(states: torch.Tensor, tokens: int) -> torch.Tensor:
@@ -37,80 +40,106 @@ def find_backend(devices: set[torch.device]) -> Backend | None:
     if len(devices) > 1 or not torch.version.cuda or {one.type for one in devices} != {"cuda"}:
         return None
     try:
-        return make_backend(next(iter(devices)))
+        return make_backend(frozenset(devices))
     except (LayoutError, DeviceError) as error:
         log.warning("kvkeep: %s; torch copies it, to and from memory that is not pinned", error)
         return None
 
 
 class Bus:
-    """A device's way to one mapping of the arena, on a stream of its own. One thread at a time calls it.
+    """A device's way to one mapping of the arena: stages there, in turn. One thread at a time calls it.
 
     Copies are ordered against the calling thread's stream; the bytes of saves, and slots that loads read,
-    are settled only when `settle` returns.
+    are settled only when `settle` returns. Raises DeviceError.
     """
 
-    def __init__(self, backend: Backend, arena: memoryview, fd: int) -> None:
-        """`fd`: the arena's, which stays the caller's."""
-        self._backend, self._arena, self._base = backend, arena, pages.address(arena)
-        self._stream = backend.stream(urgent=True)
-        self._stages: deque[tuple[Event, torch.Tensor]] = deque()
-        self._pinning = Pinning(backend, self._base, len(arena))
-        self._pinning.start(fd)
+    def __init__(
+        self, backend: Backend, arena: memoryview, fd: int, sizes: Sequence[int], device: torch.device
+    ) -> None:
+        """`fd`: the arena's, which stays the caller's. `sizes`: of slots, in bytes."""
+        width = -(-max(sizes) // _ALIGN) * _ALIGN
+        self.rows = max(1, _STAGE_BYTES // width)
+        self._memory = torch.empty((_STAGES * self.rows, width), dtype=torch.uint8, device=device)
+        self._groups = {size: number for number, size in enumerate(dict.fromkeys(sizes))}
+        layers = [[("stage", self._memory[:, :size])] for size in self._groups]
+        self._transfer = CudaTransfer(layers, len(self._memory), arena, backend)
+        self._transfer.prepare(fd)
+        self._turn, self._left = 0, dict[int, Event]()
+        self._pending: list[Pending] = []
 
-    def copy(self, offsets: Offsets, stage: torch.Tensor, saving: bool) -> None:
-        """Between slots and a stage, uint8 [slots, bytes] on the device. Keeps the stage until its copy has
-        ended. Blocks where the arena is not pinned yet, and while earlier stages are copied. Raises
-        DeviceError."""
-        count, size = stage.shape
-        rows = Copies(
-            stage.data_ptr() + np.arange(count) * size, self._base + offsets, np.full(count, size, np.int64)
-        )
-        pinned = int(offsets.max()) + size <= self._pinning.registered
-        # Behind what fills the stage, or what its memory was used for before.
-        self._stream.wait_event(self._backend.current().record_event())
+    @property
+    def pinned(self) -> float:
+        """The share of the arena that is pinned."""
+        return self._transfer.pinning.registered / len(self._transfer.arena)
+
+    def save(self, offsets: Offsets, size: int, fill: Callable[[torch.Tensor], None]) -> None:
+        """Have a stage filled, uint8 [slots, size], and copied to the slots."""
+        with self._stage(len(offsets), size) as (rows, stage):
+            fill(stage)
+            self._pending.append(self._transfer.start_save([Move(self._groups[size], offsets, rows)]))
+
+    def load(self, offsets: Offsets, size: int, drain: Callable[[torch.Tensor], None]) -> None:
+        """Copy the slots to a stage, and have it emptied. Blocks where the arena is not pinned yet."""
+        with self._stage(len(offsets), size) as (rows, stage):
+            self._pending.append(self._transfer.start_load([Move(self._groups[size], offsets, rows)]))
+            drain(stage)
+
+    @contextlib.contextmanager
+    def _stage(self, count: int, size: int) -> Iterator[tuple[Offsets, torch.Tensor]]:
+        """The next one, behind those who had it before, maybe on another thread's stream."""
+        turn, current = self._turn, self._transfer.backend.current()
+        first = turn * self.rows
+        rows = np.arange(first, first + count)
+        if (left := self._left.get(turn)) is not None:
+            current.wait_event(left)
+        self._transfer.fence(rows)
         try:
-            copies = split(merge(rows), self._base, self._pinning.step)
-            self._backend.copy(self._stream, copies, saving=saving, pinned=pinned)
+            yield rows, self._memory[first : first + count, :size]
         finally:
-            ended = self._stream.record_event()
-            self._stages.append((ended, stage))
-        if not saving:
-            self._backend.current().wait_event(ended)
-        while len(self._stages) > _STAGES:
-            self._stages[0][0].synchronize()
-            self._stages.popleft()
+            self._left[turn], self._turn = current.record_event(), (turn + 1) % _STAGES
 
     def settle(self) -> None:
         """Block until all copies have ended."""
-        while self._stages:
-            self._stages[0][0].synchronize()
-            self._stages.popleft()
+        pending, self._pending = self._pending, []
+        for one in pending:
+            one.wait()
 
     def close(self) -> None:
-        """Settle, and let go of the arena."""
-        try:
-            self.settle()
-        finally:
-            self._pinning.close()
+        """Let go of the arena when all copies have ended, and of the stages when nobody reads them."""
+        self._transfer.close()
+        for left in self._left.values():
+            left.synchronize()
 
 
 class Mapped:
     """One mapping of the arena, and a model's way to it. One thread at a time calls it."""
 
-    def __init__(self, arena: memoryview, fd: int, backend: Backend | None, threads: int) -> None:
-        """`fd`: the arena's, which stays the caller's."""
-        self._arena, self._threads = arena, threads
-        self.bus = None if backend is None else Bus(backend, arena, fd)
+    def __init__(
+        self,
+        link: Connection,
+        backend: Backend | None,
+        threads: int,
+        sizes: Sequence[int],
+        device: torch.device,
+    ) -> None:
+        """`sizes`: of slots; `device`: the model's. Raises OSError: no memory to map it."""
+        self._arena, self._threads = link.map_arena(), threads
+        self.bus = None if backend is None else Bus(backend, self._arena, link.arena_fd, sizes, device)
         if self.bus is None:
-            pages.prepare(arena, fd)
+            pages.prepare(self._arena, link.arena_fd)
 
     def copier(self, layers: Sequence[tuple[str, torch.Tensor]]) -> Transfer:
         """See `make_copier`."""
         return make_copier(layers, self._arena, self._threads, self.bus)
 
+    @property
+    def pinned(self) -> float:
+        """The share of the arena that a device reaches directly; 1 on a CPU."""
+        return 1.0 if self.bus is None else self.bus.pinned
+
     def settle(self) -> None:
-        """Block until all copies have ended. Raises RuntimeError, torch's, where the device is broken."""
+        """Block until all copies have ended. Raises DeviceError, or torch's RuntimeError of a device that is
+        broken."""
         if self.bus is not None:
             self.bus.settle()
 
@@ -156,33 +185,52 @@ class StagedTransfer(Transfer):
 
     def _copy(self, group: int, offsets: Offsets, blocks: Offsets, saving: bool) -> int:
         size, tensors = self.layouts[group].block_bytes, self.layers[group]
-        device = tensors[0].device
-        step = max(1, _STAGE_BYTES // size)
+        step = max(1, _STAGE_BYTES // size) if self._bus is None else self._bus.rows
         for first in range(0, len(blocks), step):
             places = offsets[first : first + step]
-            which = torch.from_numpy(np.ascontiguousarray(blocks[first : first + step]))
-            stage = torch.empty((len(places), size), dtype=torch.uint8, device=device)
-            if not saving:
-                self._slots(places, stage, saving)
-            at = 0
-            for tensor in tensors:
-                nbytes = tensor[0].numel() * tensor.element_size()
-                part = stage[:, at : at + nbytes].view(tensor.dtype).unflatten(1, tensor.shape[1:])
-                if saving:
-                    part.copy_(tensor[which.to(tensor.device)])
-                else:
-                    tensor.index_copy_(0, which.to(tensor.device), part.to(tensor.device))
-                at += nbytes
-            if saving:
-                self._slots(places, stage, saving)
+            # Behind the device's back: nothing in here waits for it, unless blocks have gaps.
+            move = partial(_move, tensors, _index(blocks[first : first + step], tensors[0].device), saving)
+            if self._bus is None:
+                self._by_torch(places, size, move, saving)
+            elif saving:
+                self._bus.save(places, size, move)
+            else:
+                self._bus.load(places, size, move)
         return len(blocks) * size
 
-    def _slots(self, places: Offsets, stage: torch.Tensor, saving: bool) -> None:
-        if self._bus is not None:
-            self._bus.copy(places, stage, saving)
-            return
-        # Both ways the bytes are there at the end: the arena is not pinned memory here.
-        for place, row in zip(places.tolist(), stage, strict=True):
-            slot = self.arena[place : place + stage.shape[1]]
+    def _by_torch(
+        self, places: Offsets, size: int, move: Callable[[torch.Tensor], None], saving: bool
+    ) -> None:
+        """Both ways the bytes are there at the end: the arena is not pinned memory here."""
+        stage = torch.empty((len(places), size), dtype=torch.uint8, device=self.layers[0][0].device)
+        slots = [self.arena[place : place + size] for place in places.tolist()]
+        if saving:
+            move(stage)
+        for slot, row in zip(slots, stage, strict=True):
             source, target = (row, slot) if saving else (slot, row)
             target.copy_(source)
+        if not saving:
+            move(stage)
+
+
+def _index(blocks: Offsets, device: torch.device) -> slice | torch.Tensor:
+    first, last = int(blocks[0]), int(blocks[-1])
+    if np.array_equal(blocks, np.arange(first, last + 1)):
+        return slice(first, last + 1)
+    return torch.from_numpy(np.ascontiguousarray(blocks)).to(device)
+
+
+def _move(
+    tensors: Sequence[torch.Tensor], which: slice | torch.Tensor, saving: bool, stage: torch.Tensor
+) -> None:
+    """Between blocks of all layers and a stage, uint8 [blocks, bytes]."""
+    at = 0
+    for tensor in tensors:
+        nbytes = tensor[0].numel() * tensor.element_size()
+        part = stage[:, at : at + nbytes].view(tensor.dtype).unflatten(1, tensor.shape[1:])
+        here = which if isinstance(which, slice) else which.to(tensor.device)
+        if saving:
+            part.copy_(tensor[here], non_blocking=True)
+        else:
+            tensor[here] = part.to(tensor.device, non_blocking=True)
+        at += nbytes

@@ -28,13 +28,25 @@ class Begun:
     """What `begin` was told: token ids and mask, [rows, columns]."""
 
     def __init__(self, ids: torch.Tensor, mask: torch.Tensor, salt: str | None) -> None:
-        self.ids, self.mask, self.salt = ids, mask, salt
+        self.ids, self.mask, self.salt = ids.detach().clone(), mask, salt  # the caller may write to its own
         self.columns = ids.shape[1]
+        self.whole = False
+        """No row is known to have padding."""
+        self._given, self._version = ids, None if ids.is_inference() else ids._version
+
+    def are(self, ids: torch.Tensor, first: int) -> bool:
+        """Whether these are the columns from `first` on of what was given, and still the same. Told without
+        waiting for the device, which may be busy with a load."""
+        given = self._given[:, first:]
+        same = ids.data_ptr() == given.data_ptr() and ids.dtype == given.dtype
+        same = same and ids.shape == given.shape and ids.stride() == given.stride()
+        return same and self._version is not None and self._version == ids._version
 
     def select(self, rows: torch.Tensor) -> None:
         """Make these the rows, in this order; they may repeat."""
         rows = rows.to(self.ids.device)
         self.ids, self.mask = self.ids[rows], self.mask[rows]
+        self._version = None
 
 
 class PrefixCache(DynamicCache):
@@ -135,6 +147,8 @@ class PrefixCache(DynamicCache):
             self.reset()
             return None
         begun, loaded = self.begun, self.loaded
+        if mask is None and positions is None and begun.whole and begun.are(ids, loaded):
+            return None
         told = slice(loaded, min(begun.columns, loaded + ids.shape[1]))
         count, before = told.stop - loaded, begun.mask[:, :loaded]
         usual = expected_positions(begun.mask)[:, told]

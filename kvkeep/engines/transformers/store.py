@@ -28,9 +28,10 @@ from kvkeep.engines.transformers.describe import (
     probe,
     weights_digest,
 )
+from kvkeep.engines.transformers.lookup import chain_keys, look_up
 from kvkeep.engines.transformers.past import PrefixCache
 from kvkeep.errors import KeeperUnavailable, KVKeepError, LayoutError
-from kvkeep.identity import KEY_BYTES, ChainHasher, encode_extra, fingerprint, tenant_of
+from kvkeep.identity import KEY_BYTES, fingerprint, tenant_of
 from kvkeep.terms import Found, Reserved
 from kvkeep.transfer import Transfer
 from kvkeep.wire.launch import embedded_socket
@@ -39,8 +40,6 @@ from kvkeep.wire.messages import Reservation
 __all__ = ["Stats", "Store"]
 
 log = logging.getLogger("kvkeep.transformers")
-
-_DONE, _POLL_EVERY = 2, 0.001
 
 
 @dataclass
@@ -52,6 +51,7 @@ class Stats:
     """Tokens that were loaded, and used."""
     loaded_bytes: int = 0
     load_seconds: float = 0.0
+    """Of the host: on a GPU, to have the copies launched."""
     saved_bytes: int = 0
     save_seconds: float = 0.0
     keeper_losses: int = 0
@@ -85,6 +85,7 @@ class Store:
         self._keeper: Opened | None = None
         self._backend = find_backend({shape.device for shape in self.shapes})
         self._mapped: Mapped | None = None
+        self._leases: set[int] = set()
         description = describe(model, self.shapes, config.chunk_tokens, self._weights)
         self.chunk_tokens = int(description["chunk_tokens"])
         self._fingerprint = fingerprint(description)
@@ -113,15 +114,15 @@ class Store:
 
     def _adopt(self, opened: Opened) -> None:
         self._let_go()
-        link = opened.connection
-        self._mapped = Mapped(link.map_arena(), link.arena_fd, self._backend, self.config.copy_threads)
+        sizes, device = [self._group_bytes(group) for group in self.groups], self.shapes[0].device
+        self._mapped = Mapped(opened.connection, self._backend, self.config.copy_threads, sizes, device)
         self._keeper = opened
-        if self.shapes[0].device.type == "cpu":
+        if device.type == "cpu":
             self._mapped.copier([("", torch.empty(1, 1, 1))])  # compiles now, not in the first batch
 
     def _let_go(self) -> None:
         """Of the mapping; copies under way end first."""
-        mapped, self._mapped = self._mapped, None
+        mapped, self._mapped, self._leases = self._mapped, None, set()  # they end with the connection
         if mapped is not None:
             mapped.close()
 
@@ -153,6 +154,11 @@ class Store:
                 self._link = self._make_link()
                 self._link.reopen(1)
 
+    @property
+    def pinned(self) -> float:
+        """See `Mapped`."""
+        return 1.0 if self._mapped is None else self._mapped.pinned
+
     def unchanged(self, past: PrefixCache) -> bool:
         """Whether the model is what it was when `past` was begun."""
         return past.state == self._state == model_state(self._model)
@@ -165,7 +171,7 @@ class Store:
         socket = self.config.socket or embedded_socket(self._engine_id)
         self.config = replace(self.config, socket=socket)
         self._engine_id = f"{self._engine_id}-{self._pid}"
-        self._backend = self._mapped = None  # a device does not survive a fork
+        self._backend, self._mapped, self._leases = None, None, set()  # a device does not survive a fork
         self._keeper, self._link = None, self._make_link()
         self._link.reopen(0)
 
@@ -197,25 +203,40 @@ class Store:
         """Fill `past` with the longest prefix that all rows can have. Raises KVKeepError."""
         begun = past.begun
         rows = name_rows(begun.ids, begun.mask)
+        begun.whole = all(len(row.tokens) == begun.columns for row in rows)
         with self._lock:
             keeper = self._attached()
             if keeper is None:
                 return
+            self._settle()
             found: list[Found] = []
             try:
                 self._fill(past, rows, keeper, found)
             finally:
-                if self._mapped is not None:
-                    self._mapped.settle()  # the device reads those slots until then
-                for lease in {one.lease for one in found if one.lease}:
-                    if not keeper.connection.closed:
-                        keeper.connection.release(lease, 0)
+                self._leases = {one.lease for one in found if one.lease}
+                if self._backend is None:
+                    self._settle()
+
+    def settle(self) -> None:
+        """End what the last load leased, once the device has read it. Not before the forward that it is for
+        is launched, which would wait as well. Raises KVKeepError, or a broken device's RuntimeError."""
+        if self._leases:
+            with self._lock:
+                self._settle()
+
+    def _settle(self) -> None:
+        if self._mapped is not None:
+            self._mapped.settle()
+        leases, self._leases = self._leases, set()
+        for lease in leases:
+            if self._keeper is not None and not self._keeper.connection.closed:
+                self._keeper.connection.release(lease, 0)
 
     def _fill(self, past: PrefixCache, rows: list[Named], keeper: Opened, found: list[Found]) -> None:
         began = time.perf_counter()
         keys = [self._keys(row, past.begun.salt, len(row.tokens) // self.chunk_tokens) for row in rows]
         tenant = tenant_of(past.begun.salt)
-        found += [self._lookup(keeper, one, tenant) for one in keys]
+        found += [look_up(keeper, self.config, one, tenant) for one in keys]
         best = list(found)
         columns = self._agree(past, rows, keys, best, keeper, found)
         past.epochs = [one.epoch for one in best]
@@ -252,35 +273,14 @@ class Store:
             if not late or all(group.window is None for group in self.groups):
                 return columns
             for i in late:
-                best[i] = self._lookup(keeper, keys[i][: wanted[i] * KEY_BYTES], tenant_of(past.begun.salt))
+                fewer, tenant = keys[i][: wanted[i] * KEY_BYTES], tenant_of(past.begun.salt)
+                best[i] = look_up(keeper, self.config, fewer, tenant)
                 found.append(best[i])
 
     def _keys(self, row: Named, salt: str | None, chunks: int) -> bytes:
-        hasher = ChainHasher(self._fingerprint, self.chunk_tokens)
-        tokens = row.tokens[: chunks * self.chunk_tokens].tolist()
-        extras = None if salt is None else [None if i else encode_extra(salt) for i in range(chunks)]
-        hasher.extend(tokens, extras)
-        return hasher.keys(0, chunks)
-
-    def _lookup(self, keeper: Opened, keys: bytes, tenant: bytes) -> Found:
-        """What is held, in memory or, within the deadlines, in tiers."""
-        if not keys:
-            return Found(0, 0, 0, [])
-        link, config = keeper.connection, self.config
-        recompute = -1.0 if config.load == "never" else 0.0
-        terms = (keeper.namespace, keys, 0, recompute, config.probe_wait)
-        first = link.lookup(*terms, tenant=tenant)
-        if not first.ticket:
-            return first
-        began, stage, patience = time.monotonic(), 0, config.probe_wait
-        while stage != _DONE and time.monotonic() - began < patience:
-            time.sleep(_POLL_EVERY)
-            stage = link.poll([first.ticket])[0]
-            patience = config.load_wait if stage else config.probe_wait
-        second = link.lookup(*terms, first.ticket, tenant=tenant)
-        if first.lease:
-            link.release(first.lease)
-        return second
+        return chain_keys(
+            self._fingerprint, self.chunk_tokens, row.tokens[: chunks * self.chunk_tokens], salt
+        )
 
     def _fill_group(
         self, past: PrefixCache, number: int, group: Group, rows: list[Named], best: list[Found], columns: int
@@ -337,6 +337,7 @@ class Store:
             keeper = self._attached()
             if keeper is None:
                 return
+            self._settle()
             offers = [self._offer(past, i, row) for i, row in enumerate(past.book.rows())]
             made = [offer for offer in offers if offer is not None]
             if not made:

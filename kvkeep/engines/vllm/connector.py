@@ -319,10 +319,13 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
         """Whether the engine recomputes blocks that are said to have failed.
 
         vLLM 0.32 cannot with several KV-cache groups; and where batches overlap, a request's next step is
-        computed by then, from those blocks, and its token is served.
+        computed by then, from those blocks, and its token is served. With speculative decoding Model Runner
+        V1 asks for failed blocks before `wait_for_save`, which finds some.
         """
-        alone = self._vllm_config.max_concurrent_batches == 1
-        return alone and len(self._kv_cache_config.kv_cache_groups) == 1
+        config = self._vllm_config
+        late = config.speculative_config is not None and not config.use_v2_model_runner
+        groups = len(self._kv_cache_config.kv_cache_groups)
+        return config.max_concurrent_batches == groups == 1 and not late
 
     def _step(self) -> StepMeta | None:
         return self._connector_metadata if isinstance(self._connector_metadata, StepMeta) else None

@@ -12,7 +12,7 @@ from vllm.v1.kv_cache_interface import group_kernel_blocks
 
 from kvkeep.engines.vllm.stats import KVKeepStats
 from kvkeep.transfer.pipeline import Completions, LayerOrder
-from kvkeep.transfer.streams import Event, Pending
+from kvkeep.transfer.streams import Backend, Event, Pending
 
 if TYPE_CHECKING:
     from vllm.config import CompilationConfig
@@ -54,9 +54,10 @@ def replays_whole_graphs(compilation: CompilationConfig) -> bool:
 class Device:
     """One rank's. The engine's thread calls it; `_figures` alone is written by another."""
 
-    def __init__(self) -> None:
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
         self._order = LayerOrder()
-        self._completions = Completions()
+        self._completions = Completions(backend.attend)
         self._figures: deque[tuple[str, float]] = deque()
         self._kind = ""
         self._layered = False

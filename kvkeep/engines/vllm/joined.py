@@ -1,15 +1,17 @@
-"""A session of the keeper that a rank has joined: its connection, and the copy engine over its arena."""
+"""A session of the keeper that a rank has joined: its connection, the copy engine over its arena; and loads
+of whole requests, each of which waits for its own."""
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent import futures
 from typing import TYPE_CHECKING, cast
 
+from kvkeep.background import Busy
 from kvkeep.engines.search import Search
-from kvkeep.engines.vllm.metadata import NOWHERE, Place, Rank
+from kvkeep.engines.vllm.metadata import NOWHERE, Copies, Place, Rank
 from kvkeep.errors import KeeperUnavailable, KVKeepError
 from kvkeep.transfer import Transfer
 from kvkeep.wire.client import Connection
@@ -17,7 +19,7 @@ from kvkeep.wire.client import Connection
 if TYPE_CHECKING:
     from kvkeep.transfer.cuda import CudaTransfer
 
-__all__ = ["Joined", "Joining"]
+__all__ = ["Apart", "Joined", "Joining"]
 
 log = logging.getLogger("kvkeep.vllm")
 
@@ -33,8 +35,18 @@ class Joined:
         self.device = cast("CudaTransfer", transfer) if transfer.name == "cuda" else None
         self.last: futures.Future[float] | None = None
         """The last load of a whole request that was begun; with its end all of them have ended."""
+        self.left = False
+        """Not that it was lost: a keeper that is gone gives to nobody what was leased to us."""
+        self._prepared = False
         self._ending: threading.Thread | None = None
         self._talking = threading.Lock()
+
+    def prepare(self, busy: Busy) -> None:
+        """Once: have the mapping made fast to copy to. Not before the engine has captured its graphs: a call
+        to the driver, from whatever thread, may break a capture."""
+        if not self._prepared:
+            self._prepared = True
+            self.transfer.prepare(self.connection.arena_fd, busy)
 
     @property
     def leaving(self) -> bool:
@@ -46,13 +58,14 @@ class Joined:
         """Whether this rank has left, or has lost the keeper."""
         return self._ending is not None or self.connection.closed
 
-    def tell(self, rank: Rank, send: Callable[[Connection], None]) -> None:
-        """Send what needs no answer; a keeper that is gone is a session that is left."""
+    def tell(self, rank: Rank, send: Callable[..., None], claims: Iterable[int], who: int) -> None:
+        """Send what needs no answer about each claim; a keeper that is gone is a session that is left."""
         if self.leaving:
             return
         try:
             with self._talking:
-                send(self.connection)
+                for claim in claims:
+                    send(self.connection, claim, who)
         except KeeperUnavailable as error:
             self.close()
             log.warning("kvkeep: rank %s lost the keeper at %s: %s", rank, self.connection.path, error)
@@ -61,6 +74,7 @@ class Joined:
         """Leave. The claims that protect slots end with the connection, so copies under way end before it,
         on another thread; `wait`: seconds for that."""
         if self._ending is None:
+            self.left = not self.connection.closed
             last = self.last  # looked at once: it may be the caller, and is not to wait for itself
             self._ending = threading.Thread(target=self._end, args=(last,), name="kvkeep-end", daemon=True)
             if self.device is not None or (last is not None and not last.done()):
@@ -71,6 +85,8 @@ class Joined:
             self._ending.join(wait)
 
     def _end(self, last: futures.Future[float] | None) -> None:
+        if self.device is not None:
+            self.device.backend.attend()
         if last is not None:
             futures.wait([last])
         try:
@@ -117,3 +133,47 @@ class Joining:
                 self._told = str(error)
                 log.warning("kvkeep: session %d cannot be joined yet: %s", place[1], error)
             raise KeeperUnavailable(str(error)) from error
+
+
+class Apart:
+    """All of one rank that are under way. The engine's thread calls it; one of ours copies on a CPU, and
+    waits for the device on a GPU. `attend`: see `Backend`."""
+
+    def __init__(self, attend: Callable[[], None] | None = None) -> None:
+        self._pool = futures.ThreadPoolExecutor(1, "kvkeep-loads", attend)
+        self._under_way: dict[str, tuple[futures.Future[float], Copies] | None] = {}
+
+    def begin(
+        self, name: str, joined: Joined, copies: Copies, copy: Callable[[], float], rank: Rank, reader: int
+    ) -> None:
+        """Have `copy` done for a request; it returns its seconds when the bytes are there."""
+
+        def load() -> float:
+            claimed = False
+            try:
+                seconds = copy()
+                claimed = not joined.connection.closed
+            finally:
+                if not claimed:
+                    joined.close()  # so that the lease ends
+            if not claimed:  # what was read may have been overwritten
+                raise KeeperUnavailable("the connection to the keeper ended during a load")
+            joined.tell(rank, Connection.release, copies.claims, reader)
+            return seconds
+
+        joined.last = self._pool.submit(load)
+        self._under_way[name] = joined.last, copies
+
+    def refuse(self, name: str) -> None:
+        """This one cannot be begun: it has ended, and failed."""
+        self._under_way[name] = None
+
+    def ended(self) -> list[str]:
+        """Requests whose loads have ended, well or not; each until `settle`."""
+        return [name for name, load in self._under_way.items() if load is None or load[0].done()]
+
+    def settle(self, name: str) -> tuple[float, Copies] | None:
+        """Forget one that has ended: its seconds and what was copied; None where it was refused. Raises what
+        went wrong."""
+        load = self._under_way.pop(name)
+        return None if load is None else (load[0].result(), load[1])

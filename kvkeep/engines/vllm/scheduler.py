@@ -192,8 +192,8 @@ class SchedulerSide:
             self.events.look_out()
         planned = self._promises.plan(self._geometry, guard, self._met)
         saves = guard(lambda: self._plan_saves(output), None) if self._ready else None
+        epoch = self._session.epoch if self._session is not None else -1  # that the plans are of
         guard(self._renew, None)
-        epoch = self._session.epoch if self._session is not None else -1
         meta = StepMeta(epoch, planned.loads, planned.apart, saves, unplanned=planned.unplanned)
         meta.scheduled_tokens, meta.leave = output.total_num_scheduled_tokens, self._disabled
         if self._fences:

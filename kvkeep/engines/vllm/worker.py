@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,19 +16,20 @@ from vllm.forward_context import get_forward_context
 
 from kvkeep.config import EngineConfig
 from kvkeep.engines.link import connect
-from kvkeep.engines.vllm.apart import Apart
 from kvkeep.engines.vllm.describe import describe_backends, describe_scales, describe_tensors
 from kvkeep.engines.vllm.device import Device, by_blocks, replays_whole_graphs
-from kvkeep.engines.vllm.joined import Joined, Joining
+from kvkeep.engines.vllm.joined import Apart, Joined, Joining
 from kvkeep.engines.vllm.metadata import NOWHERE, Copies, Handshake, Rank, Session, StepMeta, WorkerMeta
 from kvkeep.engines.vllm.stats import KVKeepStats
 from kvkeep.errors import DeviceError, KeeperUnavailable, LayoutError
 from kvkeep.layout import group_layout
 from kvkeep.transfer import Transfer, make_transfer
 from kvkeep.transfer.base import Move, describe_layers
+from kvkeep.transfer.choose import make_backend
 from kvkeep.transfer.pipeline import load_beside
 from kvkeep.transfer.reference import ReferenceTransfer
 from kvkeep.transfer.streams import Pending
+from kvkeep.wire.client import Connection
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -67,6 +68,7 @@ class WorkerSide:
         self._rests_since = 0.0
         self._loading = 0.0
         self._device: Device | None = None
+        self._source: Joined | None = None  # of the step's load
         self.apart = Apart()
         """Loads of whole requests, beside the steps."""
 
@@ -98,8 +100,9 @@ class WorkerSide:
             + describe_backends([name for name, _ in layers], self._modules, layers[0][1].device.type)
             for plain, layers in zip(described, self._layers, strict=True)
         ]
-        if self._layers[0][0][1].device.type != "cpu":
-            self._device = Device()
+        backend = make_backend(frozenset(tensor.device for layers in self._layers for _, tensor in layers))
+        if backend is not None:
+            self._device, self.apart = Device(backend), Apart(backend.attend)
         try:
             self._joined = self._join("", 0)
         except (KeeperUnavailable, OSError) as error:
@@ -109,7 +112,9 @@ class WorkerSide:
         return Handshake(self._joined.place if self._joined else NOWHERE, text, sizes, whole_graphs=whole)
 
     def handshake(self) -> Handshake | None:
-        """What `register` found."""
+        """What `register` found. Asked for once the engine has captured its graphs."""
+        if self._joined is not None:
+            self._joined.prepare(self._at_work)
         return self._handshake
 
     def _join(self, keeper: str, epoch: int) -> Joined:
@@ -120,10 +125,8 @@ class WorkerSide:
             connection.close()
             raise KeeperUnavailable(f"keeper {here[:8]} is here, not {keeper[:8]}: is this another host?")
         try:
-            arena = connection.map_arena()
-            threads = self.config.copy_threads
+            arena, threads = connection.map_arena(), self.config.copy_threads
             transfer = make_transfer(self._layers, self._kv_config.num_blocks, arena, threads)
-            transfer.prepare(connection.arena_fd, self._at_work)
         except BaseException:
             connection.close()
             raise
@@ -187,18 +190,12 @@ class WorkerSide:
     def load(self, meta: StepMeta, context: ForwardContext) -> bool:
         """Arena → paged KV, for everything this step's forward reads. Returns True when it is there, or,
         on a GPU, is certain to be before it is read."""
+        self._source = None
         self._follow(meta)
         if meta.loads is None:
             return True
-        joined = self._joined
-        if joined is None or joined.epoch != meta.epoch or (joined.device is not None and joined.leaving):
-            raise KeeperUnavailable(f"told to load in session {meta.epoch}, which this rank has not joined")
-        leases, reader = meta.loads.claims, self._reader
-
-        def release() -> None:
-            for lease in leases:
-                joined.tell(self._rank, lambda link, lease=lease: link.release(lease, reader))  # type: ignore[misc]
-
+        joined = self._source = self._entered(meta)
+        release = partial(joined.tell, self._rank, Connection.release, meta.loads.claims, self._reader)
         if joined.device is not None and self._device is not None:
             pending = self._device.load(joined.device, self._moves(meta.loads), context)
             nbytes = pending.nbytes
@@ -215,27 +212,16 @@ class WorkerSide:
     def load_apart(self, meta: StepMeta, name: str, copies: Copies) -> bool:
         """Begin to load for a request that waits for it, beside this step and later ones. False, or an error,
         where that cannot be: nothing of it is under way then."""
-        joined = self._joined
-        if joined is None or joined.epoch != meta.epoch or joined.leaving:
-            log.warning("kvkeep: rank %s has left session %d, in which it is to load", self._rank, meta.epoch)
-            return False
-        moves = self._moves(copies)
-        copy: Callable[[], float]
+        joined, moves = self._entered(meta), self._moves(copies)
+        copy: Callable[[], float] = partial(load_beside, joined.transfer, moves)
         if joined.device is not None and self._device is not None:
             copy = self._device.load_apart(joined.device, moves).wait
-        else:
-            copy = partial(load_beside, joined.transfer, moves)
         self.apart.begin(name, joined, copies, copy, self._rank, self._reader)
         return True
 
     def settle(self, name: str) -> bool:
         """Count a load that `apart` says has ended. True where its bytes are there; raises what was wrong."""
-        try:
-            done = self.apart.settle(name)
-        except KeeperUnavailable as error:
-            log.warning("kvkeep: rank %s: %s; what it was for is computed", self._rank, error)
-            return False
-        if done is None:
+        if (done := self.apart.settle(name)) is None:
             return False
         seconds, copies = done
         assert self._handshake is not None
@@ -253,13 +239,16 @@ class WorkerSide:
             self.stop()
 
     def load_again(self, meta: StepMeta) -> None:
-        """Second try after a failed load, by the reference engine; raises if that fails too."""
+        """Second try after a failed load, by the reference engine; raises if that fails too, or the bytes are
+        not leased to this rank any more."""
         assert meta.loads is not None
-        assert self._joined is not None
-        old = self._joined.transfer
-        slow = ReferenceTransfer(self._layers, self._kv_config.num_blocks, old.arena.numpy())  # type: ignore[arg-type]
+        joined = self._source or self._entered(meta)
+        if joined.device is not None:
+            joined.device.settle()  # what was begun is not to come after this, nor to read slots of others
+        arena: Any = joined.transfer.arena.numpy()
+        slow = ReferenceTransfer(self._layers, self._kv_config.num_blocks, arena)
         self._copy(slow, meta.loads, saving=False)
-        self.stop()  # the lease ends with the session, and a new one begins
+        joined.tell(self._rank, Connection.release, meta.loads.claims, self._reader)
 
     def save(self, meta: StepMeta) -> None:
         """Paged KV → arena, for the chunks that this step completed. On a GPU it is there when the keeper
@@ -268,12 +257,8 @@ class WorkerSide:
         if meta.saves is None or joined is None or joined.epoch != meta.epoch or joined.closed:
             return
         assert self._session is not None
-        part, reservations = self._session.part[self._rank], meta.saves.claims
-
-        def commit() -> None:
-            for reservation in reservations:
-                joined.tell(self._rank, lambda link, number=reservation: link.commit(number, part))  # type: ignore[misc]
-
+        part = self._session.part[self._rank]
+        commit = partial(joined.tell, self._rank, Connection.commit, meta.saves.claims, part)
         if self._rank in self._session.replicas:
             if joined.device is None or self._device is None:
                 commit()
@@ -341,6 +326,15 @@ class WorkerSide:
 
     # Below
 
+    def _entered(self, meta: StepMeta) -> Joined:
+        """The session that the step is of. Raises KeeperUnavailable where its leases are none of ours."""
+        joined = self._joined
+        if joined is None or joined.epoch != meta.epoch or joined.left:
+            raise KeeperUnavailable(
+                f"rank {self._rank} is not in session {meta.epoch}, in which it is to load"
+            )
+        return joined
+
     @property
     def _reader(self) -> int:
         return self._readers().index(self._rank)
@@ -377,6 +371,7 @@ class WorkerSide:
             if self._joined is not None:
                 self._joined.close()
             self._joined = found
+            found.prepare(self._at_work)
         have = self._joined is not None and self._joined.place == meta.session.place
         if not (have or self._off):
             self._joining.begin(meta.session.place)

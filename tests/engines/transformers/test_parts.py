@@ -79,13 +79,14 @@ def test_a_bus_copies_what_the_reference_does(
     views = [(str(i), as_blocks(one, 4)) for i, one in enumerate(states)]
     arenas = [memoryview(mmap.mmap(-1, 1 << 16)) for _ in range(2)]
     backend = late_device(seed, monkeypatch, pinned)
-    bus = Bus(backend, arenas[0], -1)
+    bus = Bus(backend, arenas[0], -1, [1536], torch.device("cpu"))
+    assert bus.pinned == pinned
     ours, reference = make_copier(views, arenas[0], 1, bus), ReferenceTransfer([views], 10, arenas[1])
     blocks = np.array([7, 2, 3, 4, 5, 9, 0])
     offsets = 64 + 1536 * np.array([4, 9, 1, 2, 3, 30, 7])
     for one in (ours, reference):
         assert one.save(0, offsets, blocks) == len(blocks) * 1536
-    assert (arenas[0] == arenas[1]) != pinned, "a device that is late is to be late here"
+    assert not pinned or arenas[0] != arenas[1], "a device that is late is to be late here"
     bus.settle()
     assert arenas[0] == arenas[1]
     before = states.clone()
@@ -109,14 +110,18 @@ def test_with_a_device_nothing_is_committed_or_released_before_its_copies(
         real = getattr(Connection, name)
 
         def note(link: Connection, *arguments: Any, name: str = name, real: Any = real) -> None:
-            told.append((name, len(cache._store._mapped.bus._stages)))
+            told.append((name, len(cache._store._mapped.bus._pending)))
             real(link, *arguments)
 
         monkeypatch.setattr(Connection, name, note)
     plain = kit.answer(model, batch)
     kit.assert_alike(kit.answer(model, batch, cache.begin(batch.ids, batch.mask)), plain)
+    told.clear()
     past = cache.begin(batch.ids, batch.mask)
     assert past.loaded > 100
+    kit.answer(model, batch, past, count=1)
+    assert "release" not in dict(told), "the forward is launched while the load is under way"
+    past = cache.begin(batch.ids, batch.mask)
     kit.assert_alike(kit.answer(model, batch, past), plain)
     cache.save()
     assert set(told) == {("commit", 0), ("release", 0)}
@@ -159,7 +164,7 @@ def test_a_device_that_breaks_lets_go_of_arena_and_keeper(
     def broken(*_: Any) -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(Bus, "settle", broken)
+    monkeypatch.setattr(cache._store._mapped.bus._transfer._saves, "record_event", broken)
     cache.save()
     assert "an unexpected error" in caplog.text
     assert "a copy on the device failed" in caplog.text
@@ -168,13 +173,35 @@ def test_a_device_that_breaks_lets_go_of_arena_and_keeper(
     kit.assert_alike(kit.answer(model, batch, cache.begin(batch.ids, batch.mask)), plain)
 
 
+def test_a_plain_forward_is_launched_without_a_look_at_the_device(
+    kit: Any, tie: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which is busy with the load; where it must look, it does."""
+    model, ids = kit.model("Llama", seed=12), kit.batch(kit.tokens(1, 100)).ids
+    cache = tie(model)
+    with torch.no_grad():
+        whole = model(ids).logits
+        for _ in range(2):
+            with cache.begin(ids) as past:
+                model(ids[:, past.loaded :], past_key_values=past)
+        past = cache.begin(ids)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "equal", lambda *_: pytest.fail("a look at the device"))
+            logits = model(ids[:, past.loaded :], past_key_values=past).logits
+        torch.testing.assert_close(logits, whole[:, past.loaded :], rtol=1e-4, atol=1e-4)
+        past = cache.begin(ids)
+        ids[:, -1] += 1
+        with pytest.raises(ValueError, match="does not go on"):
+            model(ids[:, past.loaded :], past_key_values=past)
+
+
 def test_which_devices_have_a_bus(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    def refuse(device: torch.device) -> None:
-        raise LayoutError(f"{device} without Triton")
+    def refuse(devices: frozenset[torch.device]) -> None:
+        raise LayoutError(f"{next(iter(devices))} without Triton")
 
     first, second = torch.device("cuda", 0), torch.device("cuda", 1)
     monkeypatch.setattr(torch.version, "cuda", "12.8")
-    monkeypatch.setattr(copies, "make_backend", lambda device: f"backend of {device}")
+    monkeypatch.setattr(copies, "make_backend", lambda devices: f"backend of {next(iter(devices))}")
     assert find_backend({first}) == "backend of cuda:0"
     assert find_backend({first, second}) is find_backend({torch.device("cpu")}) is None
     assert not caplog.text
@@ -246,8 +273,12 @@ def test_the_gpu_benchmark_runs_on_a_cpu(tmp_path: Path) -> None:
     rows = ttft.measure(
         ttft.TINY, [500, 800], device="cpu", dtype=torch.float32, memory="32MiB", disk=tmp_path, rounds=1
     )
-    assert [(row["tokens"], row["loaded_bytes"]) for row in rows] == [(500, 786432), (800, 1572864)]
-    assert all(row["load_ratio"] > 0 and row["disk_ratio"] > 0 and row["same_token"] for row in rows)
+    *memory, short, long = rows
+    assert [(row["tokens"], row["loaded_bytes"]) for row in memory] == [(500, 786432), (800, 1572864)]
+    assert [row["tokens"] for row in (short, long)] == [500, 800]
+    assert all(row["load_ratio"] > 0 for row in memory)
+    assert short["disk_ratio"] > 0 < long["disk_ratio"]
+    assert all(row["same_token"] and row["pinned"] == 1 for row in (*memory, short, long))
 
 
 def test_the_page_runs(monkeypatch: pytest.MonkeyPatch, short_dir: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,8 +29,11 @@ from kvkeep.engines.vllm.describe import describe_backends
 from kvkeep.engines.vllm.device import Device, by_blocks, kind_of, replays_whole_graphs
 from kvkeep.engines.vllm.geometry import blocks_written
 from kvkeep.engines.vllm.metadata import Copies, Session, StepMeta
-from kvkeep.transfer import cuda
-from kvkeep.transfer.cuda import CudaTransfer
+from kvkeep.engines.vllm.stats import KVKeepStats
+from kvkeep.errors import DeviceError, KeeperUnavailable
+from kvkeep.transfer import choose, cuda
+from kvkeep.transfer.streams import Pending
+from kvkeep.wire.client import Connection
 from kvkeep.wire.messages import Reservation
 
 pytestmark = pytest.mark.slow  # to import vLLM takes ten seconds
@@ -45,7 +50,9 @@ def context(mode: CUDAGraphMode = CUDAGraphMode.PIECEWISE, metadata: Any = True)
 class Rank:
     """One worker of an engine on the tests' device, and its scheduler as far as the keeper sees it."""
 
-    def __init__(self, keeper: Any, patch: pytest.MonkeyPatch, seed: int) -> None:
+    def __init__(
+        self, keeper: Any, patch: pytest.MonkeyPatch, seed: int, captured: bool = True, on_cpu: bool = False
+    ) -> None:
         self.keeper = keeper
         self.backend = HostBackend(random.Random(seed))
         self.layers = {name: torch.randn(BLOCKS, 1024) for name in NAMES}
@@ -54,9 +61,8 @@ class Rank:
         patch.setattr(worker, "get_pp_group", lambda: group)
         patch.setattr(worker, "get_tp_group", lambda: group)
         patch.setattr(worker, "get_forward_context", context)
-        patch.setattr(
-            worker, "make_transfer", lambda layers, n, arena, _: CudaTransfer(layers, n, arena, self.backend)
-        )
+        for module in (worker, choose):  # of tensors that lie on a CPU
+            patch.setattr(module, "make_backend", lambda devices: None if on_cpu else self.backend)
         config = SimpleNamespace(
             kv_transfer_config=SimpleNamespace(engine_id="engine"),
             compilation_config=SimpleNamespace(static_forward_context={}, cudagraph_mode=None),
@@ -68,13 +74,13 @@ class Rank:
         )
         self.side = worker.WorkerSide(config, kv, EngineConfig(socket=keeper.socket))
         self.side.register(self.layers)
-        assert self.side.handshake().place == (keeper.figures()["keeper"], 0)
-        self.side._device = Device()
+        if captured:
+            assert self.side.handshake().place == (keeper.figures()["keeper"], 0)
         self.link = keeper.connect(session_name("engine", 0))
-        size = self.side.handshake().block_bytes[0]
+        size = self.side._handshake.block_bytes[0]
         assert size == LAYERS * 4096
         self.space = self.link.open_namespace(b"f" * 32, "test", [(size * PER_CHUNK, None)], 1, 1)
-        self.session = Session(self.side.handshake().place, {(0, 0): [0]}, {(0, 0): 0})
+        self.session = Session(self.side._handshake.place, {(0, 0): [0]}, {(0, 0): 0})
 
     def copies(self, offsets: np.ndarray, blocks: list[int], claim: int) -> Copies:
         copies = Copies(claims=[claim], tokens=len(blocks))
@@ -225,9 +231,139 @@ def test_a_rank_that_leaves_ends_its_loads_first(
     wait_until(rank.side.apart.ended, 20)
     assert rank.side.settle("r")
     late = rank.copies(found.offsets[0], list(range(12, 20)), found.lease)
-    assert not rank.side.load_apart(StepMeta(0, apart={"late": late}), "late", late)
+    meta = StepMeta(0, late, {"late": late}, session=rank.session)
+    for refused in (
+        lambda: rank.side.load_apart(meta, "late", late),
+        lambda: rank.side.load(meta, context()),
+        lambda: rank.side.load_again(meta),  # not as a second try either
+    ):
+        with pytest.raises(KeeperUnavailable, match="is not in session 0"):
+            refused()
     rank.side.stop(wait=20)
     assert rank.side._joined.connection.closed
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_what_a_rank_on_a_cpu_loads_that_has_left(
+    lost: bool, keeper_process: Callable[..., Any], wait_until, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing: its leases may have ended. But from a keeper that is gone, as none writes there any more."""
+    rank = Rank(keeper_process(), monkeypatch, 0, on_cpu=True)
+    before = {name: tensor.clone() for name, tensor in rank.layers.items()}
+    saved, fresh = list(range(1, 9)), list(range(12, 20))
+    rank.keep(saved)
+    wait_until(lambda: not rank.figure("reservations"), 20)
+    found = rank.link.lookup(rank.space, KEYS)
+    loads = rank.copies(found.offsets[0], fresh, found.lease)
+    if not lost:
+        rank.side.stop()
+        for load in (rank.side.load, lambda meta, _: rank.side.load_again(meta)):
+            with pytest.raises(KeeperUnavailable, match="is not in session 0"):
+                load(StepMeta(0, loads, session=rank.session), context())
+        return
+    rank.keeper.process.kill()
+    rank.keeper.process.wait(20)
+    joined = rank.side._joined
+    wait_until(lambda: joined.tell((0, 0), Connection.release, [77], 0) or joined.leaving, 20)
+    assert rank.step(loads=loads)
+    assert all(torch.equal(tensor[fresh], before[name][saved]) for name, tensor in rank.layers.items())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_load_that_is_repeated_is_behind_what_the_first_try_began(
+    seed: int, keeper_process: Callable[..., Any], wait_until, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that its lease can end: a copy under way would read what others write there by then. The session
+    goes on, as later steps that were planned meanwhile load in it."""
+    rank = Rank(keeper_process(), monkeypatch, seed)
+    before = {name: tensor.clone() for name, tensor in rank.layers.items()}
+    saved, fresh = list(range(1, 9)), list(range(12, 20))
+    rank.keep(saved)
+    wait_until(lambda: not rank.figure("reservations"), 20)
+    found, copy = rank.link.lookup(rank.space, KEYS), rank.backend.copy
+    meta = StepMeta(0, rank.copies(found.offsets[0], fresh, found.lease), session=rank.session)
+
+    def refuse(*args: Any, **options: Any) -> None:
+        copy(*args, **options)
+        raise DeviceError("no more")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rank.backend, "copy", refuse)
+        with pytest.raises(DeviceError):
+            rank.side.load(meta, context())
+    rank.side.load_again(meta)
+    wait_until(lambda: not rank.figure("leases"), 20)
+    for name, tensor in rank.layers.items():
+        assert torch.equal(tensor[fresh], before[name][saved]), name
+        tensor[fresh] = 7
+    rank.backend.finish()
+    assert all((tensor[fresh] == 7).all() for tensor in rank.layers.values())
+    assert not rank.side._joined.leaving
+    rank.side.stop(wait=20)
+
+
+def test_who_recomputes_what_failed_to_load() -> None:
+    def recomputes(groups: int = 1, batches: int = 1, drafts: bool = False, v2: bool = False) -> bool:
+        config = SimpleNamespace(
+            max_concurrent_batches=batches, speculative_config=drafts or None, use_v2_model_runner=v2
+        )
+        cache = SimpleNamespace(kv_cache_groups=[None] * groups)
+        given = SimpleNamespace(_vllm_config=config, _kv_cache_config=cache)
+        return KVKeepConnector._recomputes.fget(given)
+
+    assert recomputes()
+    assert recomputes(drafts=True, v2=True)
+    assert not recomputes(groups=2)
+    assert not recomputes(batches=2)
+    assert not recomputes(drafts=True), "V1 asks for failed blocks before it says that all is computed"
+
+
+def test_nothing_is_asked_of_the_driver_before_graphs_are_captured(
+    keeper_process: Callable[..., Any], wait_until, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA refuses many a call meanwhile, whatever thread it comes from; and the capture may fail of it."""
+    rank = Rank(keeper_process(), monkeypatch, 5, captured=False)
+    starts = list[int]()
+    pinning = rank.side._joined.device.pinning
+    start = pinning.start
+    monkeypatch.setattr(pinning, "start", lambda fd: starts.append(fd) or start(fd))
+    assert not starts
+    rank.side.handshake()  # vLLM asks for it once it has captured
+    rank.step()
+    assert len(starts) == 1
+    wait_until(lambda: pinning.registered == len(rank.side._joined.transfer.arena), 20)
+    saved = rank.backend.attended
+    rank.keep(list(range(1, 9)))
+    wait_until(lambda: not rank.figure("reservations"), 20)
+    rank.side.stop(wait=20)
+    threads = {name.rstrip("0123456789_") for name in saved}
+    assert threads == {"kvkeep-pin", "kvkeep-completions", "kvkeep-end"}
+    assert not rank.backend.registered
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("CUDA error"), KeyError("a bug of ours")])
+def test_what_follows_a_copy(error: Exception | None, wait_until, caplog: pytest.LogCaptureFixture) -> None:
+    """Comes after the bytes, on another thread, which survives whatever goes wrong."""
+    backend, said = HostBackend(random.Random(0)), list[Any]()
+    device, stats, copied = Device(backend), KVKeepStats(), list[int]()
+
+    def then(number: int) -> None:
+        said.append((number, len(copied) >= number, threading.current_thread() is threading.main_thread()))
+        if error is not None and number == 2:
+            raise error
+
+    for number in range(1, 4):
+        stream = backend.stream()
+        began = stream.record_event()
+        stream.submit([lambda number=number: copied.append(number)])
+        pending = Pending(1, began, stream.record_event())
+        device.after(pending, "save_seconds", partial(then, number), partial(said.append, f"failed {number}"))
+    wait_until(lambda: (3, True, False) in said, 20)
+    assert [what for what in said if what != "failed 2"] == [(n, True, False) for n in (1, 2, 3)]
+    assert ("failed 2" in said) == (error is not None)
+    assert ("Traceback" in caplog.text) == (error is not None)
+    device.collect(stats)
+    assert stats.data["save_seconds"] > 0
 
 
 def test_which_engines_load_by_request() -> None:

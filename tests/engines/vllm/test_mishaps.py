@@ -28,7 +28,8 @@ def test_a_load_that_fails(
     told = live(model, "broken", connector, "--module", "faulty", *flags)
     for phase in ("first load", "second load", "third load", "off"):
         assert told[phase]["tokens"] == told["cold"]["tokens"], phase
-    assert told["second load"]["cached"] == [320, 320]
+    # What is computed from blocks that had to be loaded again is kept: they were right.
+    assert told["second load"]["cached"] == ([320, 320] if groups == 1 else [768, 480])
     assert told["off"]["cached"][0] == 0  # the second prompt may have some of the first one
     assert told["metrics"]["vllm:kvkeep_load_failures"] == (2 if groups == 1 else 0)
     figures = keeper.figures()

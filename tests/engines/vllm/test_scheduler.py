@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
@@ -311,6 +313,25 @@ def test_a_keeper_that_ends_before_all_have_joined(turns: Turns, wait_until: Cal
     wait_until(turns.until(lambda: side._ready))
     assert side._keeper.connection.keeper == second.figures()["keeper"]
     wait_until(turns.until(lambda: second.figures()["chunks"]))
+
+
+def test_plans_are_of_the_session_that_they_were_made_in(
+    turns: Turns, wait_until: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their places are offsets in its arena, and in no other one's."""
+    side = turns.scheduler
+    turns.keeper()
+    wait_until(turns.until(lambda: side._ready))
+    old = side._session
+
+    def renew() -> None:
+        side._session = replace(old, place=("the next keeper", old.epoch + 1))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(side, "_renew", renew)
+        meta = side.step(SchedulerOutput.make_empty(), lambda action, otherwise: action())
+    assert meta.epoch == old.epoch
+    side._session = old
 
 
 def test_a_reset_while_the_keeper_is_away(turns: Turns, wait_until: Callable[..., None]) -> None:

@@ -184,42 +184,52 @@ def test_the_engine_dies(
         assert engine.metric("vllm:kvkeep_loaded_tokens_total") == HIT
 
 
-def test_a_store_that_hangs_in_a_get_ends_in_computing(
+def test_a_store_that_hangs_or_is_slow_ends_in_computing(
     tiny_model: Path, keeper_process: Callable[..., Any], tmp_path: Path, wait_until: Callable[..., None]
 ) -> None:
-    """It says what it holds, and never gives it: the request computes, and the answer is the same."""
+    """One says what it holds, and never gives it: the request computes once its time is over. One takes 2 s
+    to say anything: nobody waits for that, whether it holds the prompt or not. Answers are the same."""
     store = f"fs://{tmp_path}/kv?capacity=1GiB"
     keeper = keeper_process("--tier", store, memory="256MiB")
-    patience = {"load": "always", "probe_wait": 30.0, "load_wait": 1.0}
+    patience = {"load": "always", "probe_wait": 1.0, "load_wait": 1.0}
     args = [*ARGS, *connector_args(socket=keeper.socket, **patience)]
     names = ("loaded_tokens", "tier_waits", "tier_timeouts", "errors", "tier_wait_seconds")
+    losses = 0
     with VllmServer(tiny_model, args, log=tmp_path / "engine.log", environ=SMALL) as engine:
-
-        def counts() -> list[float]:
-            return [engine.metric(f"vllm:kvkeep_{name}_total") for name in names]
-
-        cold = engine.complete(prompt(1), 12).text
-        keeper.close()  # which writes what the store lacks
-        hung = f"faulty+{store}&write=never&fault_hang=yes&fault_verbs=get"
-        keeper = keeper_process("--tier", hung, memory="256MiB", socket=keeper.socket)
 
         def attached() -> bool:
             engine.complete(prompt(99, 40), 1)
             metrics = ("vllm:kvkeep_keeper_losses_total", "vllm:kvkeep_attached")
-            return [engine.metric(name) for name in metrics] == [1, 1]
+            return [engine.metric(name) for name in metrics] == [losses, 1]
 
-        wait_until(attached, 60)
-        engine.reset_local_cache()
-        before = counts()
-        answer = engine.complete(prompt(1), 12)
-        assert answer.text == cold
-        assert answer.ttft_s < 60
-        *counted, waited = [now - then for now, then in zip(counts(), before, strict=True)]
-        assert counted == [0, 1, 1, 0]
-        assert waited >= patience["load_wait"]
-        shown = keeper.figures()
-        assert (shown["tiers"][0]["found"], shown["tiers"][0]["hits"]) == (3, 0)
-        assert shown["namespaces"][0]["hit_chunks"] == 0 < shown["namespaces"][0]["asked_chunks"]
+        def asked(seed: int) -> list[float]:
+            engine.reset_local_cache()
+            before = [engine.metric(f"vllm:kvkeep_{name}_total") for name in names]
+            assert engine.complete(prompt(seed), 12).text == cold[seed]
+            return [
+                engine.metric(f"vllm:kvkeep_{name}_total") - then
+                for name, then in zip(names, before, strict=True)
+            ]
+
+        cold = {1: engine.complete(prompt(1), 12).text}
+        keeper.close()  # which writes what the store lacks
+        cold[2] = engine.complete(prompt(2), 12).text
+        for fault in ("hang=yes&fault_verbs=get", "latency=2s&fault_bandwidth=1MB"):
+            faulty = f"faulty+{store}&write=never&fault_{fault}"
+            keeper = keeper_process("--tier", faulty, memory="256MiB", socket=keeper.socket)
+            losses += 1
+            wait_until(attached, 60)
+            wait_until(lambda keeper=keeper: keeper.figures()["tiers"][0]["latency_s"] is not None, 30)
+            *counted, waited = asked(1)
+            if "hang" in fault:
+                assert counted == [0, 1, 1, 0]
+                assert patience["load_wait"] <= waited < patience["load_wait"] + 10.0
+                shown = keeper.figures()
+                assert (shown["tiers"][0]["found"], shown["tiers"][0]["hits"]) == (3, 0)
+                assert shown["namespaces"][0]["hit_chunks"] == 0 < shown["namespaces"][0]["asked_chunks"]
+            else:
+                assert [*counted, waited, *asked(2)] == [0] * 10
+            keeper.close()
 
 
 def test_spans_of_the_keeper_join_the_engines(
