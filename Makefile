@@ -64,9 +64,11 @@ test: models
 	@status=0; \
 	$(MAKE) --no-print-directory check || { status=1; echo "test: 'make check' FAILED, see above" >&2; }; \
 	echo "test: pytest"; \
-	$(BIN)/python -m pytest tests -n $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS) || { \
+	$(BIN)/python -m pytest tests -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not alone" $(PYTEST_ARGS) || { \
 		echo "test: once more, alone, what FAILED beside others"; \
 		$(BIN)/python -m pytest tests --last-failed --last-failed-no-failures none $(PYTEST_ARGS) || status=1; }; \
+	echo "test: those that only run alone"; \
+	$(BIN)/python -m pytest tests -m alone $(PYTEST_ARGS) || [ $$? -eq 5 ] || status=1; \
 	exit $$status
 
 # All four run, whatever the first ones say.

@@ -13,7 +13,7 @@ from tests.engines.vllm.conftest import tiny_model  # noqa: F401 (a fixture)
 from tests.hosts.fleet import CHUNK, Fleet, Question, Stream, fleet_on, until
 from tests.hosts.network import hosts
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.alone, pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(600)]
 
 READERS = [Question(1, 300, 300), Question(2, 200, 300)]
 LATE = [Question(3, 2000, 8), Question(4, 1900, 8)]
