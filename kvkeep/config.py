@@ -171,7 +171,7 @@ def _parse(name: str, kind: str, value: Any) -> Any:
         if kind.startswith("tuple"):
             return tuple(value.split() if isinstance(value, str) else map(str, value))
         if kind.startswith("bool"):
-            return _parse_bool(value)
+            return parse_flag(str(value))
         if kind.startswith("int"):
             return int(value)
         if kind.startswith("float"):
@@ -181,15 +181,13 @@ def _parse(name: str, kind: str, value: Any) -> Any:
     return str(value)
 
 
-def _parse_bool(value: Any) -> bool:
-    if isinstance(value, bool):
-        return value
-    text = str(value).lower()
-    if text in ("1", "true", "yes", "on"):
+def parse_flag(text: str) -> bool:
+    """True or False from yes or no and their like. Raises ValueError."""
+    if text.lower() in ("1", "true", "yes", "on"):
         return True
-    if text in ("0", "false", "no", "off"):
+    if text.lower() in ("0", "false", "no", "off"):
         return False
-    raise ValueError(value)
+    raise ValueError("write yes or no")
 
 
 def parse_bytes(value: Any) -> int:

@@ -1,5 +1,5 @@
 """TLS for every port that may leave the host: contexts from PEM files, TLS 1.2 or newer. With a CA for
-clients a server asks each for its certificate (mTLS), and trusts no other CA for it.
+clients a server asks each for its certificate (mTLS), and trusts no other CA for it. And tokens.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from kvkeep.errors import ConfigError
 
-__all__ = ["client_context", "server_context"]
+__all__ = ["client_context", "read_token", "server_context"]
 
 
 def server_context(
@@ -85,3 +85,11 @@ def _readable(what: str, path: str) -> None:
             pass
     except OSError as error:
         raise ConfigError(f"cannot read the {what} file {path}: {error.strerror}") from error
+
+
+def read_token(path: str | Path) -> str:
+    """The token in a file. Raises ConfigError."""
+    try:
+        return Path(path).read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the token in {path}: {error}") from error

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
 from kvkeep.cli.fleet import Keeper, add_keepers, each
@@ -134,11 +135,8 @@ def _clear(args: argparse.Namespace) -> Tell:
 
 
 def _clear_here(args: argparse.Namespace) -> int:
-    connection = Connection.open(args.socket, f"cli-{os.getpid()}", timeout=args.timeout)
-    try:
+    with closing(Connection.open(args.socket, f"cli-{os.getpid()}", timeout=args.timeout)) as connection:
         print(_cleared({"forgotten_chunks": connection.clear(args.namespace, tenant_of(args.tenant))}))
-    finally:
-        connection.close()
     return 0
 
 

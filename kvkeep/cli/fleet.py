@@ -18,7 +18,7 @@ from rich.console import Console
 
 from kvkeep.config import default_socket
 from kvkeep.errors import ConfigError, KeeperUnavailable, KVKeepError, RequestRefused
-from kvkeep.tls import client_context
+from kvkeep.tls import client_context, read_token
 
 __all__ = ["Keeper", "add_keepers", "each", "fetch"]
 
@@ -119,10 +119,7 @@ def _choose(args: argparse.Namespace) -> list[Keeper]:
     token = None
     place = args.token or Path(f"{default_socket()}.token")
     if args.token is not None or place.is_file():
-        try:
-            token = place.read_text(encoding="ascii").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read the token in {place}: {error}") from error
+        token = read_token(place)
     if args.tls is not None and len(args.tls) > 3:
         raise ConfigError("--tls takes CA [CERT KEY]")
     tls, scheme = (None, "http") if args.tls is None else (client_context(*args.tls), "https")

@@ -13,7 +13,7 @@ from kvkeep.cli.fleet import Keeper, fetch
 from kvkeep.errors import ConfigError, RequestRefused
 from kvkeep.identity import ChainHasher, encode_extra
 
-__all__ = ["add_prompt", "chain", "space", "tokens"]
+__all__ = ["add_prompt", "chain", "read_text", "space", "tokens"]
 
 
 def add_prompt(parser: argparse.ArgumentParser) -> None:
@@ -39,13 +39,13 @@ def tokens(args: argparse.Namespace) -> list[int] | None:
     if args.tokens is not None and args.text is not None:
         raise ConfigError("give --tokens or --text, not both")
     if args.tokens is not None:
-        words = re.findall(r"[^\s,\[\]]+", _read(args.tokens))
+        words = re.findall(r"[^\s,\[\]]+", read_text(args.tokens))
         if not all(word.isdecimal() for word in words):
             raise ConfigError(f"{args.tokens} has more in it than token ids")
         return [int(word) for word in words]
     if args.text is None:
         return None
-    text = _read(args.text)
+    text = read_text(args.text)
     said = {"messages": [{"role": "user", "content": text}]} if args.chat else {"prompt": text}
     engine = args.engine.rstrip("/")
     try:
@@ -90,7 +90,8 @@ def chain(of: dict[str, Any], prompt: list[int], salt: str | None) -> bytes:
     return hasher.keys(0, count)
 
 
-def _read(name: str) -> str:
+def read_text(name: str) -> str:
+    """A text file; -: standard input. Raises ConfigError."""
     try:
         return sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

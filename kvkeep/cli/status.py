@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from contextlib import closing
 from typing import Any
 
 from rich.console import Console
@@ -30,11 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Ask the keeper and print its figures."""
-    connection = Connection.open(args.socket, f"cli-{os.getpid()}", timeout=10.0)
-    try:
+    with closing(Connection.open(args.socket, f"cli-{os.getpid()}", timeout=10.0)) as connection:
         figures: dict[str, Any] = connection.status(tenant_of(args.tenant))
-    finally:
-        connection.close()
     if args.json:
         print(json.dumps(figures))
     elif args.tenant:

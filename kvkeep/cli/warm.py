@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from kvkeep.cli.fleet import fetch
+from kvkeep.cli.prompt import read_text
 from kvkeep.errors import ConfigError
 
 __all__ = ["add_arguments", "run"]
@@ -52,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Send all files; returns 1 if any failed."""
-    texts = [(path, _read(path)) for path in args.files]
+    texts = [(path, read_text(str(path))) for path in args.files]
     if args.parallel < 1:
         raise ConfigError("--parallel must be 1 or more")
     server = _Server(args.url.rstrip("/"), args.key, args.timeout)
@@ -80,13 +81,6 @@ def _report(done: list[Warmed], as_json: bool, console: Console) -> None:
         what = one.error or f"{one.tokens} tokens in {one.seconds:.2f} s"
         style = "red" if one.error else None
         console.print(f"{one.file}: {what}", soft_wrap=True, markup=False, highlight=False, style=style)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read {path} as UTF-8 text: {error}") from error
 
 
 class _Server:

@@ -42,7 +42,7 @@ from kvkeep.observe.watch import SAMPLE_EVERY, Watch, tier_names
 from kvkeep.tiers.base import Usage
 from kvkeep.tiers.open import Opened
 from kvkeep.tiers.url import TierURL
-from kvkeep.tls import server_context
+from kvkeep.tls import read_token, server_context
 
 __all__ = ["Web"]
 
@@ -99,7 +99,7 @@ class Web:
                 "FILE, and ?token_file=FILE), or the CA of those who may read (ca=, with cert= and key=); or "
                 "listen on 127.0.0.1"
             )
-        self._token = None if token is None else _read_token(Path(token))
+        self._token = None if token is None else _read_token(token)
         self._token_file = Path(token or f"{config.socket}.token")
         self._served = served
         self._tiers = [] if served.movers is None else served.movers.tiers
@@ -265,7 +265,7 @@ class Web:
             "keeper": figures,
             "arena": arena_bytes(self._served.keeper),
             "tiers": tiers,
-            "history": [tuple(sample) for sample in watch.history],
+            "history": list(watch.history),
             "prefixes": watch.prefixes(),
             "requests": watch.requests(),
         }
@@ -370,11 +370,8 @@ def _address(url: TierURL) -> tuple[str, int]:
     return host, url.port
 
 
-def _read_token(path: Path) -> str:
-    try:
-        token = path.read_text(encoding="ascii").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the token in {path}: {error}") from error
+def _read_token(path: str) -> str:
+    token = read_token(path)
     if len(token) < _TOKEN_CHARACTERS or not token.isprintable() or " " in token:
         raise ConfigError(f"the token in {path} must be one word of {_TOKEN_CHARACTERS} characters or more")
     return token

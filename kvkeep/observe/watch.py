@@ -69,16 +69,6 @@ class Prefix:
     last: float = 0.0
 
 
-class Sample(NamedTuple):
-    """Totals at one time."""
-
-    at: float
-    asked: int
-    memory: int
-    tiers: int
-    used_bytes: int
-
-
 class Watch:
     """Remembers the last lookups of one keeper, sums since its start, and the heaviest prefixes."""
 
@@ -94,7 +84,8 @@ class Watch:
         self._traces = traces
         self._clock = clock
         self.seconds = Histogram(LOOKUP_SECONDS)
-        self.history: deque[Sample] = deque(maxlen=_SAMPLES)
+        self.history: deque[tuple[float, int, int, int, int]] = deque(maxlen=_SAMPLES)
+        """Totals at one time each: when; chunks asked for, of memory, of tiers; bytes used."""
         self._requests: deque[Request] = deque(maxlen=_REQUESTS)
         self._waiting: dict[int, Request] = {}
         """By ticket; as many as there are fetches at most."""
@@ -164,7 +155,7 @@ class Watch:
         counters, used = self._keeper.counters, int(self._keeper.usage()[1].sum())
         tiers = counters.tier_chunks.total()
         memory = counters.hit_chunks - tiers
-        self.history.append(Sample(self._clock(), counters.asked_chunks, memory, tiers, used))
+        self.history.append((self._clock(), counters.asked_chunks, memory, tiers, used))
 
     def prefix(self, name: str) -> Prefix | None:
         """A prefix by the name that `prefixes` gives it, while it is remembered."""

@@ -8,8 +8,6 @@ A request is `0xdeadbeef, op, length of the body` and the body; an answer begins
 
 from __future__ import annotations
 
-import contextlib
-import select
 import socket
 import struct
 import threading
@@ -19,6 +17,7 @@ from typing import Final
 
 from kvkeep.errors import TierUnavailable
 from kvkeep.tiers.base import Buffer
+from kvkeep.tiers.pool import PooledSocket
 
 __all__ = ["FULL", "LONGEST", "MISSING", "OK", "Link"]
 
@@ -36,14 +35,13 @@ _DRAIN_SECONDS = 60.0
 _SCRATCH = 1 << 20
 
 
-class Link:
+class Link(PooledSocket):
     """One connection. All verbs raise OSError (TimeoutError among it), after which it is of no use."""
 
     def __init__(self, host: str, port: int, timeout: float) -> None:
+        super().__init__(socket.create_connection((host, port), timeout))
         self._timeout = timeout
-        self._socket = socket.create_connection((host, port), timeout)
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._shut = False
+        self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._due: int | None = 0  # bytes of a value that are still to come; None: as many as will be said
 
     def exist(self, names: Sequence[bytes]) -> list[bool]:
@@ -98,28 +96,13 @@ class Link:
         self._send(_HEAD.pack(_MAGIC, b"X", len(body)) + body)
         self._expect(_PAIR.unpack(self._answer(_PAIR.size))[0])
 
-    @property
-    def usable(self) -> bool:
-        return not self._shut
-
-    @property
-    def stale(self) -> bool:
-        poll = select.poll()
-        poll.register(self._socket, select.POLLIN)
-        return bool(poll.poll(0))
-
-    def shut(self) -> None:
-        self._shut = True
-        with contextlib.suppress(OSError):  # it has ended
-            self._socket.shutdown(socket.SHUT_RDWR)
-
     def close(self) -> None:
         """Close it. The server dies of clients that leave while it sends them a value, so one that is slow
         is first listened to for a while, on a thread."""
         if self._due != 0:
             threading.Thread(target=self._drain, name="kvkeep-infinistore-drain", daemon=True).start()
         else:
-            self._socket.close()
+            self._sock.close()
 
     def _drain(self) -> None:
         self._timeout = _DRAIN_SECONDS
@@ -130,7 +113,7 @@ class Link:
         except (OSError, TierUnavailable):
             pass  # it had its chance
         finally:
-            self._socket.close()
+            self._sock.close()
 
     def _length(self) -> int:
         code = self._code()
@@ -139,7 +122,7 @@ class Link:
             return -1
         self._expect(code)
         # The server's kernel keeps the value back until these few bytes are acknowledged, ours waits 40 ms.
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+        self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
         self._due = int.from_bytes(self._answer(4), "little")
         return self._due
 
@@ -149,14 +132,14 @@ class Link:
             self._receive(scratch[: min(self._due, _SCRATCH)])
 
     def _send(self, data: bytes | Buffer) -> None:
-        self._socket.settimeout(self._timeout)  # of all of it
-        self._socket.sendall(data)
+        self._sock.settimeout(self._timeout)  # of all of it
+        self._sock.sendall(data)
 
     def _receive(self, target: Buffer) -> None:
         deadline, at = time.monotonic() + self._timeout, 0
         while at < len(target):
-            self._socket.settimeout(max(0.001, deadline - time.monotonic()))
-            count = self._socket.recv_into(target[at:])
+            self._sock.settimeout(max(0.001, deadline - time.monotonic()))
+            count = self._sock.recv_into(target[at:])
             if not count:
                 self._due = 0
                 raise ConnectionResetError("the server closed the connection")

@@ -7,7 +7,6 @@ or, with `transport=nixl`, by NIXL.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import socket
 import ssl
@@ -16,8 +15,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from queue import Empty, LifoQueue
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 from kvkeep.errors import ConfigError, ProtocolError, TierUnavailable
 from kvkeep.tiers import peer_wire as wire
@@ -26,6 +24,7 @@ from kvkeep.tiers.landing import groups
 from kvkeep.tiers.peer_batch import BUSY, Batch, Reads
 from kvkeep.tiers.peer_nixl import Agent, allow
 from kvkeep.tiers.peer_wire import PORT, Channel
+from kvkeep.tiers.pool import Pool
 from kvkeep.tiers.threads import Threads
 from kvkeep.tiers.url import TierURL
 from kvkeep.tls import client_context
@@ -74,6 +73,13 @@ class Address(NamedTuple):
         return channel
 
 
+class _Seats(NamedTuple):
+    """Connections that threads take turns with, and how many more of them may be in use."""
+
+    pool: Pool[Address, Channel]
+    free: threading.Semaphore
+
+
 class PeerTier(Tier):
     """One peer, over `connections` connections. Owns them and its threads; dials when it needs one."""
 
@@ -85,10 +91,10 @@ class PeerTier(Tier):
         self._threads = Threads(connections, "kvkeep-peer")
         self._checks = ThreadPoolExecutor(1, thread_name_prefix="kvkeep-peer-check")
         self._width = connections
-        self._questions, self._values = _seats(_QUESTIONS), _seats(connections)
-        self._lock = threading.Lock()
-        self._open: set[Channel] = set()
-        self._closed = threading.Event()
+        self._questions, self._values = (
+            _Seats(Pool(lambda to: to.connect(timeout), count), threading.Semaphore(count))
+            for count in (_QUESTIONS, connections)
+        )
 
     capabilities = Capabilities(shared=True, persistent=False, readonly=True, live=True)
     overlaps = True
@@ -137,14 +143,8 @@ class PeerTier(Tier):
         """Nothing: what is damaged on the way is whole over there."""
 
     def close(self) -> None:
-        with self._lock:
-            self._closed.set()
-            channels = list(self._open)
-        for channel in channels:
-            channel.shut()
         for seats in (self._questions, self._values):
-            while (idle := _idle(seats)) is not None:
-                self._drop(idle)
+            seats.pool.close()
         self._threads.close(wait_for_it=False)
         self._checks.shutdown(wait=False)
 
@@ -210,69 +210,21 @@ class PeerTier(Tier):
     @contextmanager
     def _channel(self, seats: _Seats) -> Iterator[Channel]:
         """A connection for one exchange; kept if that goes well. Raises TierUnavailable."""
-        if self._closed.is_set():
-            raise TierUnavailable("peer: the tier is closed")
+        if not seats.free.acquire(timeout=self._timeout):
+            raise TierUnavailable("peer: all connections are in use")
         try:
-            channel = seats.get(timeout=self._timeout)
-        except Empty:
-            raise TierUnavailable("peer: all connections are in use") from None
-        kept = None
-        try:
-            channel = self._ready(channel)
-            yield channel
-            kept = None if channel.shut_down else channel
+            with seats.pool.link(self._address) as channel:
+                if not channel.agreed:  # here, where `close` ends it
+                    wire.greet(channel, self._address.token)
+                yield channel
         except (OSError, ProtocolError) as error:
             raise TierUnavailable(f"peer: {_why(error)}") from error
         finally:
-            if channel is not None and kept is None:
-                self._drop(channel)
-            seats.put(kept)
-            if self._closed.is_set():
-                self.close()
-
-    def _ready(self, channel: Channel | None) -> Channel:
-        """A connection to use: this one, or if that has ended, a new one. Raises OSError, ProtocolError."""
-        if channel is not None:
-            if not (self._closed.is_set() or channel.stale):
-                return channel
-            self._drop(channel)
-        channel = self._address.connect(self._timeout)
-        with self._lock:
-            self._open.add(channel)  # before it is greeted, so that `close` ends that
-        try:
-            if self._closed.is_set():
-                raise ConnectionAbortedError("the tier is closed")
-            wire.greet(channel, self._address.token)
-        except (OSError, ProtocolError):
-            self._drop(channel)
-            raise
-        return channel
-
-    def _drop(self, channel: Channel) -> None:
-        with self._lock:
-            self._open.discard(channel)
-        channel.close()
+            seats.free.release()
 
 
 _CUT = (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError)
 """What TLS makes of a connection that ends: no wrong certificate."""
-_Seats: TypeAlias = "LifoQueue[Channel | None]"
-
-
-def _seats(count: int) -> _Seats:
-    """Places that threads take turns with, the warmest first; None: not dialled yet."""
-    seats: _Seats = LifoQueue()
-    for _ in range(count):
-        seats.put(None)
-    return seats
-
-
-def _idle(seats: _Seats) -> Channel | None:
-    with contextlib.suppress(Empty):
-        while True:
-            if (channel := seats.get_nowait()) is not None:
-                return channel
-    return None
 
 
 def _why(error: Exception) -> str:

@@ -18,18 +18,18 @@ from __future__ import annotations
 import contextlib
 import hmac
 import secrets
-import select
 import socket
 import ssl
 import struct
 import time
-from pathlib import Path
 from typing import Annotated, Any, Final, TypeAlias, TypeVar
 
 import msgspec
 
 from kvkeep.errors import ConfigError, ProtocolError
 from kvkeep.tiers.base import KEY_BYTES, Buffer
+from kvkeep.tiers.pool import PooledSocket
+from kvkeep.tls import read_token as token_in
 
 __all__ = [
     "MOST_KEYS",
@@ -161,21 +161,20 @@ class Refused(ProtocolError):
     """The other side will not talk to us, for a reason that trying again does not mend."""
 
 
-class Channel:
-    """One connection between keepers, used by one thread at a time; only `shut` is for others.
+class Channel(PooledSocket):
+    """One connection between keepers.
 
-    Owns the socket. Every method raises OSError where the connection is lost or `timeout` seconds pass
+    Every method raises OSError where the connection is lost or `timeout` seconds pass
     (for each frame or value), ProtocolError where what comes is not the other side's; after either it is of
     no more use.
     """
 
     def __init__(self, sock: socket.socket, timeout: float) -> None:
-        self._sock = sock
+        super().__init__(sock)
         self._key = b""
         self._sent = self._received = 0
         self._server = False
         self._timeout = 0.0
-        self.shut_down = False
         with contextlib.suppress(OSError):  # a unix socket pair, in tests
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.wait(timeout)
@@ -198,6 +197,11 @@ class Channel:
         pair = struct.pack("@ll", int(timeout), max(1, int(timeout % 1 * 1e6)))
         for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
             self._sock.setsockopt(socket.SOL_SOCKET, option, pair)
+
+    @property
+    def agreed(self) -> bool:
+        """Whether the handshake is over."""
+        return bool(self._key)
 
     def agree(self, token: bytes, ours: bytes, theirs: bytes, server: bool) -> None:
         """The handshake is over: from here on frames are signed. `ours`, `theirs`: of client and server."""
@@ -256,23 +260,6 @@ class Channel:
         data = bytearray(count)
         self.fill(memoryview(data))
         return bytes(data)
-
-    @property
-    def stale(self) -> bool:
-        """Whether something is there that nobody asked for; mostly the end of the connection."""
-        poll = select.poll()
-        poll.register(self._sock, select.POLLIN)
-        return bool(poll.poll(0))
-
-    def shut(self) -> None:
-        """End it, and what another thread does on it, which gets an OSError."""
-        self.shut_down = True
-        with contextlib.suppress(OSError):  # it has ended
-            socket.socket.shutdown(self._sock, socket.SHUT_RDWR)  # not TLS's own, which waits
-
-    def close(self) -> None:
-        """Let go of the socket."""
-        self._sock.close()
 
     def _try(self, call: Any, *args: Any) -> int:
         try:
@@ -355,10 +342,7 @@ def read_token(path: str | None) -> bytes:
     """The token in a file; none: empty. Raises ConfigError."""
     if path is None:
         return b""
-    try:
-        token = Path(path).read_text(encoding="ascii").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the token in {path}: {error}") from error
+    token = token_in(path)
     if len(token) < _TOKEN_CHARACTERS:
         raise ConfigError(
             f"the token in {path} is shorter than {_TOKEN_CHARACTERS} characters: "

@@ -3,35 +3,46 @@
 from __future__ import annotations
 
 import contextlib
+import select
+import socket
 import threading
 from collections.abc import Callable, Iterator
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
 from kvkeep.errors import TierUnavailable
 
-__all__ = ["Connection", "Pool"]
+__all__ = ["Pool", "PooledSocket"]
 
 
-class Connection(Protocol):
-    """Used by one thread at a time; only `shut` is for others."""
+class PooledSocket:
+    """One socket, which it owns. Used by one thread at a time; only `shut` is for others."""
 
-    @property
-    def usable(self) -> bool:
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self.usable = True
         """Whether another exchange may follow."""
 
     @property
     def stale(self) -> bool:
         """Whether something is there that nobody asked for; mostly the end of the connection."""
+        poll = select.poll()
+        poll.register(self._sock, select.POLLIN)
+        return bool(poll.poll(0))
 
     def shut(self) -> None:
-        """End what another thread does on it: it gets an OSError. Raises OSError where it has ended."""
+        """End it, and what another thread does on it, which gets an OSError."""
+        self.usable = False
+        with contextlib.suppress(OSError):  # it has ended
+            # Not TLS's own, which waits, and takes the session from under that thread.
+            socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Let go of it."""
+        self._sock.close()
 
 
 _At = TypeVar("_At")
-_Link = TypeVar("_Link", bound=Connection)
+_Link = TypeVar("_Link", bound=PooledSocket)
 
 
 class Pool(Generic[_At, _Link]):
@@ -98,6 +109,5 @@ class Pool(Generic[_At, _Link]):
         with self._lock:
             self._closed = True
             for link in self._busy:
-                with contextlib.suppress(OSError):  # it has ended by itself
-                    link.shut()
+                link.shut()
         self.flush()

@@ -16,7 +16,7 @@ from redis.exceptions import RedisError, ResponseError
 from redis.retry import Retry
 
 from kvkeep.errors import TierUnavailable
-from kvkeep.tiers.pool import Pool
+from kvkeep.tiers.pool import Pool, PooledSocket
 from kvkeep.tiers.resp import OutOfStep, Reader, Refusal
 
 __all__ = ["Address", "Cluster", "Link", "Nodes", "RedisPool", "Sentinel", "Single"]
@@ -46,10 +46,8 @@ class Address(NamedTuple):
         return cls(host or by.host, int(port))
 
 
-class Link:
+class Link(PooledSocket):
     """One connection, ready for commands."""
-
-    usable = True
 
     def __init__(self, address: Address, timeout: float, options: dict[str, Any], tls: bool) -> None:
         """Dial `address` and shake hands, each step within `timeout` seconds. Raises one of FAULTS."""
@@ -66,6 +64,7 @@ class Link:
         where = {"host": address.host, "port": address.port} if address.port else {"path": address.host}
         self._connection = kind(**where, **options)
         self._connection.connect()
+        super().__init__(self._connection._sock)
 
     @property
     def stale(self) -> bool:
@@ -80,9 +79,6 @@ class Link:
         """Whether reading is a use of what is read, from now on; before Redis 7.2 it always is."""
         with contextlib.suppress(ResponseError):
             self.call("CLIENT", "NO-TOUCH", "OFF" if yes else "ON")
-
-    def shut(self) -> None:
-        self.reader.shut()
 
     def close(self) -> None:
         self._connection.disconnect()

@@ -122,12 +122,6 @@ class Reader:
         """When a batch that begins now has taken too long."""
         return time.monotonic() + _BATCH_TIMEOUTS * self._timeout
 
-    def shut(self) -> None:
-        """End what another thread does on this connection: it gets an OSError."""
-        if self._sock is not None:
-            # Not SSLSocket's own, which takes the session from under that thread.
-            socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
-
     def send(self, parts: list[Part]) -> None:
         """Send all parts, without copying them where the wire is not encrypted."""
         if isinstance(self._sock, ssl.SSLSocket):

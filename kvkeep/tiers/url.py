@@ -8,10 +8,10 @@ from collections.abc import Callable
 from typing import TypeVar
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
-from kvkeep.config import parse_bytes
+from kvkeep.config import parse_bytes, parse_flag
 from kvkeep.errors import ConfigError
 
-__all__ = ["TierURL", "parse_flag", "parse_seconds"]
+__all__ = ["TierURL", "parse_seconds"]
 
 _T = TypeVar("_T")
 _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -84,8 +84,8 @@ class TierURL:
         return seconds
 
     def take_flag(self, name: str, default: bool) -> bool:
-        """Option `name` as yes or no."""
-        return self.take(name, parse_flag, default)
+        """Option `name` as yes (or nothing) or no."""
+        return self.take(name, lambda text: parse_flag(text or "yes"), default)
 
     def take_count(self, name: str, default: int) -> int:
         """Option `name` as a whole number above 0."""
@@ -120,12 +120,3 @@ def parse_seconds(text: str) -> float:
     if match is None or match[2] not in _SECONDS:
         raise ValueError("not a time: write it as 200ms, 5s or 1h")
     return float(match[1]) * _SECONDS[match[2]]
-
-
-def parse_flag(text: str) -> bool:
-    """True or False from yes or no and their like. Raises ValueError."""
-    if text.lower() in ("1", "true", "yes", "on", ""):
-        return True
-    if text.lower() in ("0", "false", "no", "off"):
-        return False
-    raise ValueError("write yes or no")
