@@ -22,10 +22,9 @@ from typing import Any, NamedTuple
 import httpx
 
 from kvbench.compare.engines import http_server
-from kvbench.engine import VllmServer, connector_args
+from kvbench.engine import VllmServer, connector_args, cores_by_role
 from kvbench.process import ServerProcess, free_port
 from kvbench.servers import figures, keeper
-from tests.cores import engine_cores
 from tests.hosts.network import Host
 from tests.tiers.place import Proxy
 
@@ -118,8 +117,10 @@ class Fleet:
         self.url = f"http://127.0.0.1:{self._port}"
 
     def _engine(self, model: Path, role: str, host: Host, name: str) -> VllmServer:
-        options = {"socket": self._sockets[host], "chunk_tokens": CHUNK, "remote_wait": 5.0, "timeout": 5.0}
-        environ = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": engine_cores()}
+        options = {"socket": self._sockets[host], "chunk_tokens": CHUNK, "remote_wait": 10.0, "timeout": 5.0}
+        # Each kind on cores of its own: threads of several engines on one core wait for each other's steps.
+        cores = cores_by_role(sorted(os.sched_getaffinity(0)))[role == "kv_consumer"]
+        environ = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores))}
         environ["VLLM_HOST_IP"] = "127.0.0.1"
         args = [*ARGS, *connector_args(role, **options)]
         where: dict[str, Any] = {"host": host.address, "on": host.command()}
@@ -191,6 +192,7 @@ class Fleet:
             self.route("--at-once")
         self._meet()
         until(lambda: self.figures(self.far)["tiers"][0]["available"])
+        until(lambda: httpx.get(f"{self.url}/health").is_success)  # it has asked the engines again
 
     def _meet(self) -> None:
         for engine in self.engines:
