@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
+from functools import partial
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
@@ -68,6 +69,19 @@ class Calls:
     def run(self, work: Callable[[], _R], timeout: float | None = None) -> _R:
         """Begin and end in one."""
         return self.end(self.begin(work), timeout)
+
+    def each(self, work: Callable[[Any], _R], items: Sequence[Any], wait_for_all: bool = False) -> list[_R]:
+        """The results of `work` on all items, side by side. Raises TierUnavailable for the first that failed:
+        what has not begun then is not begun any more; `wait_for_all`: and the others have ended."""
+        futures = list[Future[_R]]()
+        try:
+            for item in items:
+                futures.append(self.begin(partial(work, item)))
+            return [self.end(future) for future in futures]
+        finally:
+            begun = [future for future in futures if not future.cancel()]
+            if wait_for_all:
+                wait(begun)
 
     def close(self, timeout: float) -> bool:
         """Begin no more calls, and wait for none. Returns whether all have come back within `timeout`

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ssl
 from pathlib import Path
 from typing import Any
 
 from kvkeep.errors import ConfigError
 from kvkeep.tiers.redis_nodes import Address, Cluster, Nodes, RedisPool, Sentinel, Single
 from kvkeep.tiers.url import TierURL
+from kvkeep.tls import client_context
 
 __all__ = ["nodes_of", "remedy"]
 
@@ -80,7 +80,10 @@ def _account(url: TierURL) -> dict[str, Any]:
     if name:
         if password:
             raise ConfigError(f"{url}: a password and a password_file: leave one out")
-        password = _file(url, "password_file", name).read_text().strip()
+        try:
+            password = Path(name).read_text().strip()
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{url}: cannot read password_file={name}: {error}") from error
     if url.user and not password:
         raise ConfigError(
             f"{url}: user {url.user!r} without a password: write USER:PASSWORD@, or password_file"
@@ -97,31 +100,15 @@ def _database(url: TierURL, unix: bool) -> int:
 
 def _tls(url: TierURL) -> dict[str, Any]:
     verify = url.take_flag("tls_verify", True)
-    files = {name: url.take(name, str, "") for name in ("tls_ca", "tls_cert", "tls_key")}
-    for name, text in files.items():
-        if text:
-            _file(url, name, text)
-    if bool(files["tls_cert"]) != bool(files["tls_key"]):
-        raise ConfigError(f"{url}: tls_cert and tls_key go together")
+    ca, cert, key = (url.take(name, str, "") or None for name in ("tls_ca", "tls_cert", "tls_key"))
     try:
-        context = ssl.create_default_context(cafile=files["tls_ca"] or None)
-        if files["tls_cert"]:
-            context.load_cert_chain(files["tls_cert"], files["tls_key"])
-    except ssl.SSLError as error:
-        raise ConfigError(f"{url}: not PEM files of a CA, a certificate and its key: {error}") from error
+        client_context(ca, cert, key)  # what is wrong with these files, redis-py tells when it connects
+    except ConfigError as error:
+        raise ConfigError(f"{url}: {error}") from error
     return {
-        "ssl_ca_certs": files["tls_ca"] or None,
-        "ssl_certfile": files["tls_cert"] or None,
-        "ssl_keyfile": files["tls_key"] or None,
+        "ssl_ca_certs": ca,
+        "ssl_certfile": cert,
+        "ssl_keyfile": key,
         "ssl_cert_reqs": "required" if verify else "none",
         "ssl_check_hostname": verify,
     }
-
-
-def _file(url: TierURL, option: str, name: str) -> Path:
-    path = Path(name)
-    try:
-        path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{url}: cannot read {option}={name}: {error.strerror}") from error
-    return path

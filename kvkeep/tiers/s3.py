@@ -12,11 +12,9 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -104,8 +102,7 @@ class S3Tier(Tier, Listing):
             ) from error
 
     def contains(self, keys: Sequence[Key]) -> list[bool]:
-        with self._all(self._head, keys) as futures:
-            return self._ended(futures)
+        return self._reads.each(self._head, keys)
 
     def get(self, keys: Sequence[Key], buffers: Sequence[Buffer]) -> list[Got]:
         """As the interface says. Parts of two versions of one value are a MISS."""
@@ -116,16 +113,14 @@ class S3Tier(Tier, Listing):
             return self._read(keys[piece.place], buffers[piece.place], piece, gate)
 
         try:
-            with self._all(read, pieces) as futures:
-                firsts = self._ended(futures)
+            firsts = self._reads.each(read, pieces)
             rest = [
                 _Piece(place, start, min(start + part, len(buffer)))
                 for place, (buffer, (got, _)) in enumerate(zip(buffers, firsts, strict=True))
                 if got is Got.HIT
                 for start in range(part, len(buffer), part)
             ]
-            with self._all(read, rest) as futures:
-                others = self._ended(futures)
+            others = self._reads.each(read, rest)
         finally:
             gate.shut()
         results = [got for got, _ in firsts]
@@ -141,11 +136,7 @@ class S3Tier(Tier, Listing):
         """As the interface says. Requests under way are waited for whatever happens, since they read the
         buffers: for `timeout` at most."""
         pairs = list(zip(keys, buffers, strict=True))
-        with self._all(lambda pair: self._write(*pair), pairs, self._writes) as futures:
-            try:
-                self._ended(futures, self._writes)
-            finally:
-                wait([future for future in futures if not future.cancel()])
+        self._writes.each(lambda pair: self._write(*pair), pairs, wait_for_all=True)
         return [Put.STORED] * len(keys)
 
     def delete(self, keys: Sequence[Key]) -> None:
@@ -221,23 +212,6 @@ class S3Tier(Tier, Listing):
             return None
         except _ERRORS as error:
             raise TierUnavailable(f"s3: {_why(error)}") from error
-
-    @contextmanager
-    def _all(
-        self, work: Callable[[Any], _R], items: Sequence[Any], calls: Calls | None = None
-    ) -> Iterator[list[Future[_R]]]:
-        """`work` on all items, side by side; in the end, what has not begun is not begun any more."""
-        futures: list[Future[_R]] = []
-        try:
-            futures += [(calls or self._reads).begin(partial(work, item)) for item in items]
-            yield futures
-        finally:
-            for future in futures:
-                future.cancel()
-
-    def _ended(self, futures: Sequence[Future[_R]], calls: Calls | None = None) -> list[_R]:
-        """Their results. Raises TierUnavailable for the first that failed; each is bounded by the library."""
-        return [(calls or self._reads).end(future) for future in futures]
 
 
 @contextmanager
