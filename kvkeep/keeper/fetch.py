@@ -30,7 +30,7 @@ __all__ = ["Batch", "Fetch", "Fetches", "Need", "Stage"]
 
 _FIRST_QUESTION = 16  # a miss costs one of these
 _BATCH_BYTES = 32 << 20
-_MOST = 1 / 2  # of the arena may wait for tiers, so that a slow one leaves the rest to engines
+_MOST = 1 / 2  # of the arena may wait for tiers, but for one fetch alone: a slow tier leaves the rest to engines
 _HELD, _UNKNOWN, _ABSENT = -1, -2, -3  # what is not the number of a tier
 
 
@@ -229,7 +229,9 @@ class Fetches:
     def _fitting(self, fetch: Fetch) -> tuple[int, list[Records], list[Need]]:
         """The longest run for which there is room: its length, per group the places that tiers must give,
         and what that is of each tier."""
-        room = max(0, int(self._keeper.arena.nbytes * _MOST) - self._arriving_bytes)
+        room = self._keeper.arena.nbytes
+        if self._arriving:
+            room = max(0, int(room * _MOST) - self._arriving_bytes)
         usable = fetch.usable()
         while True:
             wanted = [fetch.wanted(group, usable) for group in range(len(fetch.chains))]

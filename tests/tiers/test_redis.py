@@ -237,6 +237,7 @@ def test_options_are_those_that_the_page_names() -> None:
     told = [name for row in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", row.split("|")[1])]
     code = "".join((root / "kvkeep" / "tiers" / f"{name}.py").read_text() for name in ("redis", "redis_url"))
     taken = re.findall(r'take\w*\(\s*"(\w+)"', code) + re.findall(r'"(tls_(?!verify)\w+)"[,)]', code)
+    taken += re.findall(r"take_(timeout)\(", code)
     assert set(told) == set(taken)
 
 
