@@ -30,7 +30,7 @@ __all__ = ["Batch", "Fetch", "Fetches", "Need", "Stage"]
 
 _FIRST_QUESTION = 16  # a miss costs one of these
 _BATCH_BYTES = 32 << 20
-_MOST = 1 / 2  # of the arena may wait for tiers, but for one fetch alone: a slow tier leaves the rest to engines
+_MOST = 1 / 2  # of the arena may wait for tiers, where several fetches do: engines need the rest
 _HELD, _UNKNOWN, _ABSENT = -1, -2, -3  # what is not the number of a tier
 
 
