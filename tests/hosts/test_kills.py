@@ -56,7 +56,7 @@ def test_one_keeper_for_all(fleet: Fleet, prefills: int, mode: tuple[str, ...]) 
     if not fleet.shared:
         fleet.share()
     fleet.route(*mode, prefills=prefills)
-    assert all_is_loaded(fleet)
+    assert all_is_loaded(fleet) if mode else whole(fleet, LATE) == in_chunks(LATE)
     fleet.settle()
 
 
@@ -75,6 +75,8 @@ def both_kinds(fleet: Fleet, victim: str) -> list[Stream]:
         for stream in (*readers, *late):  # it came too late to be in mid-stream
             stream.end(60)
         fleet.mend()
+    else:
+        pytest.fail("in three tries nothing was in mid-stream")
     return [stream.end(deadline - time.monotonic()) for stream in (*readers, *late)]
 
 
