@@ -1,8 +1,8 @@
 """`kvkeep bench tier`: a tier, sealed as the keeper uses it, as a share of the speed of its raw medium.
 
 Random data in touched memory; each round puts one batch under new keys, gets it into other memory and
-compares every byte, deletes it, and does as much with the raw medium, now one first and now the other:
-whatever else the machine does falls on both. Where the raw medium can be used in several ways, each takes
+compares every byte, deletes it (but for `--full`), and does as much with the raw medium, now one first and
+now the other: whatever else the machine does falls on both. Where the raw medium can be used in several ways, each takes
 its turn, and the fastest is what the tier is held against. Each verb begins after a rest: virtual
 disks allow bursts and then much less, and a raw program's start would be a rest that the tier does not get.
 """
@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--count", type=int, default=128, help="values in a batch (default: 128)")
     parser.add_argument("--rounds", type=int, default=7, help="rounds (default: 7)")
     parser.add_argument("--depth", type=int, default=8, help="values under way at a time (default: 8)")
+    parser.add_argument("--full", action="store_true", help="values stay, so that a full tier must make room")
     parser.add_argument("--no-raw", action="store_true", help="the tier alone: the medium takes no turns")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         bed = Bed(size, args.count, args.depth)
         opened.tier.attach(bed.memory)
         raws += make(url, innermost(opened.tier), bed) if make else []
-        figures = _measure(opened.tier, raws, bed, args.rounds)
+        figures = _measure(opened.tier, raws, bed, args.rounds, args.full)
         bed.close()
     finally:
         opened.tier.close()
@@ -87,27 +88,35 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _measure(tier: Tier, raws: list[Raw], bed: Bed, rounds: int) -> dict[str, object]:
+def _measure(tier: Tier, raws: list[Raw], bed: Bed, rounds: int, full: bool) -> dict[str, object]:
     ours, cpu, theirs = Samples([], []), Samples([], []), [Samples([], []) for _ in raws]
-    turns: list[Callable[[], None]] = [partial(_turn, tier, bed, ours, cpu)]
-    turns += [partial(_raw_turn, *pair) for pair in zip(raws, theirs, strict=True)]
+    kept: list[list[Key]] = []
+    turns: list[Callable[[], None]] = [partial(_turn, tier, bed, ours, cpu, kept if full else None)]
+    turns += [partial(_raw_turn, *pair, full) for pair in zip(raws, theirs, strict=True)]
     silent = not sys.stderr.isatty()
-    for number in track(range(rounds + 1), "measuring", console=Console(stderr=True), disable=silent):
-        for turn in turns[:: 1 if number % 2 else -1]:
-            turn()
+    try:
+        for number in track(range(rounds + 1), "measuring", console=Console(stderr=True), disable=silent):
+            for turn in turns[:: 1 if number % 2 else -1]:
+                turn()
+    finally:
+        for keys in kept:
+            tier.delete(keys)
     for samples in (ours, cpu, *theirs):  # the first one pays for lazy set-up
         for seconds in samples:
             del seconds[:1]
     return _figures(bed.nbytes, ours, {raw.name: one for raw, one in zip(raws, theirs, strict=True)}, cpu)
 
 
-def _turn(tier: Tier, bed: Bed, seconds: Samples, cpu: Samples) -> None:
+def _turn(tier: Tier, bed: Bed, seconds: Samples, cpu: Samples, kept: list[list[Key]] | None) -> None:
     keys: list[Key] = [b"\0bench\0\0" + os.urandom(KEY_BYTES - 8) for _ in range(bed.count)]
     bed.spoil()
+    if kept is not None:
+        kept.append(keys)
     try:
         _move(tier, bed, keys, seconds, cpu)
     finally:
-        tier.delete(keys)  # as the raw medium does: what is new to a server's memory is slow
+        if kept is None:
+            tier.delete(keys)  # as the raw medium does: what is new to a server's memory is slow
 
 
 def _move(tier: Tier, bed: Bed, keys: list[Key], seconds: Samples, cpu: Samples) -> None:
@@ -127,12 +136,13 @@ def _move(tier: Tier, bed: Bed, keys: list[Key], seconds: Samples, cpu: Samples)
         raise KVKeepError(f"only {got.count(Got.HIT)} of {len(keys)} came back, or other bytes")
 
 
-def _raw_turn(raw: Raw, seconds: Samples) -> None:
+def _raw_turn(raw: Raw, seconds: Samples, full: bool) -> None:
     time.sleep(_REST)
     seconds.put.append(raw.put())
     time.sleep(_REST)
     seconds.get.append(raw.get())
-    raw.forget()
+    if not full:  # else it writes over what it has
+        raw.forget()
 
 
 def _figures(nbytes: int, ours: Samples, theirs: dict[str, Samples], cpu: Samples) -> dict[str, object]:

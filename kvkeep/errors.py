@@ -7,11 +7,17 @@ KVKeepError
  ├── ProtocolError      the other side does not speak our protocol: drop the connection
  ├── RequestRefused     the keeper understood the request and says no: a bug or a stale handle
  ├── TierUnavailable    a place below the arena does not answer or refuses us: go on without it
- │    └── TierSwitchedOff  it was not asked, after failures
+ │    ├── TierSwitchedOff  it was not asked, after failures
+ │    └── TierStillReads   its buffers are not the caller's again yet: leave them alone until they are
  └── DeviceError        a GPU's driver refused a copy: load by the slow path, or compute
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 __all__ = [
     "CONFIG_EXIT",
@@ -22,6 +28,7 @@ __all__ = [
     "LayoutError",
     "ProtocolError",
     "RequestRefused",
+    "TierStillReads",
     "TierSwitchedOff",
     "TierUnavailable",
 ]
@@ -61,6 +68,14 @@ class TierUnavailable(KVKeepError):
 
 class TierSwitchedOff(TierUnavailable):
     """A tier was not asked, after failures."""
+
+
+class TierStillReads(TierUnavailable):
+    """A read was given up, and a library may write to its buffers until `over` is done (never, it may be)."""
+
+    def __init__(self, what: str, over: Future[None]) -> None:
+        super().__init__(what)
+        self.over = over
 
 
 class DeviceError(KVKeepError):

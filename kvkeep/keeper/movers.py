@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from kvkeep.errors import RequestRefused, TierUnavailable
+from kvkeep.errors import RequestRefused, TierStillReads, TierUnavailable
 from kvkeep.keeper.fetch import Batch, Fetch, Fetches, Need, Stage
 from kvkeep.keeper.flush import MOVERS, Flush, FlushQueue, Move
 from kvkeep.keeper.index import Records
@@ -176,8 +176,11 @@ class Movers:
             try:
                 results = opened.tier.get([move.key for move in batch.moves], self._views(batch.moves))
                 good = np.array([result is Got.HIT for result in results], np.bool_)
-            except TierUnavailable:
+            except TierUnavailable as error:
                 good = np.zeros(len(batch.moves), np.bool_)
+                if isinstance(error, TierStillReads):  # its slots are nobody's until then
+                    error.over.add_done_callback(lambda _: self._post(lambda: landed(good)))
+                    return
             self._post(lambda: landed(good))
 
         def landed(good: _Which) -> None:

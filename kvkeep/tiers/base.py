@@ -102,7 +102,8 @@ class Tier(ABC):
     """One place. Keys in a batch are distinct; `buffers[i]` belongs to `keys[i]`, and stays the caller's.
 
     Raises TierUnavailable where the place cannot be reached, does not answer in time, or refuses us.
-    Once a verb has returned or raised, it does not touch the caller's buffers any more.
+    Once a verb has returned or raised, it does not touch the caller's buffers any more, but for a `get`
+    into attached memory that raises TierStillReads, which says when.
     """
 
     @property

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from kvkeep.errors import TierSwitchedOff, TierUnavailable
+from kvkeep.errors import TierStillReads, TierSwitchedOff, TierUnavailable
 from kvkeep.tiers.base import KEY_BYTES, Buffer, Got, Key, Put, Tier
 from kvkeep.tiers.wrap import Wrapper
 
@@ -150,6 +150,8 @@ class Guarded(Wrapper):
         began = self._clock()
         try:
             return self._asked(verb)
+        except TierStillReads:
+            raise
         except TierUnavailable:
             if self._clock() - began > _READ_RETRY_WITHIN or not self.available:
                 raise

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from statistics import median
 from typing import TypeVar
 
 from kvkeep.errors import TierSwitchedOff, TierUnavailable
@@ -15,33 +15,21 @@ from kvkeep.observe.histogram import BYTES, MOVE_SECONDS, Histogram
 from kvkeep.tiers.base import Buffer, Got, Key, Put, Tier
 from kvkeep.tiers.wrap import Wrapper
 
-__all__ = ["ERROR_KINDS", "Metered", "TierCounters"]
+__all__ = ["COUNTERS", "ERROR_KINDS", "Metered"]
 
 _T = TypeVar("_T")
 _KINDS = {"off": TierSwitchedOff, "timeout": TimeoutError, "connection": ConnectionError, "system": OSError}
 ERROR_KINDS = (*_KINDS, "other")
 """Why verbs fail; `off`: not tried, after failures."""
-_SHARE = 0.2  # of the newest sample in a running mean
+COUNTERS = (
+    *("asked", "found", "hits", "misses", "damaged"),
+    *("got_bytes", "stored", "refused", "put_bytes", "errors"),
+)
+"""Totals since the tier was opened; `found`: of the keys that it was `asked` about, those that it had."""
+_LATELY = 5  # answers, whose median tells what one takes: one that came late is no measure
 _DECAY = 0.7  # of all that was read before, at each batch
 _BENEFIT_OF_DOUBT = 32 << 20  # bytes that cost nothing before the first batch: one that dials is no measure
 _STALE = 30.0  # seconds
-
-
-@dataclass
-class TierCounters:
-    """Totals since the tier was opened."""
-
-    asked: int = 0
-    """Keys that it was asked about, and how many of them it had."""
-    found: int = 0
-    hits: int = 0
-    misses: int = 0
-    damaged: int = 0
-    got_bytes: int = 0
-    stored: int = 0
-    refused: int = 0
-    put_bytes: int = 0
-    errors: int = 0
 
 
 class Metered(Wrapper):
@@ -51,14 +39,14 @@ class Metered(Wrapper):
         super().__init__(inner)
         self._clock = clock
         self._lock = threading.Lock()
-        self.counters = TierCounters()
-        self._errors = Counter[str]()
+        self.counters = Counter(dict.fromkeys([*COUNTERS, *(f"errors_{kind}" for kind in ERROR_KINDS)], 0))
         self.seconds = {verb: Histogram(MOVE_SECONDS) for verb in ("contains", "get", "put")}
         """Of each batch by verb; of `contains` those that failed too."""
         self.nbytes = {verb: Histogram(BYTES) for verb in ("get", "put")}
         """Hit or stored by each batch."""
         self.latency: float | None = None
-        """Running mean of the seconds that a `contains` takes; None before the first."""
+        """What a `contains` has taken lately, in seconds; None before the first."""
+        self._lately, self._failed = deque[float](maxlen=_LATELY), False
         self.seconds_per_byte: float | None = None
         """What a byte has cost lately, batches read side by side; None before the first that hit."""
         self._doubt, self._read_bytes, self._read_seconds = float(_BENEFIT_OF_DOUBT), 0.0, 0.0
@@ -67,7 +55,7 @@ class Metered(Wrapper):
     def figures(self) -> dict[str, float]:
         """The counters as a dict, for `kvkeep status`."""
         with self._lock:
-            return asdict(self.counters) | {f"errors_{kind}": self._errors[kind] for kind in ERROR_KINDS}
+            return dict(self.counters)
 
     def read_seconds(self, nbytes: int) -> float:
         """How long reading so much is likely to take, by what was read before; of a tier that nothing was
@@ -82,17 +70,21 @@ class Metered(Wrapper):
         return self._clock() - self._read_at > _STALE
 
     def contains(self, keys: Sequence[Key]) -> list[bool]:
-        began = self._clock()
+        began, failed = self._clock(), True
         try:
             held = self._counted(lambda: self.inner.contains(keys))
-        finally:  # also after a failure: a store that times out is slow, and must count as such
+            failed = False
+        finally:  # also after a failure: a store that times out is slow, until it is back
             took = self._clock() - began
             with self._lock:
-                self.latency = _mean(self.latency, took)
+                if self._failed and not failed:
+                    self._lately.clear()
+                self._failed = failed
+                self._lately.append(took)
+                self.latency = median(self._lately)
                 self.seconds["contains"].add(took)
         with self._lock:
-            self.counters.asked += len(keys)
-            self.counters.found += sum(held)
+            self.counters.update(asked=len(keys), found=sum(held))
         return held
 
     def get(self, keys: Sequence[Key], buffers: Sequence[Buffer]) -> list[Got]:
@@ -102,10 +94,8 @@ class Metered(Wrapper):
         took = now - began
         nbytes = sum(len(buffer) for buffer, got in zip(buffers, results, strict=True) if got is Got.HIT)
         with self._lock:
-            self.counters.hits += results.count(Got.HIT)
-            self.counters.misses += results.count(Got.MISS)
-            self.counters.damaged += results.count(Got.DAMAGED)
-            self.counters.got_bytes += nbytes
+            self.counters.update(hits=results.count(Got.HIT), misses=results.count(Got.MISS))
+            self.counters.update(damaged=results.count(Got.DAMAGED), got_bytes=nbytes)
             self.seconds["get"].add(took)
             self.nbytes["get"].add(nbytes)
             if nbytes:
@@ -118,9 +108,8 @@ class Metered(Wrapper):
         took = self._clock() - began
         stored = [len(buffer) for buffer, put in zip(buffers, results, strict=True) if put is Put.STORED]
         with self._lock:
-            self.counters.stored += len(stored)
-            self.counters.refused += results.count(Put.REFUSED)
-            self.counters.put_bytes += sum(stored)
+            refused = results.count(Put.REFUSED)
+            self.counters.update(stored=len(stored), refused=refused, put_bytes=sum(stored))
             self.seconds["put"].add(took)
             self.nbytes["put"].add(sum(stored))
         return results
@@ -144,8 +133,7 @@ class Metered(Wrapper):
             return verb()
         except TierUnavailable as error:
             with self._lock:
-                self.counters.errors += 1
-                self._errors[_kind(error)] += 1
+                self.counters.update(("errors", f"errors_{_kind(error)}"))
             raise
 
 
@@ -158,7 +146,3 @@ def _kind(error: TierUnavailable) -> str:
                 return kind
         cause = cause and (cause.__cause__ or cause.__context__)
     return ERROR_KINDS[-1]
-
-
-def _mean(old: float | None, new: float) -> float:
-    return new if old is None else old + _SHARE * (new - old)

@@ -22,12 +22,14 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
-from kvkeep.errors import ConfigError, TierUnavailable
+from kvkeep.errors import ConfigError, TierStillReads, TierUnavailable
 from kvkeep.tiers.base import Buffer, Capabilities, Got, Key, Put, Tier, key_name
 from kvkeep.tiers.calls import Calls
 from kvkeep.tiers.landing import Landing, Landings, address_of, groups, offsets
 from kvkeep.tiers.mooncake_client import (
+    MOST_SECONDS,
     SETUP_SECONDS,
     MooncakeOptions,
     ReplicateConfig,
@@ -40,10 +42,10 @@ __all__ = ["MooncakeOptions", "MooncakeTier", "open_mooncake"]
 
 log = logging.getLogger("kvkeep.tiers")
 
-_GROUP = 32 << 20  # bytes that one call moves: half of them are slower, all of a batch not faster
+_GROUP, _ATTACHED_GROUP = 32 << 20, 128 << 20
+"""Bytes that one call moves: through a landing, the next ones land while these are copied."""
 _LANDINGS = 4  # two gets at once, each copying one group while the next one lands
 _MOST_OUT = 16
-_UNFINISHED_SECONDS = 55.0  # after 60 the client returns from a transfer that may still be going on
 _CLOSE_SECONDS = 2.0
 
 # Codes of the store, from its enum ErrorCode.
@@ -55,12 +57,17 @@ _OF_A_KEY = {_ABSENT, _FULL, _EXISTS, _INVALID, -10, -101, -703, -707, -714}  # 
 class _Transfer(NamedTuple):
     """A call under way that moves the values of `places` in the batch."""
 
-    future: Future[list[int]]
     places: range
     names: list[str]
+    views: list[npt.NDArray[np.uint8]]
+    """Where they are on this side: in the caller's memory, or in the landing."""
     landing: Landing | None
-    """Where they lie one behind the other; None: in the caller's memory."""
-    begun: float
+    begun: float = 0.0
+
+    @property
+    def arguments(self) -> tuple[list[str], list[int], list[int]]:
+        """As the client takes them."""
+        return self.names, list(map(address_of, self.views)), list(map(len, self.views))
 
 
 class MooncakeTier(Tier):
@@ -109,16 +116,18 @@ class MooncakeTier(Tier):
         """As the interface says; a value whose host is gone is a MISS while others are hit."""
         codes = [_ABSENT] * len(keys)
 
-        def prepare(places: range, landing: Landing | None) -> Callable[[], list[int]]:
-            assert landing is not None
-            names, sizes = _named(keys, places), [len(buffers[place]) for place in places]
-            into = [landing.address + at for at in offsets(sizes)]
-            return lambda: list(self._store.batch_get_into(names, into, sizes))
+        def prepare(transfer: _Transfer) -> Callable[[], list[int]]:
+            return lambda: list(self._store.batch_get_into(*transfer.arguments))
 
         def finish(transfer: _Transfer, found: list[int]) -> None:
-            self._land(transfer, found, keys, buffers, codes)
+            for place, code, view in zip(transfer.places, found, transfer.views, strict=True):
+                codes[place], whole = code, code == len(view)
+                if whole and not self.check_value(keys[place], view.data):
+                    codes[place] = _DAMAGED
+                elif whole and transfer.landing is not None:
+                    np.frombuffer(buffers[place], np.uint8)[:] = view  # without the GIL
 
-        self._pump(keys, buffers, lambda _: True, prepare, finish)
+        self._pump(keys, buffers, prepare, finish, into=True)
         results = [self._got(*found) for found in zip(keys, buffers, codes, strict=True)]
         if Got.HIT not in results:
             _raise_if_failed(codes)
@@ -128,22 +137,17 @@ class MooncakeTier(Tier):
         """As the interface says, except that a key that is held keeps its value."""
         codes = [_FULL] * len(keys)
 
-        def prepare(places: range, landing: Landing | None) -> Callable[[], list[int]]:
-            names, some = _named(keys, places), [buffers[place] for place in places]
-            sizes = [len(buffer) for buffer in some]
-            for place in places:
+        def prepare(transfer: _Transfer) -> Callable[[], list[int]]:
+            for place, view in zip(transfer.places, transfer.views, strict=True):
                 self.seal_value(keys[place], buffers[place])
-            starts = [address_of(buffer) for buffer in some]
-            if landing is not None:
-                starts = [landing.address + at for at in offsets(sizes)]
-                for at, buffer in zip(offsets(sizes), some, strict=True):
-                    landing.array[at : at + len(buffer)] = np.frombuffer(buffer, np.uint8)
-            return lambda: list(self._store.batch_put_from(names, starts, sizes, self._config))
+                if transfer.landing is not None:
+                    view[:] = np.frombuffer(buffers[place], np.uint8)
+            return lambda: list(self._store.batch_put_from(*transfer.arguments, self._config))
 
         def finish(transfer: _Transfer, found: list[int]) -> None:
             codes[transfer.places.start : transfer.places.stop] = found
 
-        self._pump(keys, buffers, lambda places: not self._are_attached(buffers, places), prepare, finish)
+        self._pump(keys, buffers, prepare, finish, into=False)
         if 0 not in codes:
             _raise_if_failed(codes)
         return [Put.STORED if code in (0, _EXISTS) else Put.REFUSED for code in codes]
@@ -173,101 +177,90 @@ class MooncakeTier(Tier):
         if code:
             raise ConfigError(f"buffer of {size} bytes cannot be registered ({code})")
 
-    def _are_attached(self, buffers: Sequence[Buffer], places: range) -> bool:
-        starts = (address_of(buffers[place]) for place in places)
+    def _are_attached(self, buffers: Sequence[Buffer]) -> bool:
+        starts = map(address_of, buffers)
         return all(
-            start in self._attached and start + len(buffers[place]) - 1 in self._attached
-            for start, place in zip(starts, places, strict=True)
+            start in self._attached and start + len(buffer) - 1 in self._attached
+            for start, buffer in zip(starts, buffers, strict=True)
         )
 
     def _pump(
         self,
         keys: Sequence[Key],
         buffers: Sequence[Buffer],
-        lands: Callable[[range], bool],
-        prepare: Callable[[range, Landing | None], Callable[[], list[int]]],
+        prepare: Callable[[_Transfer], Callable[[], list[int]]],
         finish: Callable[[_Transfer, list[int]], None],
+        into: bool,
     ) -> None:
         """Move a batch in groups, one call at a time: while it is out, the next group is prepared and the
-        one before finished. Values longer than a landing are left out."""
-        under_way: list[_Transfer] = []  # one, or none
+        one before finished. Values longer than a landing are left out. `into`: the buffers are written to."""
+        attached, over = self._are_attached(buffers), Future[None]()
+        under_way: list[tuple[_Transfer, Future[list[int]]]] = []  # one, or none
 
-        def end() -> list[tuple[_Transfer, list[int]]]:
-            return [(transfer, self._end(transfer)) for transfer in under_way]
-
-        def settle(ended: list[tuple[_Transfer, list[int]]]) -> None:
-            for transfer, found in ended:
-                finish(transfer, found)
-                self._settle(transfer)
+        def end() -> Callable[[], None]:
+            """Wait for the call that is out; what this returns finishes it."""
+            ended = [(transfer, self._end(transfer, future)) for transfer, future in under_way]
+            under_way.clear()
+            return lambda: self._settle(ended, finish)
 
         try:
-            for places in groups(buffers, min(_GROUP, self._options.buffer)):
+            for places in groups(buffers, _ATTACHED_GROUP if attached else min(_GROUP, self._options.buffer)):
                 if len(buffers[places.start]) > self._options.buffer:
                     continue  # it is alone
-                landing = self._landings.take_free() if lands(places) else None
-                if landing is None and lands(places):  # who waits for one must not keep one
-                    settle(end())
-                    under_way.clear()
+                landing = None if attached else self._landings.take_free()
+                if landing is None and not attached:  # who waits for one must not keep one
+                    end()()
                     landing = self._landings.take(self._options.timeout)
+                transfer = _transfer(keys, buffers, places, landing)
                 try:
-                    work = prepare(places, landing)
-                    ended = end()
+                    work = prepare(transfer)
+                    settle = end()
                     future = self._calls.begin(work)
                 except TierUnavailable:
                     if landing is not None:
                         self._landings.give(landing)
                     raise
-                under_way[:] = [_Transfer(future, places, _named(keys, places), landing, time.monotonic())]
-                settle(ended)
-            settle(end())
-            under_way.clear()
+                under_way.append((transfer._replace(begun=time.monotonic()), future))
+                settle()
+            end()()
+        except Exception as error:
+            if under_way and attached and into:
+                raise TierStillReads(str(error), over) from error
+            raise
         finally:
-            for transfer in under_way:
-                transfer.future.add_done_callback(partial(self._come_back_late, transfer))
+            for transfer, future in under_way:
+                future.add_done_callback(partial(self._come_back_late, transfer, into, over))
 
-    def _end(self, transfer: _Transfer) -> list[int]:
-        left = transfer.begun + self._options.timeout - time.monotonic()
-        return self._calls.end(transfer.future, max(0.0, left))
-
-    def _land(
-        self,
-        transfer: _Transfer,
-        found: list[int],
-        keys: Sequence[Key],
-        buffers: Sequence[Buffer],
-        codes: list[int],
+    def _settle(
+        self, ended: list[tuple[_Transfer, list[int]]], finish: Callable[[_Transfer, list[int]], None]
     ) -> None:
-        """Copy what came to where it belongs, and note what became of each value."""
-        assert transfer.landing is not None
-        array = transfer.landing.array
-        sizes = [len(buffers[place]) for place in transfer.places]
-        for place, at, size, code in zip(transfer.places, offsets(sizes), sizes, found, strict=True):
-            codes[place] = code
-            if code != size:
-                continue
-            value = array[at : at + size]
-            if not self.check_value(keys[place], value.data):
-                codes[place] = _DAMAGED
-            else:
-                np.frombuffer(buffers[place], np.uint8)[:] = value  # without the GIL
+        for transfer, found in ended:
+            finish(transfer, found)
+            if transfer.landing is not None:
+                self._landings.give(transfer.landing)
 
-    def _settle(self, transfer: _Transfer) -> None:
-        """The call is over."""
-        if transfer.landing is None:
-            return
-        if time.monotonic() - transfer.begun < _UNFINISHED_SECONDS:
-            self._landings.give(transfer.landing)
-        elif self._landings.lose(transfer.landing):
-            with contextlib.suppress(TierUnavailable, ConfigError):
-                self._landings.add()
+    def _end(self, transfer: _Transfer, future: Future[list[int]]) -> list[int]:
+        left = transfer.begun + self._options.timeout - time.monotonic()
+        return self._calls.end(future, max(0.0, left))
 
-    def _come_back_late(self, transfer: _Transfer, _: Future[list[int]]) -> None:
-        """What was sent from the caller's memory after the verb had ended may be garbled: it is removed. Its
-        seal would say so too."""
-        if transfer.landing is None:
+    def _come_back_late(
+        self, transfer: _Transfer, into: bool, over: Future[None], _: Future[list[int]]
+    ) -> None:
+        """The call of a verb that had ended is back. What was sent from the caller's memory may be garbled:
+        it is removed. Its seal would say so too."""
+        goes_on, landing = time.monotonic() - transfer.begun > MOST_SECONDS, transfer.landing
+        if landing is None and not into:
             with contextlib.suppress(TierUnavailable):
                 self._calls.begin(lambda: self._store.batch_remove(transfer.names, True))
-        self._settle(transfer)
+        elif landing is None and not goes_on:
+            over.set_result(None)
+        elif landing is None:
+            log.warning("mooncake: a read that went on for too long keeps %d slots", len(transfer.views))
+        elif not goes_on:
+            self._landings.give(landing)
+        elif self._landings.lose(landing):
+            with contextlib.suppress(TierUnavailable, ConfigError):
+                self._landings.add()
 
     def _got(self, key: Key, buffer: Buffer, code: int) -> Got:
         if code >= 0:
@@ -281,8 +274,15 @@ class MooncakeTier(Tier):
 _left: list[object] = []  # what threads that did not come back still use
 
 
-def _named(keys: Sequence[Key], places: range) -> list[str]:
-    return [key_name(keys[place]) for place in places]
+def _transfer(
+    keys: Sequence[Key], buffers: Sequence[Buffer], places: range, landing: Landing | None
+) -> _Transfer:
+    """Of these places, straight or through a landing."""
+    views = [np.frombuffer(buffers[place], np.uint8) for place in places]
+    if landing is not None:
+        sizes = list(map(len, views))
+        views = [landing.array[at : at + size] for at, size in zip(offsets(sizes), sizes, strict=True)]
+    return _Transfer(places, [key_name(keys[place]) for place in places], views, landing)
 
 
 def _raise_if_failed(codes: Sequence[int]) -> None:

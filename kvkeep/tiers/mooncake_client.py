@@ -18,11 +18,20 @@ except ModuleNotFoundError:
 except ImportError as error:  # the package is there, a library that it needs is not
     raise ConfigError(f"mooncake: {error}: apt-get install libibverbs1 libnuma1 libcurl4") from error
 
-__all__ = ["SETUP_SECONDS", "MooncakeOptions", "ReplicateConfig", "connect", "mooncake_options"]
+__all__ = [
+    "MOST_SECONDS",
+    "SETUP_SECONDS",
+    "MooncakeOptions",
+    "ReplicateConfig",
+    "connect",
+    "mooncake_options",
+]
 
 SETUP_SECONDS = 30.0
 """For what is done once; the client's own tries take up to 90."""
 _LEAST_SEGMENT = 16 << 20
+MOST_SECONDS = 55.0
+"""After 60 the client returns from a transfer that may still be going on."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +73,8 @@ def mooncake_options(url: TierURL) -> MooncakeOptions:
     )
     if not url.host or url.path not in ("", "/"):
         raise ConfigError(f"{url}: write it as mooncake://master:port")
+    if timeout > MOST_SECONDS:
+        raise ConfigError(f"{url}: timeout must be {MOST_SECONDS:g} s or less: its client gives up at 60 s")
     if options.buffer < mmap.PAGESIZE:
         raise ConfigError(f"{url}: buffer must be a page or more")
     if 0 < options.segment < _LEAST_SEGMENT:

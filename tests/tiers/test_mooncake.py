@@ -21,7 +21,7 @@ except ImportError as error:
 
 from kvbench.memory import Bed
 from kvbench.raw_mooncake import RawMooncake
-from kvkeep.errors import ConfigError, TierUnavailable
+from kvkeep.errors import ConfigError, TierStillReads, TierUnavailable
 from kvkeep.tiers.base import Got, Key, Put, Tier, key_name
 from kvkeep.tiers.open import open_raw
 from kvkeep.tiers.url import TierURL
@@ -98,17 +98,38 @@ class TestMooncake(TierConformance):
         assert back == new
 
 
-def test_attached_memory_is_sent_from_where_it_lies(place: MoonPlace, monkeypatch) -> None:
-    sent = buffers_of([2 * MIB] * 40, 1)
-    arena = memoryview(sent[0].obj)
+def test_attached_memory_is_sent_and_filled_where_it_lies(place: MoonPlace, monkeypatch) -> None:
+    every = buffers_of([2 * MIB] * 160, 1)
+    sent, back = every[:80], every[80:]
     with closing(place.open()) as tier:
-        tier.attach(arena)
-        with monkeypatch.context() as patch:
-            patch.setattr(tier._landings, "take", None)
-            assert tier.put(keys_of(40), sent) == [Put.STORED] * 40
-        back = buffers_of([2 * MIB] * 40)
-        assert tier.get(keys_of(40), back) == [Got.HIT] * 40
-        assert back == sent
+        tier.attach(memoryview(sent[0].obj))
+        monkeypatch.setattr(tier._landings, "take_free", None)
+        assert tier.put(keys_of(80), sent) == [Put.STORED] * 80
+        assert tier.get([*keys_of(80)[1:], *keys_of(1, 9)], back) == [*[Got.HIT] * 79, Got.MISS]
+        assert back[:79] == sent[1:]
+
+
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_attached_memory_is_the_callers_again_once_a_late_read_is_over(
+    place: MoonPlace, monkeypatch, goes_on: bool
+) -> None:
+    keys, every = keys_of(2), buffers_of([8 * MIB] * 4, 4)
+    with closing(place.open(timeout="500ms")) as tier:
+        tier.attach(memoryview(every[0].obj))
+        tier.put(keys, every[:2])
+        if goes_on:
+            monkeypatch.setattr("kvkeep.tiers.mooncake.MOST_SECONDS", 0.0)
+        place.node.stop()
+        began = time.monotonic()
+        with pytest.raises(TierStillReads, match="no answer within") as given_up:
+            tier.get(keys, every[2:])
+        assert time.monotonic() - began < 5
+        assert not given_up.value.over.done()
+        place.node.go_on()
+        _until_back(tier)
+        assert given_up.value.over.done() is not goes_on
+        assert tier.get(keys, every[2:]) == [Got.HIT] * 2
+        assert every[2:] == every[:2]
 
 
 def test_the_raw_baseline_moves_what_the_tier_moves(place: MoonPlace) -> None:
@@ -165,10 +186,7 @@ def test_a_node_that_hangs_is_given_up_in_time_and_writes_nothing_late(place: Mo
                 verb()
             assert time.monotonic() - began < 5
         place.node.go_on()
-        deadline = time.monotonic() + 20
-        while tier._calls.out and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert tier._calls.out == 0
+        _until_back(tier)
         assert not any(any(buffer[:: 64 << 10]) for buffer in back)
         assert tier.get(keys, back) == [Got.HIT] * 4
         assert back == sent
@@ -192,9 +210,7 @@ def test_a_master_that_hangs_is_given_up_in_time(place: MoonPlace) -> None:
                 assert time.monotonic() - began < 5
         finally:
             place.master.go_on()
-        deadline = time.monotonic() + 20
-        while tier._calls.out and time.monotonic() < deadline:
-            time.sleep(0.05)
+        _until_back(tier)
         assert tier.put(keys, sent) == [Put.STORED] * 2  # the late delete may have removed them
         assert tier.get(keys, back) == [Got.HIT] * 2
         assert back == sent
@@ -227,12 +243,15 @@ def test_close_ends_verbs_under_way(place: MoonPlace) -> None:
 
 
 def test_a_transfer_that_may_still_go_on_keeps_its_memory(place: MoonPlace, monkeypatch) -> None:
-    keys, sent, back = keys_of(2), buffers_of([MIB] * 2, 7), buffers_of([MIB] * 2)
-    with closing(place.open()) as tier:
+    keys, sent, back = keys_of(2), buffers_of([8 * MIB] * 2, 7), buffers_of([8 * MIB] * 2)
+    with closing(place.open(timeout="500ms")) as tier:
         tier.put(keys, sent)
-        with monkeypatch.context() as patch:
-            patch.setattr("kvkeep.tiers.mooncake._UNFINISHED_SECONDS", 0.0)
-            assert tier.get(keys, back) == [Got.HIT] * 2
+        monkeypatch.setattr("kvkeep.tiers.mooncake.MOST_SECONDS", 0.0)
+        place.node.stop()
+        with pytest.raises(TierUnavailable):
+            tier.get(keys, back)
+        place.node.go_on()
+        _until_back(tier)
         assert tier._landings._lost == 1
         assert tier.get(keys, back) == [Got.HIT] * 2
         assert back == sent
@@ -276,6 +295,7 @@ def test_what_cannot_work_is_said_at_once(place: MoonPlace) -> None:
         (f"mooncake://{master}/path", "write it as mooncake://master:port"),
         (f"mooncake://{master}?segment=1MiB", "segment must be 0, or 16 MiB"),
         (f"mooncake://{master}?timeout=0s", "timeout must be more than 0"),
+        (f"mooncake://{master}?timeout=60s", "timeout must be 55 s or less"),
         (f"mooncake://{master}?protocol=udp", "protocol must be one of tcp, rdma"),
         (f"mooncake://{master}?metadata=http://127.0.0.1:1/x", "does not start.*metadata= and hostname="),
     ):
@@ -328,6 +348,14 @@ def test_nodes_and_masters_may_die(network: None, tmp_path: Path) -> None:
         _until_stored(tier, keys_of(2, 2), sent)
         assert tier.get(keys_of(2, 2), back) == [Got.HIT] * 2
         assert back == sent
+
+
+def _until_back(tier: Any) -> None:
+    """No call is out any more, nor what its end sets off."""
+    deadline = time.monotonic() + 20
+    while tier._calls.out:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def _until_stored(tier: Tier, keys: list[Key], sent: list[memoryview]) -> None:

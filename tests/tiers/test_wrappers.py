@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections.abc import Callable
@@ -293,6 +294,33 @@ def test_how_long_reading_takes_is_learnt_from_bytes_and_not_from_batches() -> N
     assert meter.read_seconds(mib) < 1.2  # what was before is forgotten
 
 
+def test_an_answer_that_is_late_once_is_no_measure_and_a_place_that_is_back_is_as_fast_as_it_is_now() -> None:
+    class Asked(Wrapper):
+        took, fails = 1.0, False
+
+        def contains(self, keys):
+            clock.sleep(self.took)
+            if self.fails:
+                raise TierUnavailable("no answer in time") from TimeoutError()
+            return super().contains(keys)
+
+    clock = Clock()
+    store = Asked(MemoryTier({}))
+    meter = Metered(store, clock)
+
+    def latency(took: float, fails: bool = False) -> float | None:
+        store.took, store.fails = took, fails
+        with contextlib.suppress(TierUnavailable):
+            meter.contains([bytes(24)])
+        return meter.latency
+
+    assert [latency(took) for took in (1, 1, 1, 60)] == [1] * 4
+    assert [latency(took) for took in (60, 60)] == [1, 60]  # it is slow now
+    assert [latency(took) for took in (2, 2, 2)] == [60, 60, 2]
+    assert [latency(60, fails=True) for _ in range(3)] == [2, 60, 60]
+    assert latency(3) == 3
+
+
 def _raise(error: Exception) -> None:
     raise error
 
@@ -355,7 +383,7 @@ def test_what_is_damaged_is_counted_and_deleted_also_where_deleting_fails() -> N
     meter.put(keys, sent)
     held[keys[0]] = held[keys[0]][:-1] + b"?"
     assert meter.get(keys, buffers_of([PAGE] * 2)) == [Got.DAMAGED, Got.HIT]
-    assert (meter.counters.hits, meter.counters.damaged, meter.counters.got_bytes) == (1, 1, PAGE)
+    assert [meter.counters[name] for name in ("hits", "damaged", "got_bytes")] == [1, 1, PAGE]
 
 
 def test_faults_may_fall_on_some_verbs_only() -> None:
