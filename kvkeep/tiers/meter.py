@@ -6,7 +6,7 @@ import math
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from statistics import median
 from typing import TypeVar
 
@@ -27,8 +27,8 @@ COUNTERS = (
 )
 """Totals since the tier was opened; `found`: of the keys that it was `asked` about, those that it had."""
 _LATELY = 5  # answers, whose median tells what one takes: one that came late is no measure
-_DECAY = 0.7  # of all that was read before, at each batch
-_BENEFIT_OF_DOUBT = 32 << 20  # bytes that cost nothing before the first batch: one that dials is no measure
+_READS = 8  # batches by which it is told how long reading takes, without the one that took longest a byte
+_BENEFIT_OF_DOUBT = (16 << 20, 0.0)  # bytes and seconds that count as read before the first batch: it dials
 _STALE = 30.0  # seconds
 
 
@@ -49,7 +49,7 @@ class Metered(Wrapper):
         self._lately, self._failed = deque[float](maxlen=_LATELY), False
         self.seconds_per_byte: float | None = None
         """What a byte has cost lately, batches read side by side; None before the first that hit."""
-        self._doubt, self._read_bytes, self._read_seconds = float(_BENEFIT_OF_DOUBT), 0.0, 0.0
+        self._reads = deque([_BENEFIT_OF_DOUBT], _READS)
         self._read_at = -math.inf
 
     def figures(self) -> dict[str, float]:
@@ -61,7 +61,7 @@ class Metered(Wrapper):
         """How long reading so much is likely to take, by what was read before; of a tier that nothing was
         read from yet, only what asking takes: that is worth finding out."""
         with self._lock:
-            rate = self._read_seconds / (self._read_bytes + self._doubt)
+            rate = _rate(self._reads)
         return (self.latency or 0.0) + rate * nbytes
 
     @property
@@ -122,11 +122,10 @@ class Metered(Wrapper):
         asking = 0.0 if began < self._read_at else self.latency or 0.0
         seconds = max(0.0, ended - max(began, self._read_at) - asking)
         if began - self._read_at > _STALE:
-            self._doubt, self._read_bytes, self._read_seconds = float(_BENEFIT_OF_DOUBT), 0.0, 0.0
-        self._read_bytes = _DECAY * self._read_bytes + nbytes
-        self._read_seconds = _DECAY * self._read_seconds + seconds
-        self._doubt, self._read_at = _DECAY * self._doubt, ended
-        self.seconds_per_byte = self._read_seconds / self._read_bytes
+            self._reads = deque([_BENEFIT_OF_DOUBT], _READS)
+        self._reads.append((nbytes, seconds))
+        self._read_at = ended
+        self.seconds_per_byte = _rate([read for read in self._reads if read is not _BENEFIT_OF_DOUBT])
 
     def _counted(self, verb: Callable[[], _T]) -> _T:
         try:
@@ -146,3 +145,10 @@ def _kind(error: TierUnavailable) -> str:
                 return kind
         cause = cause and (cause.__cause__ or cause.__context__)
     return ERROR_KINDS[-1]
+
+
+def _rate(reads: Iterable[tuple[int, float]]) -> float:
+    """Seconds per byte, but for the batch that took longest: it may have been held up."""
+    kept = sorted(reads, key=lambda read: read[1] / read[0])
+    kept = kept[:-1] if len(kept) > 2 else kept
+    return sum(seconds for _, seconds in kept) / sum(nbytes for nbytes, _ in kept)

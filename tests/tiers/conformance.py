@@ -213,7 +213,7 @@ class TierConformance:
             wanted = [Got.DAMAGED if number in hurt else Got.HIT for number in range(40)]
             assert tier.get(keys, back) == wanted
             assert all(back[number] == sent[number] for number in set(range(40)) - hurt)
-            assert (tier.counters.damaged, tier.counters.hits) == (30, 10)
+            assert (tier.counters["damaged"], tier.counters["hits"]) == (30, 10)
             assert tier.contains(keys) == [got is Got.HIT for got in wanted]
 
     def test_closed_tiers_say_so(self, place: Place) -> None:

@@ -132,11 +132,12 @@ class Reader:
         keys = tracked.keys(0, max(first, limit))
         lease, ticket = tracked.lease, tracked.ticket
         if keeper is None or not tracked.cacheable:
-            give_back(keeper, tracked)
-            return
+            return give_back(keeper, tracked)
         rule = {"never": -1.0, "always": 0.0}.get(self._config.load, recompute)
         # Asking what tiers have costs requests that miss: little of what computing them takes anyway.
         patience = max(self._config.probe_wait, _PROBE_SHARE * (limit - first) * recompute)
+        if tracked.awaited is not None and rule > 0:  # another engine computes it, so that this one need not
+            rule, patience = 0.0, max(patience, self._config.remote_wait / 10)
         settled = ticket if settles else 0
         found = keeper.connection.lookup(
             keeper.namespace, keys, first, rule, patience, settled, tracked.trace, tracked.tenant
