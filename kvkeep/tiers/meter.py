@@ -70,21 +70,20 @@ class Metered(Wrapper):
         return self._clock() - self._read_at > _STALE
 
     def contains(self, keys: Sequence[Key]) -> list[bool]:
-        began, failed = self._clock(), True
+        began, found = self._clock(), -1
         try:
             held = self._counted(lambda: self.inner.contains(keys))
-            failed = False
+            found = sum(held)
         finally:  # also after a failure: a store that times out is slow, until it is back
             took = self._clock() - began
             with self._lock:
-                if self._failed and not failed:
+                if self._failed and found >= 0:
                     self._lately.clear()
-                self._failed = failed
+                self._failed = found < 0
                 self._lately.append(took)
                 self.latency = median(self._lately)
                 self.seconds["contains"].add(took)
-        with self._lock:
-            self.counters.update(asked=len(keys), found=sum(held))
+                self.counters.update({} if self._failed else {"asked": len(keys), "found": found})
         return held
 
     def get(self, keys: Sequence[Key], buffers: Sequence[Buffer]) -> list[Got]:
@@ -108,8 +107,8 @@ class Metered(Wrapper):
         took = self._clock() - began
         stored = [len(buffer) for buffer, put in zip(buffers, results, strict=True) if put is Put.STORED]
         with self._lock:
-            refused = results.count(Put.REFUSED)
-            self.counters.update(stored=len(stored), refused=refused, put_bytes=sum(stored))
+            self.counters.update(stored=len(stored), put_bytes=sum(stored))
+            self.counters["refused"] += results.count(Put.REFUSED)
             self.seconds["put"].add(took)
             self.nbytes["put"].add(sum(stored))
         return results

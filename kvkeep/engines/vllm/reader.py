@@ -132,16 +132,15 @@ class Reader:
         keys = tracked.keys(0, max(first, limit))
         lease, ticket = tracked.lease, tracked.ticket
         if keeper is None or not tracked.cacheable:
-            return give_back(keeper, tracked)
+            give_back(keeper, tracked)
+            return
         rule = {"never": -1.0, "always": 0.0}.get(self._config.load, recompute)
         # Asking what tiers have costs requests that miss: little of what computing them takes anyway.
         patience = max(self._config.probe_wait, _PROBE_SHARE * (limit - first) * recompute)
         if tracked.awaited is not None and rule > 0:  # another engine computes it, so that this one need not
             rule, patience = 0.0, max(patience, self._config.remote_wait / 10)
-        settled = ticket if settles else 0
-        found = keeper.connection.lookup(
-            keeper.namespace, keys, first, rule, patience, settled, tracked.trace, tracked.tenant
-        )
+        terms = (rule, patience, ticket if settles else 0, tracked.trace, tracked.tenant)
+        found = keeper.connection.lookup(keeper.namespace, keys, first, *terms)
         if ticket and not settles:
             keeper.connection.forget(ticket)
         if lease:  # after the new one: what was promised stays where it is in between
