@@ -150,10 +150,9 @@ class Guarded(Wrapper):
         began = self._clock()
         try:
             return self._asked(verb)
-        except TierStillReads:
-            raise
-        except TierUnavailable:
-            if self._clock() - began > _READ_RETRY_WITHIN or not self.available:
+        except TierUnavailable as error:
+            late = isinstance(error, TierStillReads) or self._clock() - began > _READ_RETRY_WITHIN
+            if late or not self.available:
                 raise
             return self._asked(verb)
 
