@@ -2,9 +2,9 @@
 
 Random data in touched memory; each round puts one batch under new keys, gets it into other memory and
 compares every byte, deletes it (but for `--full`), and does as much with the raw medium, now one first and
-now the other: whatever else the machine does falls on both. Where the raw medium can be used in several ways, each takes
-its turn, and the fastest is what the tier is held against. Each verb begins after a rest: virtual
-disks allow bursts and then much less, and a raw program's start would be a rest that the tier does not get.
+now the other: whatever else the machine does falls on both. Where the raw medium can be used in several
+ways, each takes its turn, and the fastest is what the tier is held against. Each verb begins after a rest:
+virtual disks allow bursts and then much less, and a raw program's start would be a rest for it alone.
 """
 
 from __future__ import annotations
@@ -35,8 +35,6 @@ from kvkeep.tiers.wrap import innermost
 
 __all__ = ["add_arguments", "run"]
 
-_REST = 0.5  # seconds; a start of fio takes about as long
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `kvkeep bench tier`."""
@@ -45,6 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--count", type=int, default=128, help="values in a batch (default: 128)")
     parser.add_argument("--rounds", type=int, default=7, help="rounds (default: 7)")
     parser.add_argument("--depth", type=int, default=8, help="values under way at a time (default: 8)")
+    parser.add_argument(
+        "--rest",
+        type=float,
+        default=0.5,
+        help="seconds before each verb (default: 0.5, as a start of fio takes)",
+    )
     parser.add_argument("--full", action="store_true", help="values stay, so that a full tier must make room")
     parser.add_argument("--no-raw", action="store_true", help="the tier alone: the medium takes no turns")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
@@ -60,10 +64,9 @@ class Samples(NamedTuple):
 def run(args: argparse.Namespace) -> int:
     """Measure; returns 0. Raises KVKeepError where not every byte came back."""
     size = parse_bytes(args.chunk_bytes)
-    if min(args.count, args.depth, args.rounds) < 1 or size <= SEAL_BYTES:
-        raise ConfigError(
-            f"--count, --rounds and --depth must be 1 or more, --chunk-bytes more than {SEAL_BYTES}"
-        )
+    if min(args.count, args.depth, args.rounds) < 1 or size <= SEAL_BYTES or args.rest < 0:
+        what = "--count, --rounds and --depth must be 1 or more, --rest 0 or more"
+        raise ConfigError(f"{what}, --chunk-bytes more than {SEAL_BYTES}")
     opened, url = open_tier(args.url, depth=str(args.depth)), TierURL(args.url)
     raws = list[Raw]()
     try:
@@ -73,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         bed = Bed(size, args.count, args.depth)
         opened.tier.attach(bed.memory)
         raws += make(url, innermost(opened.tier), bed) if make else []
-        figures = _measure(opened.tier, raws, bed, args.rounds, args.full)
+        figures = _measure(opened.tier, raws, bed, args)
         bed.close()
     finally:
         opened.tier.close()
@@ -88,58 +91,62 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _measure(tier: Tier, raws: list[Raw], bed: Bed, rounds: int, full: bool) -> dict[str, object]:
+def _measure(tier: Tier, raws: list[Raw], bed: Bed, args: argparse.Namespace) -> dict[str, object]:
     ours, cpu, theirs = Samples([], []), Samples([], []), [Samples([], []) for _ in raws]
-    kept: list[list[Key]] = []
-    turns: list[Callable[[], None]] = [partial(_turn, tier, bed, ours, cpu, kept if full else None)]
-    turns += [partial(_raw_turn, *pair, full) for pair in zip(raws, theirs, strict=True)]
+    kept: list[Key] = []
+    rest = partial(time.sleep, args.rest)
+    turns: list[Callable[[], None]] = [
+        partial(_turn, tier, bed, ours, cpu, rest, kept if args.full else None)
+    ]
+    turns += [partial(_raw_turn, *pair, rest, args.full) for pair in zip(raws, theirs, strict=True)]
     silent = not sys.stderr.isatty()
     try:
-        for number in track(range(rounds + 1), "measuring", console=Console(stderr=True), disable=silent):
+        for number in track(
+            range(args.rounds + 1), "measuring", console=Console(stderr=True), disable=silent
+        ):
             for turn in turns[:: 1 if number % 2 else -1]:
                 turn()
     finally:
-        for keys in kept:
-            tier.delete(keys)
+        tier.delete(kept)
     for samples in (ours, cpu, *theirs):  # the first one pays for lazy set-up
         for seconds in samples:
             del seconds[:1]
     return _figures(bed.nbytes, ours, {raw.name: one for raw, one in zip(raws, theirs, strict=True)}, cpu)
 
 
-def _turn(tier: Tier, bed: Bed, seconds: Samples, cpu: Samples, kept: list[list[Key]] | None) -> None:
+def _turn(
+    tier: Tier, bed: Bed, seconds: Samples, cpu: Samples, rest: Callable[[], None], kept: list[Key] | None
+) -> None:
     keys: list[Key] = [b"\0bench\0\0" + os.urandom(KEY_BYTES - 8) for _ in range(bed.count)]
     bed.spoil()
-    if kept is not None:
-        kept.append(keys)
+    rest()
     try:
-        _move(tier, bed, keys, seconds, cpu)
+        began, worked = time.perf_counter(), time.process_time()
+        stored = tier.put(keys, bed.sent)
+        seconds.put.append(time.perf_counter() - began)
+        cpu.put.append(time.process_time() - worked)
+        if stored.count(Put.STORED) != len(keys):
+            raise KVKeepError(
+                f"only {stored.count(Put.STORED)} of {len(keys)} were stored: give it more room"
+            )
+        rest()
+        began, worked = time.perf_counter(), time.process_time()
+        got = tier.get(keys, bed.back)
+        seconds.get.append(time.perf_counter() - began)
+        cpu.get.append(time.process_time() - worked)
+        if got.count(Got.HIT) != len(keys) or not bed.whole():
+            raise KVKeepError(f"only {got.count(Got.HIT)} of {len(keys)} came back, or other bytes")
     finally:
         if kept is None:
             tier.delete(keys)  # as the raw medium does: what is new to a server's memory is slow
+        else:
+            kept += keys
 
 
-def _move(tier: Tier, bed: Bed, keys: list[Key], seconds: Samples, cpu: Samples) -> None:
-    time.sleep(_REST)
-    began, worked = time.perf_counter(), time.process_time()
-    stored = tier.put(keys, bed.sent)
-    seconds.put.append(time.perf_counter() - began)
-    cpu.put.append(time.process_time() - worked)
-    if stored.count(Put.STORED) != len(keys):
-        raise KVKeepError(f"only {stored.count(Put.STORED)} of {len(keys)} were stored: give it more room")
-    time.sleep(_REST)
-    began, worked = time.perf_counter(), time.process_time()
-    got = tier.get(keys, bed.back)
-    seconds.get.append(time.perf_counter() - began)
-    cpu.get.append(time.process_time() - worked)
-    if got.count(Got.HIT) != len(keys) or not bed.whole():
-        raise KVKeepError(f"only {got.count(Got.HIT)} of {len(keys)} came back, or other bytes")
-
-
-def _raw_turn(raw: Raw, seconds: Samples, full: bool) -> None:
-    time.sleep(_REST)
+def _raw_turn(raw: Raw, seconds: Samples, rest: Callable[[], None], full: bool) -> None:
+    rest()
     seconds.put.append(raw.put())
-    time.sleep(_REST)
+    rest()
     seconds.get.append(raw.get())
     if not full:  # else it writes over what it has
         raw.forget()

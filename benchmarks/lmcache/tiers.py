@@ -5,8 +5,9 @@
 Each turn runs `kvkeep bench tier` and, in LMCache's environment (setup.sh makes it), `lmcache bench l2`, for
 each store, now one first and now the other. Both verify every byte. Each gives the median of its rounds; the
 table has the median over the turns. Both begin in an empty directory, and in an emptied Valkey that has given
-its memory back; ours runs without the raw medium's turns. What differs: ours seals and checks each value
-(xxh3), LMCache's does not; LMCache's clock covers its submit and the wait for it, ours the batch verb.
+its memory back; ours runs without the raw medium's turns, and without rests, as LMCache's does. What differs:
+ours seals and checks each value (xxh3), LMCache's does not; LMCache's clock covers its submit and the wait
+for it, ours the batch verb.
 
 CPU is that of either whole program, to put and get: what many more rounds take than one, after the turns, so
 that the program's start is not in it. Making and comparing the values is, and the server's work is not.
@@ -128,8 +129,9 @@ def _measure(folder: Path, program: Path, args: argparse.Namespace) -> dict[str,
 
 
 def _ours(url: str, args: argparse.Namespace, rounds: int) -> Figures:
-    shape = [f"--chunk-bytes={args.chunk_kib}KiB", f"--count={args.count}", f"--rounds={rounds}", "--no-raw"]
-    result, cpu = _run([sys.executable, "-m", "kvkeep.cli", "bench", "tier", url, *shape, "--json"])
+    shape = [f"--chunk-bytes={args.chunk_kib}KiB", f"--count={args.count}", f"--rounds={rounds}"]
+    shape += ["--no-raw", "--rest=0", "--json"]
+    result, cpu = _run([sys.executable, "-m", "kvkeep.cli", "bench", "tier", url, *shape])
     return Figures(result["put_GBps"], result["get_GBps"], cpu)
 
 
