@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from kvbench import raw
-from kvbench import tier as bench
 from kvkeep.cli import main
 from kvkeep.pages import address
 from kvkeep.tiers import fs as fs_module
@@ -17,12 +16,7 @@ from kvkeep.tiers.base import Got, Put
 from kvkeep.tiers.fs import open_fs
 from kvkeep.tiers.wrap import Wrapper
 
-FEW = ["--chunk-bytes", "64KiB", "--count", "9", "--rounds", "2", "--depth", "4"]
-
-
-@pytest.fixture(autouse=True)
-def no_rests(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "_REST", 0)
+FEW = ["--chunk-bytes", "64KiB", "--count", "9", "--rounds", "2", "--depth", "4", "--rest", "0"]
 
 
 @pytest.mark.parametrize("program", ["fio", "pread"])
@@ -44,6 +38,15 @@ def test_json(
         assert printed[f"cpu_s_per_GB_{name}"] > 0
     held = [path for path in (tmp_path / "kv").rglob("*") if path.is_file()]
     assert sorted(path.name for path in held) == ["kvkeep.json", "members", "usage", "writers"]
+
+
+def test_a_full_tier_makes_room_and_is_left_empty(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = [word if word != "2" else "9" for word in FEW]
+    assert main(["bench", "tier", f"fs://{tmp_path}/kv?capacity=2MiB", "--json", "--full", *few]) == 0
+    assert json.loads(capsys.readouterr().out)["verified"]
+    assert not [
+        path for path in (tmp_path / "kv").rglob("*") if path.is_file() and path.stat().st_size > 60000
+    ]
 
 
 def test_of_several_raw_ways_the_fastest_counts(
