@@ -12,7 +12,6 @@ import enum
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +25,7 @@ from kvkeep.keeper.namespaces import Namespace
 from kvkeep.keeper.usable import usable_chunks
 from kvkeep.terms import Found
 
-__all__ = ["Batch", "Fetch", "Fetches", "Need", "Stage"]
+__all__ = ["Batch", "Fetch", "Fetches", "Stage"]
 
 _FIRST_QUESTION = 16  # a miss costs one of these
 _BATCH_BYTES = 32 << 20
@@ -40,13 +39,6 @@ class Stage(enum.IntEnum):
     PROBING = 0
     LOADING = 1
     DONE = 2
-
-
-class Need(NamedTuple):
-    """What a fetch would read from one tier."""
-
-    tier: int
-    nbytes: int
 
 
 @dataclass(eq=False)
@@ -203,10 +195,10 @@ class Fetches:
         fetch.held = fetch.usable()
         return fetch
 
-    def plan(self, fetch: Fetch, worth: Callable[[list[Need], int], bool]) -> list[Batch]:
+    def plan(self, fetch: Fetch, worth: Callable[[dict[int, int], int], bool]) -> list[Batch]:
         """All is known: reserve room and make batches, from the chain's head on; none without a gain.
 
-        `worth(needs, chunks)`: whether reading that is better than computing so many chunks."""
+        `worth(needs, chunks)`: whether to read these bytes by tier rather than compute so many chunks."""
         usable, wanted, needs = self._fitting(fetch)
         more = usable - fetch.held
         if more <= 0 or not worth(needs, more):
@@ -226,7 +218,7 @@ class Fetches:
         self._wait_for_arriving(fetch, usable)
         return self._batches(fetch, rows)
 
-    def _fitting(self, fetch: Fetch) -> tuple[int, list[Records], list[Need]]:
+    def _fitting(self, fetch: Fetch) -> tuple[int, list[Records], dict[int, int]]:
         """The longest run for which there is room: its length, per group the places that tiers must give,
         and what that is of each tier."""
         room = self._keeper.arena.nbytes
@@ -236,18 +228,18 @@ class Fetches:
         while True:
             wanted = [fetch.wanted(group, usable) for group in range(len(fetch.chains))]
             needs, more = self._needs(fetch, wanted), usable - fetch.held
-            total = sum(need.nbytes for need in needs)
+            total = sum(needs.values())
             if total <= room or more <= 0:
                 return usable, wanted, needs
             usable = fetch.usable(fetch.held + more * room // total)
 
-    def _needs(self, fetch: Fetch, wanted: list[Records]) -> list[Need]:
+    def _needs(self, fetch: Fetch, wanted: list[Records]) -> dict[int, int]:
         nbytes: dict[int, int] = {}
         for group, places in enumerate(wanted):
             tiers, counts = np.unique(fetch.source(group)[places], return_counts=True)
             for tier, count in zip(tiers.tolist(), counts.tolist(), strict=True):
                 nbytes[tier] = nbytes.get(tier, 0) + count * fetch.space.groups[group].slot_bytes
-        return [Need(tier, total) for tier, total in nbytes.items()]
+        return nbytes
 
     def _wait_for_arriving(self, fetch: Fetch, usable: int) -> None:
         if not self._arriving:

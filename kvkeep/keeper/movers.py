@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvkeep.errors import RequestRefused, TierStillReads, TierUnavailable
-from kvkeep.keeper.fetch import Batch, Fetch, Fetches, Need, Stage
+from kvkeep.keeper.fetch import Batch, Fetch, Fetches, Stage
 from kvkeep.keeper.flush import MOVERS, Flush, FlushQueue, Move
 from kvkeep.keeper.index import Records
 from kvkeep.keeper.keeper import Keeper
@@ -149,7 +149,7 @@ class Movers:
         fetch.answer(tiers)
         self._ask(asked, fetch)
 
-    def _worth(self, asked: Asked, fetch: Fetch, needs: list[Need], chunks: int) -> bool:
+    def _worth(self, asked: Asked, fetch: Fetch, needs: dict[int, int], chunks: int) -> bool:
         """Whether reading takes less time than computing, behind what is being read; tiers work side by side.
 
         Where it does not by measurements that are old, what is there is read once more, for the next request.
@@ -157,7 +157,7 @@ class Movers:
         if not self.reading:
             return False
         limit, slow = chunks * asked.recompute, list[int]()
-        for tier, nbytes in needs:
+        for tier, nbytes in needs.items():
             if self.tiers[tier].tier.read_seconds(nbytes + self._reading[tier]) >= limit:
                 slow.append(tier)
         if not slow or not limit:

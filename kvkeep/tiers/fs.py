@@ -140,26 +140,32 @@ class FsTier(Tier, Listing):
         with self._verb(), self._space.writing() as may_write:
             if not may_write:
                 return [Put.LATER] * len(keys)
-            promise = self._space.reserve([len(buffer) for buffer in buffers], members.new_name)
+            promised, spares = list[int](), dict[int, str]()
+
+            def promise() -> Iterator[int]:
+                """Makes room for a few, while the threads write others."""
+                for some in self._space.reserve([len(buffer) for buffer in buffers], members.new_name):
+                    promised.extend(some.places)
+                    spares.update(some.spares)
+                    yield from some.places
 
             def store(place: int) -> None:
-                spare = promise.spares.pop(place, None)
+                spare = spares.pop(place, None)
                 if self._store(keys[place], buffers[place], now - 1000 * place, spare):
                     results[place] = Put.STORED
 
-            left = promise.places
             try:
-                self._threads.each(left, store)
-                left = [place for place in left if results[place] is Put.REFUSED]
+                self._threads.each(promise(), store)
+                left = [place for place in promised if results[place] is Put.REFUSED]
                 if left:  # the file system is full of something else: live in the room that it leaves us
                     self._space.give_way(sum(footprint(len(buffers[place])) for place in left))
                     self._threads.each(left, store)
             finally:
-                self._space.drop(promise.spares.values())
-                unused = [len(buffers[place]) for place in promise.places if results[place] is Put.REFUSED]
+                self._space.drop(spares.values())
+                unused = [len(buffers[place]) for place in promised if results[place] is Put.REFUSED]
                 self._space.settle(sum(map(footprint, unused)), len(unused))
             if self._fsync:
-                self._sync_names([keys[place] for place in promise.places if results[place] is Put.STORED])
+                self._sync_names([keys[place] for place in promised if results[place] is Put.STORED])
             if self._space.counting:  # the books have turned out wrong, and with them the want of room
                 results = [Put.LATER if result is Put.REFUSED else result for result in results]
         return results

@@ -37,7 +37,7 @@ _BLOCK = 4096
 _LOCK_WAIT = 10.0
 _COUNT_WAIT = 60.0
 _SAMPLE, _OLDEST = 256, 8  # of at least so many values, one of so many goes
-_REMOVED_AT_ONCE = 16  # under one hold of the lock
+_AT_ONCE = 16  # values that are removed under one hold of the lock, or for which room is made
 _CRASHES_TO_COUNT = 16  # though others are at work: until then the books are too high by a batch for each
 _UNKNOWN = 2**64 - 1
 _Keep = Callable[[str, int], bool]
@@ -85,7 +85,7 @@ class _Victim(NamedTuple):
 
 @dataclass
 class Promise:
-    """Room for some values of a batch; it is in the books already."""
+    """Room for a few values of a batch; it is in the books already."""
 
     places: list[int]
     """Their places in the batch."""
@@ -170,16 +170,18 @@ class Space:
         finally:
             os.close(fd)
 
-    def reserve(self, lengths: Sequence[int], new_name: Callable[[], str]) -> Promise:
-        """Promise room for values of these lengths, evicting what is needed; where not all fit, for the
-        first ones. What is evicted and as long as one of them is kept for it, under a `new_name`.
+    def reserve(self, lengths: Sequence[int], new_name: Callable[[], str]) -> Iterator[Promise]:
+        """Promise room for values of these lengths, a few at a time, evicting what is needed; where not all
+        fit, for the first ones. What is evicted and as long as one is kept for it, under a `new_name`.
+        `settle` must follow."""
+        places = _fitting(dict(enumerate(map(footprint, lengths))), self.capacity)
+        for at in range(0, len(places), _AT_ONCE):
+            yield self._promise({place: lengths[place] for place in places[at : at + _AT_ONCE]}, new_name)
 
-        `settle` must follow.
-        """
-        costs = dict(enumerate(map(footprint, lengths)))
-        promise, wanted = Promise(_fitting(costs, self.capacity)), defaultdict[int, deque[int]](deque)
-        for place in promise.places:
-            wanted[lengths[place]].append(place)
+    def _promise(self, lengths: dict[int, int], new_name: Callable[[], str]) -> Promise:
+        promise, wanted = Promise(list(lengths)), defaultdict[int, deque[int]](deque)
+        for place, length in lengths.items():
+            wanted[length].append(place)
 
         def keep(path: str, length: int) -> bool:
             if not wanted[length]:
@@ -190,7 +192,7 @@ class Space:
             return True
 
         try:
-            self._fill(promise, costs, keep)
+            self._fill(promise, {place: footprint(length) for place, length in lengths.items()}, keep)
         except (OSError, TierUnavailable):
             self.exact = self.exact and not promise.spares  # whose room stays in the books
             self.drop(promise.spares.values())
@@ -201,7 +203,7 @@ class Space:
         deadline, found = time.monotonic() + _LOCK_WAIT, True
         while True:
             costs |= dict.fromkeys(promise.spares, 0)  # those bring their room with them
-            need = sum(costs[place] for place in promise.places)
+            need = sum(costs.values())
             with self._books() as books:
                 if books.crashes == _UNKNOWN:
                     self._ask_for_count()
@@ -212,8 +214,7 @@ class Space:
                     books.crashes += 1
                     self._ask_for_count()
                 if missing <= 0 or not found or time.monotonic() > deadline:
-                    fitting = {place: costs[place] for place in promise.places}
-                    promise.places = _fitting(fitting, max(0, self.capacity - books.used))
+                    promise.places = _fitting(costs, max(0, self.capacity - books.used))
                     books.add(sum(costs[place] for place in promise.places), len(promise.places))
                     return
             found = self._evict(missing, keep) is not None
@@ -303,9 +304,9 @@ class Space:
         What `keep` takes away, by path and length, stays in the books: it is its room from now on.
         """
         freed = gone = 0
-        for start in range(0, len(victims), _REMOVED_AT_ONCE):
+        for start in range(0, len(victims), _AT_ONCE):
             with self._books() as books:
-                for victim in victims[start : start + _REMOVED_AT_ONCE]:
+                for victim in victims[start : start + _AT_ONCE]:
                     with contextlib.suppress(FileNotFoundError):
                         seen = os.stat(victim.path)
                         if victim.used_at not in (None, seen.st_mtime_ns):

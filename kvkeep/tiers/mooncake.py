@@ -178,11 +178,8 @@ class MooncakeTier(Tier):
             raise ConfigError(f"buffer of {size} bytes cannot be registered ({code})")
 
     def _are_attached(self, buffers: Sequence[Buffer]) -> bool:
-        starts = map(address_of, buffers)
-        return all(
-            start in self._attached and start + len(buffer) - 1 in self._attached
-            for start, buffer in zip(starts, buffers, strict=True)
-        )
+        spans = [(address_of(buffer), len(buffer)) for buffer in buffers]
+        return all(at in self._attached and at + size - 1 in self._attached for at, size in spans)
 
     def _pump(
         self,

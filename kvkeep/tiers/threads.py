@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Sized
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from kvkeep.errors import TierUnavailable
@@ -22,26 +23,29 @@ class Threads:
         """Values of one batch that are worked on at a time, the caller's thread among them."""
         self._pool = ThreadPoolExecutor(BATCHES * depth, thread_name_prefix=name)
 
-    def each(self, places: Sequence[int], work: Callable[[int], None]) -> None:
-        """Call `work` with each of `places`, in order, `depth` at a time.
+    def each(self, places: Iterable[int], work: Callable[[int], None]) -> None:
+        """Call `work` with each of `places` (0 or more), in order, `depth` at a time. What is no sequence is
+        asked for the next one by one thread, while the others work.
 
         Returns when all have ended. After an OSError or TierUnavailable no further ones are begun, and the
         first one is raised.
         """
-        waiting, failures = iter(places), list[Exception]()
+        waiting, failures, turn = iter(places), list[Exception](), threading.Lock()
 
         def run() -> None:
-            for place in waiting:  # next() of a sequence's iterator is atomic: each goes to one thread
-                if failures:
-                    return
+            while not failures:
                 try:
+                    with turn:
+                        place = next(waiting, -1)
+                    if place < 0:
+                        return
                     work(place)
                 except (OSError, TierUnavailable) as error:
                     failures.append(error)
 
         helpers = list[Future[None]]()
         with contextlib.suppress(RuntimeError):  # closed: this thread ends its batch alone
-            for _ in range(min(self.depth, len(places)) - 1):
+            for _ in range(min(self.depth, len(places) if isinstance(places, Sized) else self.depth) - 1):
                 helpers.append(self._pool.submit(run))
         try:
             run()
