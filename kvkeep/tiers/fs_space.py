@@ -19,7 +19,7 @@ import random
 import struct
 import threading
 import time
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -176,20 +176,21 @@ class Space:
         `settle` must follow."""
         places = _fitting(dict(enumerate(map(footprint, lengths))), self.capacity)
         for at in range(0, len(places), _AT_ONCE):
-            yield self._promise({place: lengths[place] for place in places[at : at + _AT_ONCE]}, new_name)
+            some = {place: lengths[place] for place in places[at : at + _AT_ONCE]}
+            promise = self._promise(some, new_name)
+            yield promise
+            if len(promise.places) < len(some):
+                return
 
     def _promise(self, lengths: dict[int, int], new_name: Callable[[], str]) -> Promise:
-        promise, wanted = Promise(list(lengths)), defaultdict[int, deque[int]](deque)
-        for place, length in lengths.items():
-            wanted[length].append(place)
+        promise = Promise(list(lengths))
 
         def keep(path: str, length: int) -> bool:
-            if not wanted[length]:
-                return False
-            name = new_name()
-            os.rename(path, name)
-            promise.spares[wanted[length].popleft()] = name
-            return True
+            same = (place for place, one in lengths.items() if one == length and place not in promise.spares)
+            if (place := next(same, None)) is not None:
+                os.rename(path, name := new_name())
+                promise.spares[place] = name
+            return place is not None
 
         try:
             self._fill(promise, {place: footprint(length) for place, length in lengths.items()}, keep)
@@ -203,13 +204,12 @@ class Space:
         deadline, found = time.monotonic() + _LOCK_WAIT, True
         while True:
             costs |= dict.fromkeys(promise.spares, 0)  # those bring their room with them
-            need = sum(costs.values())
             with self._books() as books:
                 if books.crashes == _UNKNOWN:
                     self._ask_for_count()
                     promise.places = []
                     return
-                missing = books.used + need - self.capacity
+                missing = books.used + sum(costs.values()) - self.capacity
                 if missing > 0 and not found:  # said to be full, and nothing there: removed by hand?
                     books.crashes += 1
                     self._ask_for_count()
