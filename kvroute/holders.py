@@ -6,6 +6,9 @@ one afterwards, a few at a time, and a bit is given out again when nothing is le
 
 from __future__ import annotations
 
+from itertools import accumulate, islice
+from operator import and_, or_, xor
+
 from kvroute.chain import pieces
 
 __all__ = ["LEVELS", "Holders", "Reach", "longest"]
@@ -110,35 +113,27 @@ class Holders:
 
 
 def _joined(faster: list[int], found: list[int | None]) -> list[int]:
-    """Who holds each block on this medium or on a faster one. Equal masks in a row stay one integer."""
+    """Who holds each block on this medium or on a faster one."""
+    masks = [mask or 0 for mask in found]
     if not faster:
-        return [mask or 0 for mask in found]
-    if not any(found):
-        return faster
-    result: list[int] = []
-    last = last_one = both = 0
-    for mask, one in zip(faster, found, strict=True):
-        if mask is not last or one is not last_one:
-            last, last_one = mask, one or 0
-            both = mask | last_one
-        result.append(both)
-    return result
+        return masks
+    if _same(faster) and _same(masks):
+        return [faster[0] | masks[0]] * len(masks)
+    return list(map(or_, faster, masks))
 
 
 def _descend(alive: int, masks: list[int], start: int, size: int, reach: list[int]) -> int:
     """Who of `alive` holds all these blocks; the others are noted with where they stopped."""
-    last = alive
-    for number, mask in enumerate(masks):
-        if mask is last:
-            continue
-        last = mask
-        kept = alive & mask
-        if kept != alive:
-            _note(alive ^ kept, start + number * size, reach)
-            if not kept:
-                return 0
-            alive = kept
-    return alive
+    left = list(accumulate(masks[:1] if _same(masks) else masks, and_, initial=alive))
+    for number, gone in enumerate(map(xor, left, islice(left, 1, None))):
+        if gone:
+            _note(gone, start + number * size, reach)
+    return left[-1]
+
+
+def _same(masks: list[int]) -> bool:
+    """Whether all are one: blocks that follow each other mostly have the same holders."""
+    return masks.count(masks[0]) == len(masks)
 
 
 def longest(one: Reach, other: Reach) -> Reach:
