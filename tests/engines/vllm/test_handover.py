@@ -249,6 +249,22 @@ def test_a_peer_is_asked_soon_again(keeper_process: Any) -> None:
     assert pair.until_answered(tracked, 0.002, rest=0.005)[0] == WHOLE
 
 
+def test_what_another_engine_has_computed_is_loaded_however_fast_this_one_is(keeper_process: Any) -> None:
+    other = keeper_process("--peers", "0", memory="16MiB")
+    address = other.figures()["peers"]["address"]
+    pair = Pair(other, keeper_process("--tier", f"peer://{address}", memory="16MiB"))
+    before = PROMPT[::-1]
+    pair.save(0, WHOLE, before)
+    assert pair.until_answered(pair.begin(REMOTE, before), 0.002, rest=0.005)[0] == WHOLE
+    pair.reader.speed._tokens, pair.reader.speed._seconds = (
+        10**9,
+        1e-3,
+    )  # so reading takes longer, it is known
+    pair.save(0, WHOLE)
+    assert pair.until_answered(pair.begin(None), 0.002, rest=0.005)[0] == 0
+    assert pair.until_answered(pair.begin(REMOTE), 0.002, rest=0.005)[0] == WHOLE
+
+
 ASKED = {"do_remote_decode": True, "do_remote_prefill": False, "remote_engine_id": None, "remote_host": None}
 
 
