@@ -52,7 +52,7 @@ class Bench:
         self.keeper.attach("t")
         self.space = opened(self.keeper, "one", groups)
         self.fetches = Fetches(self.keeper)
-        self.needs: list = []
+        self.needs: dict[int, int] = {}
 
     def begin(self, chain: int, length: int, session: str = "s", first: int = 0) -> Fetch:
         keys = chain_keys(chain, length)
@@ -61,7 +61,7 @@ class Bench:
 
     def plan(self, fetch: Fetch, worth: bool = True) -> list[Batch]:
         def judge(needs, chunks):
-            self.needs = list(needs)
+            self.needs = needs
             return worth
 
         batches = self.fetches.plan(fetch, judge)
@@ -153,7 +153,7 @@ def test_memory_and_two_tiers_add_up() -> None:
     assert fetch.usable() == 10
     batches = bench.plan(fetch)
     assert sorted((batch.tier, len(batch.moves)) for batch in batches) == [(0, 3), (1, 3)]
-    assert sorted(bench.needs) == [(0, 3 * PAGE), (1, 3 * PAGE)]
+    assert bench.needs == {0: 3 * PAGE, 1: 3 * PAGE}
     bench.land(*batches)
     assert bench.settle(fetch, 0, 12) == 10
 

@@ -19,7 +19,12 @@ Live = Callable[..., dict[str, Any]]
 
 @pytest.mark.parametrize(("groups", "flags"), [(1, []), (2, ["--in-process"])])
 def test_a_load_that_fails(
-    groups: int, flags: list[str], live: Live, keeper_process: Callable[..., Any], request
+    groups: int,
+    flags: list[str],
+    live: Live,
+    keeper_process: Callable[..., Any],
+    wait_until: Callable[..., None],
+    request,
 ) -> None:
     """Its blocks are computed (one group) or loaded again (several), and nothing wrong is kept."""
     model = request.getfixturevalue("tiny_model" if groups == 1 else "hybrid_model")
@@ -32,8 +37,8 @@ def test_a_load_that_fails(
     assert told["second load"]["cached"] == ([320, 320] if groups == 1 else [768, 480])
     assert told["off"]["cached"][0] == 0  # the second prompt may have some of the first one
     assert told["metrics"]["vllm:kvkeep_load_failures"] == (2 if groups == 1 else 0)
-    figures = keeper.figures()
-    assert figures["leases"] == figures["reservations"] == 0
+    claims = ("leases", "reservations")  # of an engine that is gone they last a few seconds more
+    wait_until(lambda: [keeper.figures()[kind] for kind in claims] == [0, 0], 20)
 
 
 def test_rejected_drafts_leave_nothing(
