@@ -65,6 +65,8 @@ class RequestRefused(KVKeepError):
 class TierUnavailable(KVKeepError):
     """A tier cannot be reached, does not answer in time, or refuses us; it may come back."""
 
+    over: Future[None] | None = None
+
 
 class TierSwitchedOff(TierUnavailable):
     """A tier was not asked, after failures."""

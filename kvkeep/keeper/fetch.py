@@ -274,8 +274,9 @@ class Fetches:
         fetch.stage = Stage.LOADING if fetch.pending else Stage.DONE
         self._close_unattended(fetch)
 
-    def landed(self, batch: Batch, good: npt.NDArray[np.bool_]) -> None:
-        """A batch has been read; `good`: what is now in memory, bit for bit."""
+    def landed(self, batch: Batch, good: npt.NDArray[np.bool_], free: bool = True) -> None:
+        """A batch has been read; `good`: what is now in memory, bit for bit. Without `free` its claim is not
+        settled: something may still write to its slots."""
         keeper = self._keeper
         for record in batch.records.tolist():
             del self._arriving[record]
@@ -283,7 +284,8 @@ class Fetches:
         kept = batch.records[good]
         keeper.chunks.stored[kept] |= np.uint16(1 << batch.tier)
         keeper.chunks.sealed[kept] = True
-        keeper.settle(batch.claim, MOVERS, good)
+        if free:
+            keeper.settle(batch.claim, MOVERS, good)
         for fetch in batch.waiters:
             fetch.pending.discard(batch)
             if fetch.attended and len(kept):

@@ -12,13 +12,14 @@ import random
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from kvkeep.errors import RequestRefused, TierStillReads, TierUnavailable
+from kvkeep.errors import RequestRefused, TierUnavailable
 from kvkeep.keeper.fetch import Batch, Fetch, Fetches, Stage
 from kvkeep.keeper.flush import MOVERS, Flush, FlushQueue, Move
 from kvkeep.keeper.index import Records
@@ -144,8 +145,7 @@ class Movers:
     def _answered(self, asked: Asked, fetch: Fetch, keys: list[bytes], tiers: list[int]) -> None:
         if self._keeper.journal is not None:
             told = [at for at, tier in enumerate(tiers) if tier >= 0 or not fetch.later]
-            names = [keys[at] for at in told]
-            self._keeper.journal.probed(fetch.space, names, [tiers[at] for at in told])
+            self._keeper.journal.probed(fetch.space, [keys[at] for at in told], [tiers[at] for at in told])
         fetch.answer(tiers)
         self._ask(asked, fetch)
 
@@ -169,23 +169,22 @@ class Movers:
         return not fetch.attended
 
     def _read(self, batch: Batch) -> None:
-        opened = self.tiers[batch.tier]
+        opened, settle = self.tiers[batch.tier], self._keeper.settle
         self._reading[batch.tier] += batch.nbytes
 
         def job() -> None:
             try:
                 results = opened.tier.get([move.key for move in batch.moves], self._views(batch.moves))
-                good = np.array([result is Got.HIT for result in results], np.bool_)
+                good, over = np.array([result is Got.HIT for result in results], np.bool_), None
             except TierUnavailable as error:
-                good = np.zeros(len(batch.moves), np.bool_)
-                if isinstance(error, TierStillReads):  # its slots are nobody's until then
-                    error.over.add_done_callback(lambda _: self._post(lambda: landed(good)))
-                    return
-            self._post(lambda: landed(good))
+                good, over = np.zeros(len(batch.moves), np.bool_), error.over
+            self._post(lambda: landed(good, over))
 
-        def landed(good: _Which) -> None:
+        def landed(good: _Which, over: Future[None] | None) -> None:
             self._reading[batch.tier] -= batch.nbytes
-            self.fetches.landed(batch, good)
+            self.fetches.landed(batch, good, over is None)
+            if over is not None:  # until then its slots are nobody's
+                over.add_done_callback(lambda _: self._post(partial(settle, batch.claim, MOVERS, good)))
             self.kick()
 
         self._readers[batch.tier].submit(job)

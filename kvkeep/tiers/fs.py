@@ -142,8 +142,7 @@ class FsTier(Tier, Listing):
                 return [Put.LATER] * len(keys)
             promised, spares = list[int](), dict[int, str]()
 
-            def promise() -> Iterator[int]:
-                """Makes room for a few, while the threads write others."""
+            def promise() -> Iterator[int]:  # makes room for a few, while the threads write others
                 for some in self._space.reserve([len(buffer) for buffer in buffers], members.new_name):
                     promised.extend(some.places)
                     spares.update(some.spares)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from kvkeep.errors import TierStillReads, TierSwitchedOff, TierUnavailable
+from kvkeep.errors import TierSwitchedOff, TierUnavailable
 from kvkeep.tiers.base import KEY_BYTES, Buffer, Got, Key, Put, Tier
 from kvkeep.tiers.wrap import Wrapper
 
@@ -151,7 +151,7 @@ class Guarded(Wrapper):
         try:
             return self._asked(verb)
         except TierUnavailable as error:
-            late = isinstance(error, TierStillReads) or self._clock() - began > _READ_RETRY_WITHIN
+            late = error.over is not None or self._clock() - began > _READ_RETRY_WITHIN
             if late or not self.available:
                 raise
             return self._asked(verb)

@@ -49,8 +49,7 @@ class Metered(Wrapper):
         self._lately, self._failed = deque[float](maxlen=_LATELY), False
         self.seconds_per_byte: float | None = None
         """What a byte has cost lately, batches read side by side; None before the first that hit."""
-        self._reads = deque([_BENEFIT_OF_DOUBT], _READS)
-        self._read_at = -math.inf
+        self._reads, self._read_at = deque([_BENEFIT_OF_DOUBT], _READS), -math.inf
 
     def figures(self) -> dict[str, float]:
         """The counters as a dict, for `kvkeep status`."""

@@ -70,6 +70,9 @@ class _Transfer(NamedTuple):
         return self.names, list(map(address_of, self.views)), list(map(len, self.views))
 
 
+_Finish = Callable[[_Transfer, list[int]], None]
+
+
 class MooncakeTier(Tier):
     """One client of the store. Owns it, its threads and its landings."""
 
@@ -186,7 +189,7 @@ class MooncakeTier(Tier):
         keys: Sequence[Key],
         buffers: Sequence[Buffer],
         prepare: Callable[[_Transfer], Callable[[], list[int]]],
-        finish: Callable[[_Transfer, list[int]], None],
+        finish: _Finish,
         into: bool,
     ) -> None:
         """Move a batch in groups, one call at a time: while it is out, the next group is prepared and the
@@ -226,11 +229,9 @@ class MooncakeTier(Tier):
             raise
         finally:
             for transfer, future in under_way:
-                future.add_done_callback(partial(self._come_back_late, transfer, into, over))
+                future.add_done_callback(partial(self._come_back, transfer, into, over))
 
-    def _settle(
-        self, ended: list[tuple[_Transfer, list[int]]], finish: Callable[[_Transfer, list[int]], None]
-    ) -> None:
+    def _settle(self, ended: list[tuple[_Transfer, list[int]]], finish: _Finish) -> None:
         for transfer, found in ended:
             finish(transfer, found)
             if transfer.landing is not None:
@@ -240,9 +241,7 @@ class MooncakeTier(Tier):
         left = transfer.begun + self._options.timeout - time.monotonic()
         return self._calls.end(future, max(0.0, left))
 
-    def _come_back_late(
-        self, transfer: _Transfer, into: bool, over: Future[None], _: Future[list[int]]
-    ) -> None:
+    def _come_back(self, transfer: _Transfer, into: bool, over: Future[None], _: Future[list[int]]) -> None:
         """The call of a verb that had ended is back. What was sent from the caller's memory may be garbled:
         it is removed. Its seal would say so too."""
         goes_on, landing = time.monotonic() - transfer.begun > MOST_SECONDS, transfer.landing

@@ -9,17 +9,19 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from kvkeep.errors import RequestRefused
+from kvkeep.errors import RequestRefused, TierStillReads
 from kvkeep.identity import group_keys
 from kvkeep.keeper import flush, movers, probes
 from kvkeep.keeper.fetch import Stage
 from kvkeep.keeper.journal import MEMORY, Journal
 from kvkeep.keeper.keeper import Keeper
+from kvkeep.keeper.leases import ClaimKind
 from kvkeep.keeper.movers import Asked, Movers
 from kvkeep.keeper.operator_moves import move_down
 from kvkeep.terms import GroupSpec
@@ -341,6 +343,38 @@ def test_a_hung_store_holds_up_nobody_and_nothing_is_lost(held: dict[Key, bytes]
     faulty.release()
     host.flushed()
     host.run_until(lambda: host.ask(0, 5) == 5)  # it counts as slow for a while: fetched, not waited for
+
+
+def test_slots_of_a_read_that_goes_on_are_nobodys_until_it_is_over(held: dict[Key, bytes]) -> None:
+    class Late(Wrapper):
+        over: Future[None] | None = None
+
+        def get(self, keys, buffers):
+            if self.over is not None:
+                self.into = buffers
+                raise TierStillReads("no answer in time", self.over)
+            return super().get(keys, buffers)
+
+    late = Late(MemoryTier(held))
+    host = Host(wrapped(late))
+    host.save(0, 5)
+    host.flushed()
+    host.forget_memory()
+    late.over = over = Future()
+    assert host.ask(0, 5) == 0  # told at once
+    reserved = host.keeper.claims.count(ClaimKind.RESERVATION)
+    assert reserved == 1
+    for chain in range(2, 40, 2):  # many times what memory holds
+        host.save(chain, 5)
+        host.flushed()
+    assert host.ask(0, 5) == 0
+    for view in late.into:
+        view[:] = bytes(len(view))  # the late bytes
+    late.over = None
+    assert host.ask(38, 5) == 5  # nobody else's
+    over.set_result(None)
+    host.run_until(lambda: not host.keeper.claims.count(ClaimKind.RESERVATION))
+    assert host.ask(0, 5) == 5
 
 
 def test_a_store_that_hangs_for_ever_hides_no_other(
