@@ -65,7 +65,7 @@ class RequestRefused(KVKeepError):
 class TierUnavailable(KVKeepError):
     """A tier cannot be reached, does not answer in time, or refuses us; it may come back."""
 
-    over: Future[None] | None = None
+    over: Future[None] | None = None  # see TierStillReads
 
 
 class TierSwitchedOff(TierUnavailable):

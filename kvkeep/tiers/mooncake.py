@@ -198,9 +198,7 @@ class MooncakeTier(Tier):
         under_way: list[tuple[_Transfer, Future[list[int]]]] = []  # one, or none
 
         def end() -> Callable[[], None]:
-            """Wait for the call that is out; what this returns finishes it."""
             ended = [(transfer, self._end(transfer, future)) for transfer, future in under_way]
-            under_way.clear()
             return lambda: self._settle(ended, finish)
 
         try:
@@ -210,6 +208,7 @@ class MooncakeTier(Tier):
                 landing = None if attached else self._landings.take_free()
                 if landing is None and not attached:  # who waits for one must not keep one
                     end()()
+                    under_way.clear()
                     landing = self._landings.take(self._options.timeout)
                 transfer = _transfer(keys, buffers, places, landing)
                 try:
@@ -220,9 +219,10 @@ class MooncakeTier(Tier):
                     if landing is not None:
                         self._landings.give(landing)
                     raise
-                under_way.append((transfer._replace(begun=time.monotonic()), future))
+                under_way[:] = [(transfer._replace(begun=time.monotonic()), future)]
                 settle()
             end()()
+            under_way.clear()
         except Exception as error:
             if under_way and attached and into:
                 raise TierStillReads(str(error), over) from error

@@ -257,6 +257,25 @@ def test_a_transfer_that_may_still_go_on_keeps_its_memory(place: MoonPlace, monk
         assert back == sent
 
 
+def test_a_batch_that_cannot_go_on_gives_its_landings_back(place: MoonPlace, monkeypatch) -> None:
+    keys, sent = keys_of(6), buffers_of([8 * MIB] * 6, 7)
+    with closing(place.open()) as tier:
+        begin = tier._calls.begin
+        for _ in range(6):  # more often than there are landings
+            left = iter([begin])  # the first group goes, the second one does not
+            with monkeypatch.context() as patch:
+                patch.setattr(tier._calls, "begin", lambda work, left=left: next(left, _refused)(work))
+                with pytest.raises(TierUnavailable, match="too many"):
+                    tier.get(keys, buffers_of([8 * MIB] * 6))
+            _until_back(tier)
+        assert tier.put(keys, sent) == [Put.STORED] * 6
+        assert tier.get(keys, sent) == [Got.HIT] * 6
+
+
+def _refused(_work: Any) -> Any:
+    raise TierUnavailable("too many are out")
+
+
 def test_a_call_that_hangs_keeps_neither_close_nor_the_process(place: MoonPlace) -> None:
     script = f"""
 import os, signal, sys, time

@@ -256,10 +256,8 @@ def test_what_another_engine_has_computed_is_loaded_however_fast_this_one_is(kee
     before = PROMPT[::-1]
     pair.save(0, WHOLE, before)
     assert pair.until_answered(pair.begin(REMOTE, before), 0.002, rest=0.005)[0] == WHOLE
-    pair.reader.speed._tokens, pair.reader.speed._seconds = (
-        10**9,
-        1e-3,
-    )  # so reading takes longer, it is known
+    speed = pair.reader.speed
+    speed._tokens, speed._seconds = 10**9, 1e-3  # reading takes longer, as is known by now
     pair.save(0, WHOLE)
     assert pair.until_answered(pair.begin(None), 0.002, rest=0.005)[0] == 0
     assert pair.until_answered(pair.begin(REMOTE), 0.002, rest=0.005)[0] == WHOLE
