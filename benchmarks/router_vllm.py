@@ -21,7 +21,8 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.router import POLICIES, Messages, Talk, best_possible, play, routing
+from benchmarks.routed import routing
+from benchmarks.router import POLICIES, Messages, Talk, best_possible, play
 from kvbench.engine import VllmServer
 from kvbench.process import free_port
 from kvroute.request import Body
