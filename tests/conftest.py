@@ -1,6 +1,7 @@
 """Real keepers for tests: started as a user would, ended by pid, in directories that vanish."""
 
 import contextlib
+import logging
 import os
 import signal
 import subprocess
@@ -35,6 +36,16 @@ def _wait_until(predicate: Callable[[], object], seconds: float = 20.0) -> None:
     while not predicate():
         assert time.monotonic() < deadline, f"not within {seconds:g} s"
         time.sleep(0.01)
+
+
+@pytest.fixture(autouse=True)
+def _quiet_after_engines() -> Iterator[None]:
+    """An engine in this process gives our loggers its own level and handlers: not for the next test."""
+    ours = logging.getLogger("kvkeep")
+    level, handlers, propagate = ours.level, list(ours.handlers), ours.propagate
+    yield
+    ours.setLevel(level)
+    ours.handlers[:], ours.propagate = handlers, propagate
 
 
 @pytest.fixture

@@ -68,9 +68,11 @@ def both_kinds(fleet: Fleet, victim: str) -> list[Stream]:
         stored = fleet.figures(fleet.near)["counters"]["stored_chunks"]
         late = fleet.ask(LATE)
         until(lambda stored=stored: fleet.figures(fleet.near)["counters"]["stored_chunks"] > stored + 2)
+        # Not afterwards: until a killed engine's memory is given back, the others may have answered.
+        amid = not any(stream.whole for stream in readers) and not any(stream.text for stream in late)
         fleet.kill(victim)
         deadline = time.monotonic() + ERRORS_WITHIN
-        if not any(stream.whole for stream in readers) and not any(stream.text for stream in late):
+        if amid:
             break
         for stream in (*readers, *late):  # it came too late to be in mid-stream
             stream.end(60)
