@@ -84,17 +84,21 @@ def misses(
     start: dict[str, Callable[[], VllmServer]], lives: int, prompts: int, length: int
 ) -> dict[str, Any]:
     """TTFT of prompts that never repeat. Engines are started and ended in turn, since two that live on the
-    same cores disturb each other."""
+    same cores disturb each other. And by kvkeep's own clocks: what of that time it looks up, reserves and
+    copies, which tells what the noise of this machine hides."""
     seconds: dict[str, list[list[float]]] = {name: [] for name in start}
+    own: list[float] = []
     for life in range(lives):
         for name in list(start) if life % 2 == 0 else list(start)[::-1]:
             with start[name]() as engine:
                 engine.complete(fresh_ids("warm up", 700), 2)
                 time.sleep(SETTLE_S)
-                found = []
+                found, before = [], spent(engine) if name == "kvkeep" else 0.0
                 for number in range(prompts):
                     time.sleep(BREATH_S)
                     found.append(engine.complete(fresh_ids(f"miss {life} {number}", length), 1).ttft_s)
+                if name == "kvkeep":
+                    own.append((spent(engine) - before) / prompts)
             seconds[name].append(found)
             console.print(f"  life {life}, {name}: {1e3 * statistics.median(found):.1f} ms")
     medians = {name: [statistics.median(found) for found in its] for name, its in seconds.items()}
@@ -107,7 +111,17 @@ def misses(
         "miss_ratio": statistics.median(medians["kvkeep"]) / statistics.median(medians["alone"]),
         "miss_life_ratios": [round(ratio, 4) for ratio in ratios],
         "miss_alone_spread": round(max(medians["alone"]) / min(medians["alone"]), 4),
+        "miss_own_ms": [round(1e3 * mean, 2) for mean in own],
+        "miss_own_share": [
+            round(mean / median, 4) for mean, median in zip(own, medians["kvkeep"], strict=True)
+        ],
     }
+
+
+def spent(engine: VllmServer) -> float:
+    """Seconds of requests' time that kvkeep has taken so far: all of it lies before their first token."""
+    parts = ("lookup", "reserve", "save")
+    return sum(engine.metric(f"vllm:kvkeep_{part}_seconds_total") for part in parts)
 
 
 def throughput(
