@@ -170,7 +170,9 @@ def test_it_reads_a_tenants_salt_and_an_empty_cache(
 
 
 def test_it_reads_what_the_router_packs(decoder: Decoder) -> None:
-    stored = Stored([2**64 - 1, 5], 2**63, words(2 * BLOCK), BLOCK, medium="CPU")
+    """Names below 2**32 it refuses (ebab687), with their whole message: one in four billion."""
+    names = [2**64 - 1, 2**32]
+    stored = Stored(names, 2**63, words(2 * BLOCK), BLOCK, medium="CPU")
     (read,) = decoder.read(pack(TOPIC, 0, 1.0, [stored])[2])
     assert (read["BlockHashes"], read["ParentHash"], read["Tokens"]) == (
         [2**64 - 1, 5],
