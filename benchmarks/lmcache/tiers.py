@@ -4,10 +4,10 @@
 
 Each turn runs `kvkeep bench tier` and, in LMCache's environment (setup.sh makes it), `lmcache bench l2`, for
 each store, now one first and now the other. Both verify every byte. Each gives the median of its rounds; the
-table has the median over the turns. Both begin in an empty directory, and in an emptied Valkey that has given
-its memory back; ours runs without the raw medium's turns, and without rests, as LMCache's does. What differs:
-ours seals and checks each value (xxh3), LMCache's does not; LMCache's clock covers its submit and the wait
-for it, ours the batch verb.
+table has the median over the turns. Both begin in a new directory, in which nothing is deleted until the end,
+and in an emptied Valkey that has given its memory back; ours runs without the raw medium's turns, and without
+rests, as LMCache's does. What differs: ours seals and checks each value (xxh3), LMCache's does not; LMCache's
+clock covers its submit and the wait for it, ours the batch verb.
 
 CPU is that of either whole program, to put and get: what many more rounds take than one, after the turns, so
 that the program's start is not in it. Making and comparing the values is, and the server's work is not.
@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import resource
-import shutil
 import socket
 import subprocess
 import sys
@@ -88,14 +87,18 @@ def main() -> int:
 
 def _measure(folder: Path, program: Path, args: argparse.Namespace) -> dict[str, Result]:
     samples: dict[str, list[tuple[float, float]]] = {}
-    with stores.fs(folder) as fs, stores.redis(folder) as redis:
+    subprocess.run(["chattr", "+T", folder], check=False, capture_output=True)  # see docs/benchmarks.md
+    with stores.redis(folder) as redis:
         port = int(redis.rpartition(":")[2].partition("/")[0])
 
+        def ours_on_disk(rounds: int) -> Figures:
+            with tempfile.TemporaryDirectory(dir=folder) as place:
+                return _ours(f"fs://{place}?capacity=20GiB", args, rounds, "--full")
+
         def on_disk(kind: str, rounds: int) -> Figures:
-            shutil.rmtree(folder / "theirs", ignore_errors=True)
-            (folder / "theirs").mkdir()
-            adapter = {"type": kind, "base_path": str(folder / "theirs"), "use_odirect": True}
-            return _theirs(program, adapter, args, rounds)
+            with tempfile.TemporaryDirectory(dir=folder) as place:
+                adapter = {"type": kind, "base_path": place, "use_odirect": True}
+                return _theirs(program, adapter, args, rounds)
 
         def emptied(run: Callable[[int], Figures], rounds: int) -> Figures:
             with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
@@ -106,7 +109,7 @@ def _measure(folder: Path, program: Path, args: argparse.Namespace) -> dict[str,
 
         resp = {"type": "resp", "host": "127.0.0.1", "port": port}
         entries = [
-            Entry("disk", "kvkeep fs", lambda rounds: _ours(fs, args, rounds)),
+            Entry("disk", "kvkeep fs", ours_on_disk),
             Entry("disk", "LMCache fs", partial(on_disk, "fs")),
             Entry("disk", "LMCache fs_native", partial(on_disk, "fs_native")),
             Entry("Valkey", "kvkeep redis", partial(emptied, lambda rounds: _ours(redis, args, rounds))),
@@ -128,9 +131,9 @@ def _measure(folder: Path, program: Path, args: argparse.Namespace) -> dict[str,
     return {f"{entry.store}: {entry.name}": Result(samples[entry.name], cpu[entry.name]) for entry in entries}
 
 
-def _ours(url: str, args: argparse.Namespace, rounds: int) -> Figures:
+def _ours(url: str, args: argparse.Namespace, rounds: int, *more: str) -> Figures:
     shape = [f"--chunk-bytes={args.chunk_kib}KiB", f"--count={args.count}", f"--rounds={rounds}"]
-    shape += ["--no-raw", "--rest=0", "--json"]
+    shape += ["--no-raw", "--rest=0", "--json", *more]
     result, cpu = _run([sys.executable, "-m", "kvkeep.cli", "bench", "tier", url, *shape])
     return Figures(result["put_GBps"], result["get_GBps"], cpu)
 
