@@ -68,9 +68,7 @@ test: models
 		echo "test: once more, alone, what FAILED beside others"; \
 		$(BIN)/python -m pytest tests --last-failed --last-failed-no-failures none $(PYTEST_ARGS) || status=1; }; \
 	echo "test: those that only run alone"; \
-	$(BIN)/python -m pytest tests -m alone $(PYTEST_ARGS) || [ $$? -eq 5 ] || { \
-		echo "test: once more, what FAILED alone"; \
-		$(BIN)/python -m pytest tests -m alone --last-failed --last-failed-no-failures none $(PYTEST_ARGS) || status=1; }; \
+	$(BIN)/python -m pytest tests -m alone $(PYTEST_ARGS) || [ $$? -eq 5 ] || status=1; \
 	exit $$status
 
 # All four run, whatever the first ones say.

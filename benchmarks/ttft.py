@@ -87,18 +87,17 @@ def misses(
     same cores disturb each other. And by kvkeep's own clocks: what of that time it looks up, reserves and
     copies, which tells what the noise of this machine hides."""
     seconds: dict[str, list[list[float]]] = {name: [] for name in start}
-    own: list[float] = []
+    own: dict[str, list[float]] = {name: [] for name in start}
     for life in range(lives):
         for name in list(start) if life % 2 == 0 else list(start)[::-1]:
             with start[name]() as engine:
                 engine.complete(fresh_ids("warm up", 700), 2)
                 time.sleep(SETTLE_S)
-                found, before = [], spent(engine) if name == "kvkeep" else 0.0
+                found, before = [], spent(engine)
                 for number in range(prompts):
                     time.sleep(BREATH_S)
                     found.append(engine.complete(fresh_ids(f"miss {life} {number}", length), 1).ttft_s)
-                if name == "kvkeep":
-                    own.append((spent(engine) - before) / prompts)
+                own[name].append((spent(engine) - before) / prompts)
             seconds[name].append(found)
             console.print(f"  life {life}, {name}: {1e3 * statistics.median(found):.1f} ms")
     medians = {name: [statistics.median(found) for found in its] for name, its in seconds.items()}
@@ -111,9 +110,9 @@ def misses(
         "miss_ratio": statistics.median(medians["kvkeep"]) / statistics.median(medians["alone"]),
         "miss_life_ratios": [round(ratio, 4) for ratio in ratios],
         "miss_alone_spread": round(max(medians["alone"]) / min(medians["alone"]), 4),
-        "miss_own_ms": [round(1e3 * mean, 2) for mean in own],
+        "miss_own_ms": [round(1e3 * mean, 2) for mean in own["kvkeep"]],
         "miss_own_share": [
-            round(mean / median, 4) for mean, median in zip(own, medians["kvkeep"], strict=True)
+            round(mean / median, 4) for mean, median in zip(own["kvkeep"], medians["kvkeep"], strict=True)
         ],
     }
 
