@@ -183,7 +183,7 @@ def _lmcache(plan: Plan, folder: Path, data: Path) -> Iterator[_Beside]:
 
 
 _BESIDE: dict[str, Callable[[Plan, Path, Path], contextlib.AbstractContextManager[_Beside]]] = {
-    "engine": lambda plan, folder, data: contextlib.nullcontext(_Beside([])),
+    **dict.fromkeys(("engine", "engine-again"), lambda *_: contextlib.nullcontext(_Beside([]))),
     "embedded": _embedded,
     "offloading": _offloading,
     "keeper-disk": _keeper_disk,

@@ -21,6 +21,7 @@ __all__ = ["BUILT_IN", "LOAD", "Plan", "SetUp", "read"]
 
 BUILT_IN = {
     "engine": "vLLM with its own prefix caching",
+    "engine-again": "the same once more, to see by how much two that are equal differ",
     "embedded": "vLLM and kvkeep, with a private keeper in memory",
     "offloading": "vLLM and its own offloading to host memory, made to run on a CPU",
     "keeper-disk": "vLLM and kvkeep, with a keeper in memory and a directory below it",

@@ -78,7 +78,7 @@ def test_a_set_up_and_its_end(name: str, plan: Plan, tmp_path: Path) -> None:
         assert ("LMCACHE_TRACK_USAGE false" in said) == (name == "lmcache")
         transfer = json.loads(words[-1]) if "--kv-transfer-config" in words else {}
         options = transfer.get("kv_connector_extra_config", {})
-        servers = {"engine": 1, "embedded": 1, "offloading": 1, "keeper-redis": 3}
+        servers = {"engine": 1, "engine-again": 1, "embedded": 1, "offloading": 1, "keeper-redis": 3}
         assert len(running.servers) == servers.get(name, 2)
         (path, runtime) = next(line.split()[1:] for line in said.splitlines() if line.startswith("places"))
         if name == "embedded":
