@@ -16,21 +16,21 @@ __all__ = ["Tokens", "chain", "encoded", "packed", "pieces"]
 
 Tokens = Sequence[int] | npt.NDArray[np.integer[Any]]
 
-_PIECE = 128  # blocks hashed at a time: a prompt that nobody holds costs one piece
+_PIECE = 128  # blocks hashed first: a prompt that nobody holds costs no more
+_MOST = 2048
 
 
 def pieces(data: bytes, size: int, key: int, first: bytes) -> Iterator[list[int]]:
     """Keys of a prompt's whole blocks, some at a time. `first`: what its first block is keyed by as well."""
-    step, at = 4 * size, 0
-    whole = len(data) - len(data) % step
+    step, at, count = 4 * size, 0, _PIECE
+    whole = len(data) // step
     while at < whole:
-        stop, keys = min(whole, at + _PIECE * step), list[int]()
-        if at == 0 and first:
-            key = xxh3_64_intdigest(data[:step] + first, key)
-            keys, at = [key], step
-        keys += [key := xxh3_64_intdigest(data[i : i + step], key) for i in range(at, stop, step)]
-        yield keys
-        at = stop
+        count = min(count, whole - at)
+        blocks = np.frombuffer(data, f"V{step}", count, at * step).tolist()
+        if at == 0:
+            blocks[0] += first
+        yield [key := xxh3_64_intdigest(block, key) for block in blocks]
+        at, count = at + count, min(4 * count, _MOST)
 
 
 def chain(key: int, tokens: Sequence[int], size: int, extras: Sequence[bytes]) -> list[int]:

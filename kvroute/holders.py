@@ -6,149 +6,184 @@ one afterwards, a few at a time, and a bit is given out again when nothing is le
 
 from __future__ import annotations
 
-from itertools import accumulate, islice
-from operator import and_, or_, xor
+import math
+from bisect import bisect
+from collections.abc import Sequence
+from itertools import repeat
+
+import numpy as np
+import numpy.typing as npt
 
 from kvroute.chain import pieces
 
-__all__ = ["LEVELS", "Holders", "Reach", "longest"]
+__all__ = ["LEVELS", "Holders", "Reach"]
 
 LEVELS = 3  # of media: GPU, CPU, storage
 
-Reach = tuple[list[int], list[int], list[int]]
-"""Per level, by an engine's slot, tokens."""
+Reach = npt.NDArray[np.int64]
+"""Tokens, by level and engine's slot."""
 
-_FEW = 32
+_Bits = npt.NDArray[np.uint64]
 
 
 class Holders:
-    """`names`: whose each bit is, or was; `together`: who can read what others have on CPU or in storage."""
+    """`names`: whose each slot is, or was. A block's holders are bytes, the bit of slot 0 first; those that
+    were written while there were fewer slots are shorter."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
-        self.together: list[int] = []
-        self._tables: tuple[dict[int, int], ...] = tuple({} for _ in range(LEVELS))
+        self._tables: tuple[dict[int, bytes], ...] = tuple({} for _ in range(LEVELS))
+        self._width = 0  # bytes, a multiple of 8
+        self._alone: list[bytes] = []  # for each slot, that it is the only one
         self._live = 0
         self._free: list[int] = []
-        self._last = (0, 0, 0)
+        self._last = (b"", 0, b"")
+        self._room = np.empty(0, np.uint64)
+        self._paired: Sequence[Sequence[int]] = ()
+        self._nodes: _Nodes | None = None
 
     def seat(self, name: str) -> int:
-        """A bit that nothing is under."""
+        """A slot under which nothing is."""
         slot = self._free.pop() if self._free else len(self.names)
+        self._width = max(self._width, slot // 64 * 8 + 8)
         self.names[slot : slot + 1] = [name]
+        self._alone[slot : slot + 1] = [(1 << slot).to_bytes(self._width, "little")]
         self._live |= 1 << slot
-        return 1 << slot
+        self._nodes = None
+        return slot
 
-    def retire(self, bit: int) -> None:
+    def retire(self, slot: int) -> None:
         """What is under it does not count any more."""
-        self._live ^= bit
+        self._live ^= 1 << slot
 
-    def free(self, bit: int) -> None:
+    def free(self, slot: int) -> None:
         """Nothing is under it any more."""
-        self._free.append(bit.bit_length() - 1)
+        self._free.append(slot)
 
-    def hold(self, level: int, key: int, bit: int) -> None:
+    def pair(self, nodes: Sequence[Sequence[int]]) -> None:
+        """Slots that can read what others of their node have on CPU or in storage; each is in one node."""
+        self._paired, self._nodes = nodes, None
+
+    def hold(self, level: int, key: int, slot: int) -> None:
         """One more holds the block."""
         table = self._tables[level]
-        before = table.get(key, 0)
-        if not before & bit:
-            table[key] = self._flipped(before, bit)
+        before = table.get(key)
+        if before is None:
+            table[key] = self._alone[slot]
+        elif not _has(before, slot):
+            table[key] = self._flipped(before, slot)
 
-    def drop(self, level: int, key: int, bit: int) -> None:
+    def drop(self, level: int, key: int, slot: int) -> None:
         """One fewer does, if it did."""
         table = self._tables[level]
-        before = table.get(key, 0)
-        if before == bit:
+        before = table.get(key)
+        if before is self._alone[slot]:
             del table[key]
-        elif before & bit:
-            table[key] = self._flipped(before, bit)
+        elif before is not None and _has(before, slot):
+            if left := self._flipped(before, slot):
+                table[key] = left
+            else:
+                del table[key]
 
-    def drop_all(self, key: int, bit: int) -> None:
+    def drop_all(self, key: int, slot: int) -> None:
         """On all media."""
         for level in range(LEVELS):
-            self.drop(level, key, bit)
+            self.drop(level, key, slot)
 
-    def has(self, level: int, key: int, bit: int) -> bool:
-        """Whether one holds the block."""
-        return bool(self._tables[level].get(key, 0) & bit)
+    def media(self, key: int, slot: int) -> int:
+        """Levels on which one holds the block, as bits."""
+        found = 0
+        for level, table in enumerate(self._tables):
+            if (mask := table.get(key)) is not None and _has(mask, slot):
+                found |= 1 << level
+        return found
 
     def walk(self, data: bytes, size: int, root: int, first: bytes) -> Reach:
         """Follow one chain: how many tokens each engine holds on each level, faster ones counted in."""
         levels = [level for level, table in enumerate(self._tables) if table]
-        reach = {level: [0] * len(self.names) for level in levels}
-        alive, tokens = dict.fromkeys(levels, 0), 0
-        spread: dict[int, int] = {}
+        reach = np.zeros((1 + len(levels), 8 * self._width), np.int64)
+        left, tokens = np.frombuffer(self._live.to_bytes(self._width, "little"), np.uint64), 0
         for keys in pieces(data, size, root, first):
-            masks: list[int] = []
-            for level in levels:
-                found = list(map(self._tables[level].get, keys))
-                if level and self.together:
-                    found = [mask and (spread.get(mask) or self._spread(spread, mask)) for mask in found]
-                masks = _joined(masks, found)
-                left = alive[level] if tokens else masks[0] & self._live
-                alive[level] = _descend(left, masks, tokens, size, reach[level])
+            states = self._states(levels, keys, left)
+            number, row, slot = _gone(states)
+            reach[1 + number, slot] = tokens + row * size
+            left = states[:, -1].copy()
             tokens += len(keys) * size
-            if not any(alive.values()):
+            if not left.any():
                 break
-        for level, left in alive.items():
-            _note(left, tokens, reach[level])
-        gpu = reach.get(0) or [0] * len(self.names)
-        cpu = reach.get(1, gpu)  # a level that is empty adds nothing to those before
-        return gpu, cpu, reach.get(2, cpu)
+        if tokens:
+            reach[1:][np.unpackbits(left.view(np.uint8), axis=-1, bitorder="little").view(np.bool_)] = tokens
+        return reach[[bisect(levels, level) for level in range(LEVELS)]]  # an empty level adds nothing
 
-    def _spread(self, known: dict[int, int], mask: int) -> int:
-        known[mask] = wide = mask
-        for bits in self.together:
-            if mask & bits:
-                known[mask] = wide = wide | bits
-        return wide
+    def _states(self, levels: list[int], keys: list[int], left: _Bits) -> _Bits:
+        """By level, who of `left` is left before each block, and after the last; where all blocks have the
+        same holders, they count as one."""
+        none = bytes(self._width)
+        found = [list(map(self._tables[level].get, keys, repeat(none))) for level in levels]
+        rows = 1 if all(masks.count(masks[0]) == len(masks) for masks in found) else len(keys)
+        shape = len(levels), 1 + rows, self._width // 8
+        if self._room.size < math.prod(shape):  # kept: the kernel takes its time to give so much
+            self._room = np.empty(shape, np.uint64)
+        states = self._room.reshape(-1)[: math.prod(shape)].reshape(shape)
+        states[:, 0] = left
+        for number, level in enumerate(levels):
+            masks = states[number, 1:]
+            masks[:] = self._matrix(found[number][:rows])
+            if level and self._paired:
+                self._nodes = self._nodes or _Nodes(self._paired, self._width)
+                self._nodes.spread(masks)
+            if number:
+                masks |= states[number - 1, 1:]
+        return np.bitwise_and.accumulate(states, axis=1, out=states)
 
-    def _flipped(self, mask: int, bit: int) -> int:
-        """Blocks that follow each other mostly have the same holders: they share one integer."""
-        before, last_bit, last = self._last
-        if mask is not before or bit != last_bit:
-            last = mask ^ bit
-            self._last = (mask, bit, last)
+    def _matrix(self, masks: list[bytes]) -> _Bits:
+        joined = b"".join(masks)
+        if len(joined) < len(masks) * self._width:
+            joined = b"".join([mask.ljust(self._width, b"\0") for mask in masks])
+        return np.frombuffer(joined, np.uint64).reshape(len(masks), -1)
+
+    def _flipped(self, mask: bytes, slot: int) -> bytes:
+        """Blocks that follow each other mostly have the same holders: they share one object. Nobody: b""."""
+        before, last_slot, last = self._last
+        if mask is not before or slot != last_slot:
+            bits = int.from_bytes(mask, "little") ^ 1 << slot
+            last = bits.to_bytes(self._width, "little") if bits else b""
+            self._last = (mask, slot, last)
         return last
 
 
-def _joined(faster: list[int], found: list[int | None]) -> list[int]:
-    """Who holds each block on this medium or on a faster one."""
-    masks = [mask or 0 for mask in found]
-    if not faster:
-        return masks
-    if _same(faster) and _same(masks):
-        return [faster[0] | masks[0]] * len(masks)
-    return list(map(or_, faster, masks))
+class _Nodes:
+    """Spreads what one of a node has to all of it, all nodes at once."""
+
+    def __init__(self, nodes: Sequence[Sequence[int]], width: int) -> None:
+        nodes = sorted(nodes, key=len, reverse=True)
+        self._nth = [np.array([node[n] for node in nodes if len(node) > n]) for n in range(len(nodes[0]))]
+        whose = np.full(8 * width, len(nodes))
+        for number, node in enumerate(nodes):
+            whose[list(node)] = number
+        self._whose, self._count = whose.reshape(-1, 8).T, len(nodes)
+
+    def spread(self, masks: _Bits) -> None:
+        """In place, a row for each block."""
+        columns = np.ascontiguousarray(masks.view(np.uint8).T)
+        hit = np.zeros((self._count + 1, len(masks)), np.uint8)  # the last: of no node
+        for slots in self._nth:
+            hit[: len(slots)] |= columns[slots >> 3] & (1 << (slots & 7)).astype(np.uint8)[:, None]
+        hit = np.negative((hit != 0).view(np.uint8))  # all bits
+        for bit, nodes in enumerate(self._whose):
+            columns |= hit[nodes] & np.uint8(1 << bit)
+        masks.view(np.uint8)[:] = columns.T
 
 
-def _descend(alive: int, masks: list[int], start: int, size: int, reach: list[int]) -> int:
-    """Who of `alive` holds all these blocks; the others are noted with where they stopped."""
-    left = list(accumulate(masks[:1] if _same(masks) else masks, and_, initial=alive))
-    for number, gone in enumerate(map(xor, left, islice(left, 1, None))):
-        if gone:
-            _note(gone, start + number * size, reach)
-    return left[-1]
+def _has(mask: bytes, slot: int) -> bool:
+    return slot >> 3 < len(mask) and bool(mask[slot >> 3] & 1 << (slot & 7))
 
 
-def _same(masks: list[int]) -> bool:
-    """Whether all are one: blocks that follow each other mostly have the same holders."""
-    return masks.count(masks[0]) == len(masks)
-
-
-def longest(one: Reach, other: Reach) -> Reach:
-    """By blocks of either size."""
-    gpu, cpu, storage = (list(map(max, a, b)) for a, b in zip(one, other, strict=True))
-    return gpu, cpu, storage
-
-
-def _note(engines: int, tokens: int, reach: list[int]) -> None:
-    if engines.bit_count() > _FEW:
-        for slot, bit in enumerate(bin(engines)[:1:-1]):
-            if bit == "1":
-                reach[slot] = tokens
-        return
-    while engines:
-        slot = engines.bit_length() - 1
-        reach[slot] = tokens
-        engines ^= 1 << slot
+def _gone(states: _Bits) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+    """Who drops out: level, block and slot of each."""
+    differ = states[:, 1:] != states[:, :-1]
+    number, row, word = np.unravel_index(differ.reshape(-1).nonzero()[0], differ.shape)
+    words = states[number, row, word] ^ states[number, row + 1, word]
+    bits = np.unpackbits(words.view(np.uint8), bitorder="little").view(np.bool_).nonzero()[0]
+    which = bits >> 6
+    return number[which], row[which], 64 * word[which] + (bits & 63)

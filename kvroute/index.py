@@ -3,8 +3,8 @@
 Engines name blocks by hashes of their own, which differ between versions, seeds and settings. So the index
 names them anew: a block's key is a hash of its tokens, seeded with the key of the block before it, so equal
 keys mean equal prefixes whoever computed them. Per engine a table leads from its hashes to these keys; per
-medium another one from keys to the engines that hold them, as bits of an integer. A lookup hashes the prompt
-once per block size and follows the chain while any engine is left.
+medium another one from keys to the engines that hold them, as bits. A lookup hashes the prompt once per
+block size and follows the chain while any engine is left.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from itertools import islice
 from typing import Any
 
 import msgspec
+import numpy as np
 from xxhash import xxh3_64_intdigest
 
 from kvroute.chain import Tokens, chain, encoded, packed, pieces
 from kvroute.events import BlockHash, Cleared, Event, Removed, Stored
-from kvroute.holders import LEVELS, Holders, Reach, longest
+from kvroute.holders import LEVELS, Holders
 
 __all__ = ["MEDIA", "Held", "Index"]
 
@@ -59,11 +60,11 @@ class Held(msgspec.Struct, frozen=True, gc=False):
 
 
 class _Engine:
-    """One engine, or one of its data-parallel ranks: its bit, its names of blocks, and those whose KV it has
+    """One engine, or one of its data-parallel ranks: its slot, its names of blocks, and those whose KV it has
     dropped (ghosts) or that we have lost sight of and not swept yet (past)."""
 
-    def __init__(self, name: str, ghosts: int, bit: int) -> None:
-        self.name, self.bit = name, bit
+    def __init__(self, name: str, ghosts: int, slot: int) -> None:
+        self.name, self.slot = name, slot
         self.held: dict[BlockHash, _Block] = {}
         self.ghosts: dict[BlockHash, _Block] = {}
         self.past: list[dict[BlockHash, _Block]] = []
@@ -89,7 +90,7 @@ class _Engine:
 
 class Index:
     """Not locked: one thread, or one event loop, owns it. No call takes long, however much an engine held:
-    one that is cleared gets another bit, and its blocks are taken off the old one a few at a time.
+    one that is cleared gets another slot, and its blocks are taken off the old one a few at a time.
 
     `most_blocks` bounds what it remembers, over all engines: beyond it the engine with the most forgets its
     oldest blocks. `ghosts`: names of dropped blocks remembered per engine, at least. What it says is never
@@ -124,19 +125,19 @@ class Index:
         is keyed by, its cache salt. Raises OverflowError or TypeError on what is no token id.
         """
         data, (root, first) = packed(tokens), self._beginning(lora, extra)
-        reach: Reach = ([], [], [])
-        for number, size in enumerate(self._sizes):
-            found = self._holders.walk(data, size, root, first)
-            reach = longest(reach, found) if number else found
-        result: dict[str, Held] = {}
-        held, last_near, last_middle, last_most = Held(0, 0, 0), 0, 0, 0
-        for name, near, middle, most in zip(self._holders.names, *reach, strict=False):
-            if most:
-                if most != last_most or middle != last_middle or near != last_near:  # many hold as much
-                    last_near, last_middle, last_most = near, middle, most
-                    held = Held(near, middle - near, most - middle)
-                if name not in result or result[name].tokens < most:
-                    result[name] = held
+        if not self._sizes:
+            return {}
+        found = [self._holders.walk(data, size, root, first) for size in self._sizes]
+        reach = np.maximum.reduce(found) if len(found) > 1 else found[0]
+        slots = reach[-1].nonzero()[0]
+        near, middle, most = reach[:, slots]
+        held = list(map(Held, near.tolist(), (middle - near).tolist(), (most - middle).tolist()))
+        names = list(map(self._holders.names.__getitem__, slots.tolist()))
+        result = dict(zip(names, held, strict=True))
+        if len(result) < len(held):  # several ranks of one engine
+            for name, one in zip(names, held, strict=True):
+                if result[name].tokens < one.tokens:
+                    result[name] = one
         return result
 
     def _beginning(self, lora: str | None, extra: Sequence[Any] | str | None) -> tuple[int, bytes]:
@@ -211,25 +212,25 @@ class Index:
 
     def _retire(self, engine: _Engine) -> None:
         """It holds nothing any more, and is swept by and by."""
-        self._holders.retire(engine.bit)
-        self._past.append((engine, engine.bit, engine.held))
+        self._holders.retire(engine.slot)
+        self._past.append((engine, engine.slot, engine.held))
         engine.past.append(engine.held)
-        engine.held, engine.bit = {}, 0
+        engine.held = {}
 
     def _empty(self, engine: _Engine) -> None:
         engine.most_ghosts = max(engine.most_ghosts, len(engine.held))
         if engine.held:
             self._retire(engine)
-            engine.bit = self._holders.seat(engine.name)
+            engine.slot = self._holders.seat(engine.name)
             self._pair()
 
     def _sweep(self, count: int) -> None:
-        """Take some blocks off the bits of those that were retired."""
+        """Take some blocks off the slots of those that were retired."""
         while self._past and count > 0:
-            engine, bit, held = self._past[0]
+            engine, slot, held = self._past[0]
             for _ in range(min(count, len(held))):
                 name, block = held.popitem()
-                self._holders.drop_all(block[0], bit)
+                self._holders.drop_all(block[0], slot)
                 if name not in engine.held:
                     engine.drop(name, block)
                 count -= 1
@@ -237,14 +238,14 @@ class Index:
             if not held:
                 self._past.popleft()
                 engine.past.pop(0)
-                self._holders.free(bit)
+                self._holders.free(slot)
 
     def _pair(self) -> None:
-        nodes: dict[str, int] = {}
+        nodes: dict[str, list[int]] = {}
         for engine in self._all() if self._nodes else ():
             if node := self._nodes.get(engine.name):
-                nodes[node] = nodes.get(node, 0) | engine.bit
-        self._holders.together = list(nodes.values())
+                nodes.setdefault(node, []).append(engine.slot)
+        self._holders.pair(list(nodes.values()))
 
     def _store(self, engine: _Engine, event: Stored) -> None:
         if not self._stands(engine, (event.kv_cache_spec_kind not in _WHOLE, event.group_idx or 0)):
@@ -275,18 +276,20 @@ class Index:
                     self._blocks += 1
                     engine.ghosts.pop(name, None)
                     engine.held[name] = key, before
-                self._holders.hold(level, key, engine.bit)
+                self._holders.hold(level, key, engine.slot)
             before = name
 
     def _revive(self, engine: _Engine, name: BlockHash | None) -> None:
         """A GPU that computes a block has all before it: where we had lost sight of them, they are held."""
-        while (block := engine.block(name)) is not None and not self._holders.has(0, block[0], engine.bit):
+        while (block := engine.block(name)) is not None and not self._holders.media(
+            block[0], engine.slot
+        ) & 1:
             assert name is not None
             if name not in engine.held:
                 self._blocks += 1
                 engine.ghosts.pop(name, None)
                 engine.held[name] = block
-            self._holders.hold(0, block[0], engine.bit)
+            self._holders.hold(0, block[0], engine.slot)
             name = block[1]
 
     def _keys(self, engine: _Engine, event: Stored) -> Sequence[int | None]:
@@ -312,13 +315,13 @@ class Index:
     def _remove(self, engine: _Engine, event: Removed) -> None:
         if engine.group is not None and event.group_idx not in (None, engine.group[1]):
             return
-        level, bit = _level(event.medium), engine.bit
+        level, slot = _level(event.medium), engine.slot
         for name in event.block_hashes:
             block = engine.held.get(name)
             if block is None:
                 continue
-            self._holders.drop(level, block[0], bit)
-            if not any(self._holders.has(one, block[0], bit) for one in range(LEVELS)):
+            self._holders.drop(level, block[0], slot)
+            if not self._holders.media(block[0], slot):
                 del engine.held[name]
                 self._blocks -= 1
                 engine.drop(name, block)
@@ -340,7 +343,7 @@ class Index:
         engine = max(self._all(), key=lambda one: len(one.held))
         oldest = list(islice(engine.held, min(_AT_ONCE, max(1, self._most_blocks // 64))))
         for name in oldest:
-            self._holders.drop_all(engine.held.pop(name)[0], engine.bit)
+            self._holders.drop_all(engine.held.pop(name)[0], engine.slot)
         self._blocks -= len(oldest)
         self.forgotten += len(oldest)
 

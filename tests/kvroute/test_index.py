@@ -22,6 +22,7 @@ class Fleet:
     def __init__(self) -> None:
         self.held: dict[tuple[str, str], set[tuple[int, ...]]] = {}
         self.names: dict[tuple[str, tuple[int, ...]], int] = {}
+        self.nodes: dict[str, str] = {}
 
     def name(self, engine: str, prefix: tuple[int, ...]) -> int:
         """The engine's own name of the block that ends the prefix."""
@@ -57,10 +58,12 @@ class Fleet:
 
     def lookup(self, tokens: list[int]) -> dict[str, Held]:
         found = {}
-        for engine in {engine for engine, _ in self.held}:
+        for engine in {engine for engine, _ in self.held} | self.nodes.keys():
             reach, known = [], set[tuple[int, ...]]()
+            node = [one for one, name in self.nodes.items() if name == self.nodes.get(engine)]
             for medium in MEDIA:
-                known |= self.held.get((engine, medium), set())
+                for one in [engine, *(node if medium != "GPU" else [])]:
+                    known |= self.held.get((one, medium), set())
                 blocks = (tuple(tokens[: BLOCK * (i + 1)]) for i in range(len(tokens) // BLOCK))
                 reach.append(BLOCK * sum(1 for _ in itertools.takewhile(known.__contains__, blocks)))
             if reach[2]:
@@ -88,6 +91,30 @@ def test_says_what_a_model_says(steps: list[tuple], prompts: list[list[int]]) ->
     assert (index.orphans, index.refused) == (0, 0)
     for tokens in [*prompts, *(step[3] for step in steps if step[0] == "store")]:
         assert index.lookup(tokens) == fleet.lookup(tokens)
+
+
+@pytest.mark.parametrize("nodes", [0, 17])
+def test_says_what_a_model_says_while_engines_become_more(nodes: int) -> None:
+    """Past 64 and past 128, with blocks held since there were fewer; prompts of several pieces."""
+    fleet, index, draw = Fleet(), Index(), random.Random(nodes)
+    prompts = [prompt(length, length // 150) for length in (3, 90, 180, 200)]
+    for count in (5, 63, 64, 65, 66, 127, 128, 129, 200):
+        for number in range(count if count < 70 else 40, count, 1 if count < 70 else 5):
+            engine = f"e{number}"
+            if nodes:
+                fleet.nodes[engine] = f"n{draw.randrange(nodes) ** 2 // nodes}"
+                index.place(engine, fleet.nodes[engine])
+        for _ in range(40):
+            engine, medium = f"e{draw.randrange(count)}", draw.choice(MEDIA)
+            events = fleet.remove(engine, "CPU", draw.randrange(1000))
+            stop = draw.randrange(1, 210)
+            events += fleet.store(engine, medium, draw.choice(prompts), draw.randrange(stop), stop)
+            if draw.random() < 0.05:
+                events += fleet.clear(engine)
+            index.apply(engine, events)
+        for tokens in prompts:
+            assert index.lookup(tokens) == fleet.lookup(tokens)
+    assert (index.orphans, index.refused) == (0, 0)
 
 
 def prompt(blocks: int, seed: int = 0) -> list[int]:
