@@ -132,6 +132,7 @@ def _events(index: Index, subscriber: Subscriber) -> Iterator[_Family]:
         ("replayed", counters.replayed, "Messages that came by replay."),
         ("resets", counters.resets, "Times that what an engine holds was not known any more."),
         ("restarts", counters.restarts, "Times that an engine was started anew."),
+        ("restored", counters.restored, "Blocks known from a snapshot."),
         ("malformed", decoder.bad_messages + decoder.bad_events, "Messages and events dropped as malformed."),
         ("orphans", index.orphans, "Blocks passed over because the block before them is not known."),
         ("refused", index.refused, "Events passed over because they contradict themselves."),

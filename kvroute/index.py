@@ -12,6 +12,7 @@ from __future__ import annotations
 import secrets
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain as chained
 from itertools import islice
 from typing import Any
 
@@ -22,6 +23,7 @@ from xxhash import xxh3_64_intdigest
 from kvroute.chain import Tokens, chain, encoded, packed, pieces
 from kvroute.events import BlockHash, Cleared, Event, Removed, Stored
 from kvroute.holders import LEVELS, Holders
+from kvroute.snapshot import Part
 
 __all__ = ["MEDIA", "Held", "Index"]
 
@@ -110,7 +112,8 @@ class Index:
         self._nodes: dict[str, str] = {}
         self._past: deque[tuple[_Engine, int, dict[BlockHash, _Block]]] = deque()
         self._holders = Holders()
-        self._seed = secrets.randbits(64)  # so that nobody can make prompts whose keys collide
+        self.seed = secrets.randbits(64)
+        """Of our names, so that nobody can make prompts whose keys collide. To be set before all else."""
         self._sizes: tuple[int, ...] = ()
 
     # What is held
@@ -192,6 +195,33 @@ class Index:
             self._engine(engine, 0)
         self._learn_sizes()
 
+    def parts(self, engine: str, rank: int, next: int, last: bytes) -> Iterator[Part]:
+        """What a rank holds, for a snapshot, some at a time. Events may be applied in between, and are to be
+        applied again, from `next` on, to what was restored."""
+        known = self._engines.get(engine, {}).get(rank)
+        if known is None:
+            return
+        slot, blocks = known.slot, chained(known.ghosts.copy().items(), known.held.copy().items())
+        while known.slot == slot and (some := list(islice(blocks, _AT_ONCE))):  # else it holds nothing now
+            names, keys = [name for name, _ in some], [key for _, (key, _) in some]
+            media = bytes([self._holders.media(key, slot) for key in keys])
+            befores = [before for _, (_, before) in some]
+            yield Part(engine, rank, next, last, known.group, [*known.sizes], names, keys, befores, media)
+
+    def restore(self, part: Part) -> None:
+        """Take over a part of a snapshot, made with the same seed; that it is still true is the caller's."""
+        known = self._engine(part.engine, part.rank)
+        known.group = part.group
+        for size in part.sizes:
+            self._learn(known, size)
+        for name, key, before, media in zip(part.names, part.keys, part.befores, part.media, strict=True):
+            for level in range(LEVELS):
+                if media >> level & 1:
+                    self._put(known, level, name, (key, before))
+            if not media:
+                known.drop(name, (key, before))
+        self._shrink()
+
     def blocks(self, engine: str) -> int:
         """How many blocks the engine holds, as far as is known."""
         return sum(len(one.held) for one in self._engines.get(engine, {}).values())
@@ -215,7 +245,7 @@ class Index:
         self._holders.retire(engine.slot)
         self._past.append((engine, engine.slot, engine.held))
         engine.past.append(engine.held)
-        engine.held = {}
+        engine.held, engine.slot = {}, -1
 
     def _empty(self, engine: _Engine) -> None:
         engine.most_ghosts = max(engine.most_ghosts, len(engine.held))
@@ -259,8 +289,7 @@ class Index:
         self._take(engine, level, event.block_hashes, keys, event.parent_block_hash)
         if level == 0 and event.kv_cache_spec_kind in _WHOLE:
             self._revive(engine, event.parent_block_hash)
-        while self._blocks > self._most_blocks:
-            self._shrink()
+        self._shrink()
 
     def _take(
         self,
@@ -272,12 +301,15 @@ class Index:
     ) -> None:
         for name, key in zip(names, keys, strict=False):
             if key is not None:
-                if name not in engine.held:
-                    self._blocks += 1
-                    engine.ghosts.pop(name, None)
-                    engine.held[name] = key, before
-                self._holders.hold(level, key, engine.slot)
+                self._put(engine, level, name, (key, before))
             before = name
+
+    def _put(self, engine: _Engine, level: int, name: BlockHash, block: _Block) -> None:
+        if name not in engine.held:
+            self._blocks += 1
+            engine.ghosts.pop(name, None)
+            engine.held[name] = block
+        self._holders.hold(level, block[0], engine.slot)
 
     def _revive(self, engine: _Engine, name: BlockHash | None) -> None:
         """A GPU that computes a block has all before it: where we had lost sight of them, they are held."""
@@ -285,11 +317,7 @@ class Index:
             block[0], engine.slot
         ) & 1:
             assert name is not None
-            if name not in engine.held:
-                self._blocks += 1
-                engine.ghosts.pop(name, None)
-                engine.held[name] = block
-            self._holders.hold(0, block[0], engine.slot)
+            self._put(engine, 0, name, block)
             name = block[1]
 
     def _keys(self, engine: _Engine, event: Stored) -> Sequence[int | None]:
@@ -336,16 +364,17 @@ class Index:
         return group == engine.group
 
     def _shrink(self) -> None:
-        """Forget a few blocks: what is only to be swept, or the oldest of the engine that has the most."""
-        if self._past:
-            self._sweep(_AT_ONCE)
-            return
-        engine = max(self._all(), key=lambda one: len(one.held))
-        oldest = list(islice(engine.held, min(_AT_ONCE, max(1, self._most_blocks // 64))))
-        for name in oldest:
-            self._holders.drop_all(engine.held.pop(name)[0], engine.slot)
-        self._blocks -= len(oldest)
-        self.forgotten += len(oldest)
+        """Stay within `most_blocks`: forget what is only to be swept, or the oldest of who has the most."""
+        while self._blocks > self._most_blocks:
+            if self._past:
+                self._sweep(_AT_ONCE)
+                continue
+            engine = max(self._all(), key=lambda one: len(one.held))
+            oldest = list(islice(engine.held, min(_AT_ONCE, max(1, self._most_blocks // 64))))
+            for name in oldest:
+                self._holders.drop_all(engine.held.pop(name)[0], engine.slot)
+            self._blocks -= len(oldest)
+            self.forgotten += len(oldest)
 
     def _learn(self, engine: _Engine, size: int) -> bool:
         """Note that it has blocks of this size; False: it has too many sizes."""
@@ -360,7 +389,7 @@ class Index:
         self._sizes = tuple(sorted({size for one in self._all() for size in one.sizes}))
 
     def _root(self, lora: str | None) -> int:
-        return self._seed if lora is None else xxh3_64_intdigest(lora.encode("utf-8", "replace"), self._seed)
+        return self.seed if lora is None else xxh3_64_intdigest(lora.encode("utf-8", "replace"), self.seed)
 
 
 def _level(medium: str | None) -> int:

@@ -82,6 +82,9 @@ class Options:
     log_interval: float = 10.0
     traces: str | None = None
     kubernetes_api: str | None = None
+    index: str | None = None
+    index_from: str | None = None
+    index_key: str | None = None
 
     def __post_init__(self) -> None:
         if not self.backends:
@@ -108,6 +111,8 @@ class Options:
             raise ConfigError("--backend-tls takes one or three files: CA [CERT KEY]")
         self._check_address()
         self._check_events()
+        if self.index_from and not (self.index_key and re.match("https?://", self.index_from)):
+            raise ConfigError("--index-from http://ROUTER/kvkeep/index needs that router's --index-key FILE")
 
     def _check_address(self) -> None:
         host, _ = self.address
@@ -164,9 +169,17 @@ class Options:
         """The API keys that clients may use, and the cache salt of each; none: no key is asked for."""
         return {} if self.api_keys is None else _read_keys(self.api_keys, "--api-keys")
 
-    def key_for_backends(self) -> str | None:
-        """What we tell the engines that want a key."""
-        return None if self.backend_key is None else next(iter(_read_keys(self.backend_key, "--backend-key")))
+    def index_file(self) -> Path | None:
+        """Where the index is kept. Raises ConfigError where it cannot be."""
+        path = None if self.index is None else Path(self.index)
+        if path and (path.is_dir() or not path.parent.is_dir()):
+            raise ConfigError(f"--index {path} must be a file's name, in a folder that is there")
+        return path
+
+    def key_of(self, name: Literal["backend_key", "index_key"]) -> str | None:
+        """The key in a file: what engines want, or who may read the index. Raises ConfigError."""
+        path, option = getattr(self, name), f"--{name.replace('_', '-')}"
+        return None if path is None else next(iter(_read_keys(path, option)))
 
 
 _ARGUMENTS: tuple[tuple[str, str, Callable[[str], Any], str], ...] = (
@@ -192,6 +205,9 @@ _ARGUMENTS: tuple[tuple[str, str, Callable[[str], Any], str], ...] = (
     ("drain", "SECONDS", float, "that running requests get after SIGTERM (default: {drain:g})"),
     ("log-interval", "SECONDS", float, "between summary lines; 0: none (default: {log_interval:g})"),
     ("traces", "URL", str, "send OpenTelemetry spans to this OTLP/HTTP endpoint"),
+    ("index", "FILE", str, "what engines hold is kept there for the next start"),
+    ("index-from", "URL", str, "or is had from another router, at its /kvkeep/index"),
+    ("index-key", "FILE", str, "the key for /kvkeep/index, of this router and that one"),
     ("kubernetes-api", "URL", str, "of the cluster (default: as a pod finds it)"),
 )
 _FLAGS = {

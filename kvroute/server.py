@@ -9,6 +9,7 @@ import re
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -27,6 +28,7 @@ from kvroute.index import Index
 from kvroute.options import Options, Role
 from kvroute.policy import PLAIN, Ask, Expected, Kv, Policy
 from kvroute.request import BadRequest, Body, fields_of, read_body
+from kvroute.snapshot import find, sealed, write
 from kvroute.subscribe import Subscriber, say_why
 from kvroute.tokens import EngineTokens, LocalTokens, Tokens, TokensSource
 from kvroute.traces import Traces
@@ -43,7 +45,9 @@ _BACKLOG = 8192  # a full one costs a client seconds
 _PROMISES = 20.0  # seconds until events must have told what an engine computed
 _GUESSES = 600.0  # where there are no events: what we sent it, it may still hold
 _WAIT_AT_ONCE = 4
-_OPEN = ("/health",)
+_INDEX = "/kvkeep/index"
+_OPEN = ("/health", _INDEX)  # this one asks for a key of its own
+_SAVE_EVERY = 60.0
 _TOPIC = re.compile(r"kv@([^@]+)@.*")
 
 
@@ -53,9 +57,12 @@ class Router:
     def __init__(self, options: Options) -> None:
         """Raises ConfigError on keys, certificates or a tokenizer that cannot be read."""
         self._options = options
+        self._backend_key, self._index_key = options.key_of("backend_key"), options.key_of("index_key")
+        self._index_file = options.index_file()
         self._keys = {blake3(key.encode()).digest(): salt for key, salt in options.client_keys().items()}
+        if self._index_key and blake3(self._index_key.encode()).digest() in self._keys:
+            raise ConfigError("--index-key must be no client's: the index tells what all of them asked for")
         self._salts = {salt for salt in self._keys.values() if salt is not None}
-        self._backend_key = options.key_for_backends()
         self._tls, self._backend_tls = options.server_tls(), options.client_tls()
         self._local = LocalTokens(options.tokenizer) if options.tokenizer else None
         self._traces = Traces(otlp(options.traces) if options.traces else None)
@@ -66,7 +73,8 @@ class Router:
         self.expected = Expected(time.monotonic, _PROMISES if told else _GUESSES)
         plain = PLAIN.get(options.policy)
         self._policy = Kv(self.index, self.expected) if plain is None else Policy(plain)
-        self._draining = False
+        self._draining, self._ended = False, asyncio.Event()
+        self._saving: asyncio.Task[None] | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
     # Life
@@ -87,6 +95,9 @@ class Router:
         self.pool = Pool(self._session, options.check_interval, headers)
         self.pool.lost = self.expected.forget
         self._subscriber = self.pool.subscriber = Subscriber(self.index)
+        for source in (options.index, options.index_from):  # the last that is there
+            if source and (saved := await find(source, self._session, self._index_key)):
+                self.index.seed, self._subscriber.saved = saved.seed, saved.parts
         self._tokens: TokensSource = self._local or EngineTokens(self._session, headers)
         self._forwarder = Forwarder(self._session, self.pool, self.figures, options)
         app = self._app()
@@ -98,6 +109,9 @@ class Router:
             await self._runner.setup()
             self._site = web.TCPSite(self._runner, *options.address, backlog=_BACKLOG, ssl_context=self._tls)
             await self._site.start()
+            if self._index_file is not None:
+                self._saving = asyncio.create_task(self._save(self._index_file), name="saving the index")
+                self._saving.add_done_callback(say_why)
         except (OSError, ConfigError) as error:
             await self.close()
             if isinstance(error, ConfigError):
@@ -123,7 +137,10 @@ class Router:
             log.warning("%d requests are cut off after %g s", self._gate.running, self._options.drain)
 
     async def close(self) -> None:
-        """End at once."""
+        """End at once, with the index in its file."""
+        self._ended.set()
+        if self._saving is not None:
+            await asyncio.wait([self._saving])
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -159,6 +176,16 @@ class Router:
         if options.log_interval:
             self._keep(self._log())
 
+    async def _save(self, path: Path) -> None:
+        """Now and then, and at the end."""
+        while not self._ended.is_set():
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._ended.wait(), _SAVE_EVERY)
+            try:
+                await asyncio.to_thread(write, path, self.index.seed, await self._subscriber.parts())
+            except OSError as error:
+                log.warning("the index is not saved: %s", error)
+
     def _keep(self, work: Coroutine[Any, Any, None]) -> None:
         """Do it until the end."""
         task = asyncio.create_task(work, name=getattr(work, "__qualname__", "a task"))
@@ -187,6 +214,7 @@ class Router:
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/health", self._health)
         app.router.add_get("/metrics", self._metrics)
+        app.router.add_get(_INDEX, self._give_index)
         return app
 
     @web.middleware
@@ -323,6 +351,19 @@ class Router:
             up[one.engine.role] += one.up
         healthy = not self._draining and all(up.values())
         return _json({"healthy": healthy, "draining": self._draining, "up": up}, 200 if healthy else 503)
+
+    async def _give_index(self, request: web.Request) -> web.StreamResponse:
+        """The whole index, and the seed of its names: only for the key that is for nothing else."""
+        if self._index_key is None or _key(request) != blake3(self._index_key.encode()).digest():
+            raise BadRequest(
+                "the index is given for the key of --index-key only", 401, "authentication_error"
+            )
+        pieces = await asyncio.to_thread(sealed, self.index.seed, await self._subscriber.parts())
+        answer = web.StreamResponse(headers={"Content-Type": "application/octet-stream"})
+        await answer.prepare(request)
+        for piece in pieces:
+            await answer.write(piece)
+        return answer
 
     async def _metrics(self, request: web.Request) -> web.Response:
         text = metrics(self.figures, self.pool, self._gate, self.index, self._subscriber)

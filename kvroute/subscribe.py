@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import msgspec
 import zmq
 import zmq.asyncio
 from xxhash import xxh3_128_digest
@@ -21,6 +22,7 @@ from zmq.utils.monitor import recv_monitor_message
 from kvkeep.errors import ConfigError
 from kvroute.events import END_SEQUENCE, Batch, Decoder
 from kvroute.index import Index
+from kvroute.snapshot import Part
 
 __all__ = ["Counters", "Source", "Subscriber", "say_why"]
 
@@ -55,6 +57,7 @@ class Counters:
     replayed: int = 0
     resets: int = 0
     restarts: int = 0
+    restored: int = 0
 
 
 @dataclass
@@ -67,6 +70,7 @@ class _Feed:
     next: int = 0
     live: int = -1
     last: bytes | None = None
+    saved: list[bytes] = field(default_factory=list)  # parts of a snapshot that may still be true
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
@@ -77,8 +81,12 @@ class Subscriber:
     def __init__(self, index: Index, *, replay_wait: float = 3.0) -> None:
         self.counters = Counters()
         self.connected: set[str] = set()  # engines, at least by one of their ranks' events
+        self.saved: dict[tuple[str, int], list[bytes]] = {}
+        """Of a snapshot with the index's seed, by engine and rank; each is held back until the rank's replay
+        has shown that it goes on from there."""
         self.decoder = Decoder()
         self._index, self._replay_wait = index, replay_wait
+        self._feeds: dict[str, list[_Feed]] = {}
         self._context = zmq.asyncio.Context(io_threads=1)
         self._tasks: dict[str, list[asyncio.Task[None]]] = {}
 
@@ -87,9 +95,13 @@ class Subscriber:
         self.leave(engine)
         self._index.place(engine, source.node)
         for rank in range(source.ranks):
-            replay = source.replay and _of_rank(source.replay, rank)
+            feed = _Feed(engine, rank, source.replay and _of_rank(source.replay, rank))
+            if (saved := self.saved.pop((engine, rank), None)) and feed.replay:
+                part = _decode(saved[0])
+                feed.next, feed.last, feed.saved = part.next, part.last, saved
+            self._feeds.setdefault(engine, []).append(feed)
             try:
-                self._follow_rank(_Feed(engine, rank, replay), _of_rank(source.events, rank), source.topic)
+                self._follow_rank(feed, _of_rank(source.events, rank), source.topic)
             except ConfigError:
                 self.leave(engine)
                 raise
@@ -114,9 +126,21 @@ class Subscriber:
         """Follow it no more, and forget what it held."""
         for task in self._tasks.pop(engine, []):
             task.cancel()
+        self._feeds.pop(engine, None)
         self.connected.discard(engine)
         self._index.place(engine, None)
         self._index.forget(engine)
+
+    async def parts(self) -> list[bytes]:
+        """A snapshot of all that can be asked what has happened since; takes turns with all else."""
+        found = list[bytes]()
+        for feed in [feed for feeds in self._feeds.values() for feed in feeds if feed.replay]:
+            found += feed.saved
+            if feed.last is not None and not feed.saved:
+                for part in self._index.parts(feed.engine, feed.rank, feed.next, feed.last):
+                    found.append(msgspec.msgpack.encode(part))
+                    await asyncio.sleep(0)
+        return found
 
     def _keep(self, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work, name=f"following {name}")
@@ -204,9 +228,11 @@ class Subscriber:
         if batch.sequence <= feed.live:
             self._begin_anew(feed)
         feed.live = batch.sequence
-        if batch.sequence > feed.next:
-            self.counters.gaps += feed.last is not None
+        if batch.sequence > feed.next or feed.saved:
+            self.counters.gaps += feed.last is not None and not feed.saved
             await self._catch_up(feed)
+        if feed.saved:  # still not shown to be true
+            feed.next, feed.last, feed.saved = 0, None, []
         if batch.sequence > feed.next and feed.last is not None:
             self._reset(feed)
         if batch.sequence >= feed.next:
@@ -218,13 +244,14 @@ class Subscriber:
 
     def _reset(self, feed: _Feed) -> None:
         self.counters.resets += 1
+        feed.saved = []
         self._index.clear(feed.engine, feed.rank)
         log.info("events of %s are lost: what it held is not known any more", feed.engine)
 
     def _begin_anew(self, feed: _Feed) -> None:
         self.counters.restarts += 1
         self._index.forget(feed.engine, feed.rank)
-        feed.next, feed.live, feed.last = 0, -1, None
+        feed.next, feed.live, feed.last, feed.saved = 0, -1, None, []
         log.info("%s was started anew: it holds nothing yet", feed.engine)
 
     async def _catch_up(self, feed: _Feed) -> None:
@@ -247,6 +274,7 @@ class Subscriber:
                 if (batch.sequence, digest) != (feed.next - 1, feed.last):
                     self._begin_anew(feed)
                     return True
+                await self._restore(feed)
             elif first and feed.last is not None:  # it does not reach back so far
                 self._reset(feed)
                 self._apply(feed, batch, digest)
@@ -257,6 +285,14 @@ class Subscriber:
             first = False
             self.counters.replayed += 1
         return False
+
+    async def _restore(self, feed: _Feed) -> None:
+        """What the snapshot says was so, and what came after follows now."""
+        for part in map(_decode, feed.saved):
+            self._index.restore(part)
+            self.counters.restored += len(part.names) - part.media.count(0)
+            await asyncio.sleep(0)
+        feed.saved = []
 
     async def _replayed(self, feed: _Feed) -> AsyncIterator[tuple[Batch | None, bytes]]:
         """What an engine has kept, from our last message on; (None, b"") at its end, where it answers."""
@@ -289,6 +325,9 @@ class Subscriber:
             log.warning("no replay from %s: %s", feed.replay, error)
         finally:
             ask.close(0)
+
+
+_decode = msgspec.msgpack.Decoder(Part).decode
 
 
 def say_why(task: asyncio.Task[None]) -> None:

@@ -94,6 +94,19 @@ def test_events_of_vllm(child_process: Callable[..., Any], tmp_path: Path) -> No
         assert (subscriber.decoder.bad_messages, subscriber.decoder.bad_events) == (0, 0)
         assert (index.orphans, index.refused) == (0, 0)
         assert subscriber.counters.resets == subscriber.counters.restarts == 0
+        # A router that starts with what this one knew.
+        publish("[stored(5000, 3, 'STORAGE')]")
+        await until(5000, 3, Held(0, 0, 48))
+        parts, seed = await subscriber.parts(), index.seed
+        await subscriber.close()
+        publish("[stored(6000, 1), removed(5002, 'STORAGE')]")
+        index = Index()
+        subscriber = Subscriber(index)
+        index.seed, subscriber.saved = seed, {("engine", 0): parts}
+        subscriber.follow("engine", source)
+        await until(6000, 1, Held(16, 0, 0))
+        await until(5000, 3, Held(0, 0, 32))
+        assert (subscriber.counters.restored, subscriber.counters.replayed) == (3, 2)
         await subscriber.close()
 
     asyncio.run(play())
