@@ -97,7 +97,7 @@ class Router:
         self._subscriber = self.pool.subscriber = Subscriber(self.index)
         for source in (options.index, options.index_from):  # the last that is there
             if source and (saved := await find(source, self._session, self._index_key)):
-                self.index.seed, self._subscriber.saved = saved.seed, saved.parts
+                self.index.seed, self._subscriber.saved = saved
         self._tokens: TokensSource = self._local or EngineTokens(self._session, headers)
         self._forwarder = Forwarder(self._session, self.pool, self.figures, options)
         app = self._app()

@@ -12,7 +12,6 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import aiohttp
 import msgspec
@@ -28,6 +27,7 @@ log = logging.getLogger("kvroute.snapshot")
 _MAGIC = b"kvkeep route: index 1\n"
 _HEAD = len(_MAGIC) + 16
 _WAIT = 60.0
+_MOST = 4096  # blocks of a part, which are taken over in one go
 
 
 class Part(msgspec.Struct, array_like=True, gc=False):
@@ -47,19 +47,8 @@ class Part(msgspec.Struct, array_like=True, gc=False):
     media: bytes
 
 
-class _File(msgspec.Struct, array_like=True):
-    seed: int
-    time: float
-    parts: list[msgspec.Raw]
-
-
-class Saved(NamedTuple):
-    """`parts`: by engine and rank, as they are in the file; `time`: Unix time when it was taken."""
-
-    seed: int
-    time: float
-    parts: dict[tuple[str, int], list[bytes]]
-    blocks: int
+Saved = tuple[int, dict[tuple[str, int], list[bytes]]]
+"""The seed, and packed `Part`s by engine and rank."""
 
 
 def sealed(seed: int, parts: Sequence[bytes]) -> list[bytes]:
@@ -83,23 +72,26 @@ def write(path: Path, seed: int, parts: Sequence[bytes]) -> None:
 
 
 def read(data: bytes) -> Saved:
-    """What a file says, all of it looked at. Raises ConfigError."""
+    """What a file says, all of it looked at; and logged, how much that is. Raises ConfigError."""
     if not data.startswith(_MAGIC):
         raise ConfigError("it is none, or of another version")
     rest, parts, blocks = memoryview(data)[_HEAD:], dict[tuple[str, int], list[bytes]](), 0
     if xxh3_128_digest(rest) != data[len(_MAGIC) : _HEAD]:
         raise ConfigError("it is damaged, or not whole")
     try:
-        file = msgspec.msgpack.decode(rest, type=_File)
-        for raw in map(bytes, file.parts):
+        seed, taken, raws = msgspec.msgpack.decode(rest, type=tuple[int, float, list[msgspec.Raw]])
+        for raw in map(bytes, raws):
             part = msgspec.msgpack.decode(raw, type=Part)
-            if not len(part.names) == len(part.keys) == len(part.befores) == len(part.media) or part.next < 1:
+            counts = {len(part.names), len(part.keys), len(part.befores), len(part.media)}
+            if len(counts) > 1 or max(counts) > _MOST or part.next < 1:
                 raise ConfigError("it contradicts itself")
             parts.setdefault((part.engine, part.rank), []).append(raw)
             blocks += len(part.names) - part.media.count(0)
     except (msgspec.DecodeError, RecursionError) as error:
         raise ConfigError(f"it is malformed ({error})") from error
-    return Saved(file.seed % (1 << 64), file.time, parts, blocks)
+    engines, minutes = len({engine for engine, _ in parts}), (time.time() - taken) / 60
+    log.info("index of %d blocks of %d engines, %.0f minutes old", blocks, engines, minutes)
+    return seed % (1 << 64), parts
 
 
 async def find(source: str, session: aiohttp.ClientSession, key: str | None) -> Saved | None:
@@ -109,14 +101,10 @@ async def find(source: str, session: aiohttp.ClientSession, key: str | None) -> 
             headers = {"Authorization": f"Bearer {key}"}
             wait = aiohttp.ClientTimeout(_WAIT, sock_connect=5)
             async with session.get(source, headers=headers, timeout=wait, raise_for_status=True) as answer:
-                saved = read(await answer.read())
-        else:
-            saved = read(await asyncio.to_thread(Path(source).read_bytes))
+                return read(await answer.read())
+        return read(await asyncio.to_thread(Path(source).read_bytes))
     except FileNotFoundError:
-        return None
+        log.info("no index at %s yet", source)
     except (OSError, aiohttp.ClientError, asyncio.TimeoutError, ConfigError) as error:
         log.warning("the index at %s cannot be used, so nothing is known yet: %s", source, error)
-        return None
-    engines, minutes = len({engine for engine, _ in saved.parts}), (time.time() - saved.time) / 60
-    log.info("index of %d blocks of %d engines, %.0f minutes old", saved.blocks, engines, minutes)
-    return saved
+    return None
