@@ -1,6 +1,7 @@
 """A router that starts again, or beside another, knows what was told before: and never what is not so."""
 
 import asyncio
+import random
 import stat
 from pathlib import Path
 
@@ -70,6 +71,37 @@ def test_what_is_older_than_the_replay_is_known_again(since: int) -> None:
             last.subscriber.follow("a", Source(one.events, one.replay))
             await last.until(lambda: last.holds(30) and last.holds(60), one)
             await last.subscriber.close()
+
+    played(play)
+
+
+def test_what_is_claimed_after_many_starts_is_what_is_held() -> None:
+    """Blocks come and go, messages are lost, and the router starts again and again, from what it left."""
+
+    async def play() -> None:
+        draw, held = random.Random(11), set[int]()
+        with publisher(buffer=120) as one:
+            scene = await told(one, 1)
+            for start in range(20):
+                for _ in range(30):
+                    number = draw.randrange(1, 120)
+                    one.publish(
+                        Removed([100 * number]) if number in held else blocks(number, 1),
+                        lost=draw.random() < 0.05,
+                    )
+                    held ^= {number}
+                    one.serve()
+                    await asyncio.sleep(0)
+                scene, before = begun(await ended(scene)), scene
+                assert before.counters.resets == before.counters.restarts == 0
+                scene.subscriber.follow("a", Source(one.events, one.replay))
+                if start % 3:
+                    feed = scene.subscriber._feeds["a"][0]
+                    await scene.until(lambda feed=feed: feed.next == one.sequence, one)
+            one.publish(blocks(300))
+            await scene.until(lambda: scene.holds(300), one)
+            assert {number for number in range(2, 120) if scene.holds(number)} == held - {1}
+            await scene.subscriber.close()
 
     played(play)
 
