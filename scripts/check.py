@@ -23,7 +23,7 @@ PACKAGE_LINES = {
     "kvkeep/engines/vllm": 3_000,
     "kvkeep/engines/transformers": 1_500,
     "kvbench": 6_000,
-    "kvroute": 3_850,
+    "kvroute": 4_000,
 }
 FILE_LINES, FUNCTION_LINES = 400, 50
 USUAL_FUNCTION_LINES, USUAL_SHARE = 35, 0.9  # nine functions of ten stay under this
