@@ -64,19 +64,19 @@ def helm(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
     return run
 
 
-def source(variable: str, folder: str) -> Path:
-    """A folder of a public repository that lies on this machine."""
+def source(variable: str, file: str) -> Path:
+    """A file of a stack's public source that lies on this machine."""
     named = os.environ.get(variable)
-    if named is None or not (Path(named) / folder).is_dir():
-        pytest.skip(f"needs {variable}: a stack's public source on this machine, with {folder} in it")
-    return Path(named) / folder
+    if not named or not (Path(named) / file).is_file():
+        pytest.skip(f"needs {variable}: a stack's public source on this machine, with {file} in it")
+    return Path(named) / file
 
 
 @pytest.fixture(scope="module")
 def render(helm: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> Render:
     """Documents that production-stack's chart makes of values, without the charts that it depends on."""
     chart = tmp_path_factory.mktemp("chart") / "vllm-stack"
-    shutil.copytree(source("KVKEEP_STACK_SOURCE", "../helm"), chart)
+    shutil.copytree(source("KVKEEP_STACK_SOURCE", "../helm/Chart.yaml").parent, chart)
     about = yaml.safe_load((chart / "Chart.yaml").read_text())
     defaults = yaml.safe_load((chart / "values.yaml").read_text())
     for other in about.pop("dependencies"):
@@ -192,7 +192,7 @@ def test_the_router_finds_the_engines(path: Path, render: Render) -> None:
         assert (wanted.items() <= labels.items()) == (labels.get("model") in models), "engines, nothing else"
     for role in ("prefill", "decode"):
         assert {given.get(f"--{role}-model-labels")} <= models | {None}
-    parser = (source("KVKEEP_STACK_SOURCE", "vllm_router") / "parsers" / "parser.py").read_text()
+    parser = source("KVKEEP_STACK_SOURCE", "vllm_router/parsers/parser.py").read_text()
     launcher = (ROOT / "kvroute" / "production_stack.py").read_text()
     assert [name for name in given if f'"{name}"' not in parser + launcher] == []
     account = one(found, "RoleBinding", "vllm-deployment-access-binding")["subjects"][0]["name"]
@@ -270,7 +270,7 @@ def install_line() -> list[str]:
 def charts(helm: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """llm-d-router's charts, each with the library beside it."""
     folder = tmp_path_factory.mktemp("llm-d") / "charts"
-    shutil.copytree(source("KVKEEP_LLMD_SOURCE", "config/charts"), folder)
+    shutil.copytree(source("KVKEEP_LLMD_SOURCE", "config/charts/README.md").parent, folder)
     for kind in ("standalone", "gateway"):
         helm("dependency", "build", str(folder / f"llm-d-router-{kind}"))
     return folder
