@@ -3,6 +3,7 @@
 import asyncio
 import random
 import stat
+from itertools import count
 from pathlib import Path
 
 import aiohttp
@@ -256,6 +257,7 @@ PART = Part("a", 0, 1, b"x", None, [4], [1, b"two"], [10, 11], [None, 1], b"\x01
         ),
         (file_of(msgspec.structs.replace(PART, keys=["10", "11"])), "malformed"),
     ],
+    ids=count(),  # a file has the time in it, and all workers must find the same tests
 )
 def test_what_is_no_index_is_refused_and_says_so(
     data: bytes, says: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
