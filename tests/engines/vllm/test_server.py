@@ -269,7 +269,7 @@ def is_measured(engine: VllmServer, capsys: pytest.CaptureFixture[str]) -> None:
     assert found["lengths_by"] == "tokenize"
     first, round_growth = 64 + 8, 8 + 8  # system prompt and question; then an answer and a question
     assert found["prompt_tokens"] == pytest.approx(3 * (3 * first + 3 * round_growth), rel=0.15)
-    assert found["latency_s"]["mean"] > found["ttft_s"]["mean"] > 0
+    assert found["latency_s"]["mean"] >= found["ttft_s"]["mean"] > 0  # all tokens may come in one event
 
 
 def test_a_private_keeper_lives_and_ends_with_its_engine(
