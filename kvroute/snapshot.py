@@ -83,7 +83,7 @@ def read(data: bytes) -> Saved:
         for raw in map(bytes, raws):
             part = msgspec.msgpack.decode(raw, type=Part)
             counts = {len(part.names), len(part.keys), len(part.befores), len(part.media)}
-            if len(counts) > 1 or max(counts) > _MOST or part.next < 1:
+            if len(counts) > 1 or max(counts) > _MOST or min([part.next, *part.sizes]) < 1:
                 raise ConfigError("it contradicts itself")
             parts.setdefault((part.engine, part.rank), []).append(raw)
             blocks += len(part.names) - part.media.count(0)
