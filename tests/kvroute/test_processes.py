@@ -19,6 +19,7 @@ import pytest
 from kvroute import backends
 from kvroute.options import Options, parse_place
 from kvroute.server import Router
+from kvroute.snapshot import read
 
 ROOT = Path(__file__).parents[2]
 
@@ -216,9 +217,11 @@ def test_an_engine_that_was_started_again_is_used_again(
     wait_until(lambda: re.search(r"requests/s, \d+ running, 1 of 1 engines up", processes.log.read_text()))
 
 
-def test_sigterm_lets_running_requests_end_and_takes_no_new_ones(processes: Processes) -> None:
+def test_sigterm_lets_running_requests_end_and_takes_no_new_ones(
+    processes: Processes, tmp_path: Path
+) -> None:
     _, engine = processes.engine("--itl", "0.05")
-    router, url = processes.router("--backend", engine)
+    router, url = processes.router("--backend", engine, "--index", str(tmp_path / "index"))
 
     async def play() -> None:
         async with aiohttp.ClientSession() as client:
@@ -239,12 +242,15 @@ def test_sigterm_lets_running_requests_end_and_takes_no_new_ones(processes: Proc
 
     asyncio.run(play())
     assert router.wait(20) == 0
+    read((tmp_path / "index").read_bytes())
 
 
 @pytest.mark.parametrize(("options", "signals"), [(["--drain", "0.2"], 1), ([], 2)])
-def test_the_end_is_not_put_off_for_ever(processes: Processes, options: list[str], signals: int) -> None:
+def test_the_end_is_not_put_off_for_ever(
+    processes: Processes, options: list[str], signals: int, tmp_path: Path
+) -> None:
     _, engine = processes.engine("--itl", "60")
-    router, url = processes.router("--backend", engine, *options)
+    router, url = processes.router("--backend", engine, "--index", str(tmp_path / "index"), *options)
 
     async def play() -> None:
         async with aiohttp.ClientSession() as client:
@@ -258,6 +264,7 @@ def test_the_end_is_not_put_off_for_ever(processes: Processes, options: list[str
 
     asyncio.run(play())
     assert router.wait(20) == 0
+    read((tmp_path / "index").read_bytes())
 
 
 @pytest.mark.parametrize(
