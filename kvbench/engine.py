@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import httpx
 
+from kvbench.load.stream import AnswerStream, StreamError
 from kvbench.process import EngineFailed, ServerProcess, free_port, tail
 from kvkeep.config import environment
 
@@ -152,31 +153,18 @@ class VllmServer(ServerProcess):
     def _stream(self, path: str, body: dict[str, Any], max_tokens: int, params: dict[str, Any]) -> Answer:
         request = {"model": "model", "temperature": 0, "max_tokens": max_tokens, "stream": True}
         request |= {"stream_options": {"include_usage": True}, **body, **params}
-        usage: dict[str, Any] = {}
-        began, first, text = time.perf_counter(), 0.0, []
+        stream, began = AnswerStream(), time.perf_counter()
         with self._client.stream("POST", path, json=request) as response:
             if response.status_code != httpx.codes.OK:
                 raise EngineFailed(f"the engine answered {response.status_code}: {response.read()[:500]!r}")
-            for line in response.iter_lines():
-                if not line.startswith("data: {"):
-                    continue
-                event = json.loads(line.removeprefix("data: "))
-                usage = event.get("usage") or usage
-                for choice in event["choices"]:
-                    delta = choice.get("text") or choice.get("delta", {}).get("content")
-                    if delta:
-                        first = first or time.perf_counter()
-                        text.append(delta)
-        done = time.perf_counter()
-        if not usage:
-            raise EngineFailed(f"the engine broke off an answer; {tail(self.log)}")
-        return Answer(
-            "".join(text),
-            (first or done) - began,
-            done - began,
-            int(usage["prompt_tokens"]),
-            int(usage["completion_tokens"]),
-        )
+            try:
+                for data in response.iter_bytes():
+                    stream.feed(data, time.perf_counter())
+                stream.finish()
+            except StreamError as error:
+                raise EngineFailed(f"{error}; {tail(self.log)}") from error
+        first, last = stream.times[0] - began, time.perf_counter() - began
+        return Answer(stream.text, first, last, stream.prompt_tokens, stream.output_tokens)
 
     def _healthy(self) -> bool:
         with contextlib.suppress(httpx.HTTPError):

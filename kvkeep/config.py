@@ -111,8 +111,8 @@ class EngineConfig:
     """Identity of the weights, where their files cannot be read; None: by content."""
     timeout: float = 1.0
     """Seconds that a call to the keeper may take before it is given up for lost."""
-    copy_threads: int = 1
-    """Threads that copy between KV cache and arena, per worker."""
+    copy_threads: int = 0
+    """Threads of a CPU that copy between KV cache and arena, per worker; 0: all that it computes with."""
     save_decoded: bool = True
     """Keep the KV of generated tokens too (the next turn of a conversation contains them)."""
     log_interval: float = 10.0
@@ -128,8 +128,8 @@ class EngineConfig:
         if self.load_by not in LOAD_WAYS:
             raise ConfigError(f"load_by must be one of {', '.join(LOAD_WAYS)}, not {self.load_by!r}")
         _check_seconds(self, "load_wait", "probe_wait", "remote_wait")
-        if not 1 <= self.copy_threads <= 64:
-            raise ConfigError("copy_threads must be 1 to 64")
+        if not 0 <= self.copy_threads <= 64:
+            raise ConfigError("copy_threads must be 0 to 64")
         if self.chunk_tokens is not None and self.chunk_tokens < 1:
             raise ConfigError("chunk_tokens must be a positive multiple of the engine's block size")
 

@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 # All budgets: stay under. By what is read together: the cache, one engine's adapter, what measures it.
 PACKAGE_LINES = {
-    "kvkeep": 15_900,  # without the adapters
-    "kvkeep/engines/vllm": 3_000,
+    "kvkeep": 16_000,  # without the adapters
+    "kvkeep/engines/vllm": 3_100,
     "kvkeep/engines/transformers": 1_500,
     "kvbench": 6_000,
     "kvroute": 4_000,

@@ -55,7 +55,7 @@ def test_options_win_over_the_environment() -> None:
         (KeeperConfig, {"socket": "s", "linger": -1}, "linger"),
         (KeeperConfig, {"socket": "s", "prefault": "perhaps"}, "prefault"),
         (EngineConfig, {"timeout": 0}, "timeout"),
-        (EngineConfig, {"copy_threads": 0}, "copy_threads"),
+        (EngineConfig, {"copy_threads": -1}, "copy_threads"),
         (EngineConfig, {"load_by": "layer"}, "load_by must be one of auto, layers, request"),
         (EngineConfig, {"copy_threads": "many"}, "copy_threads"),
         (EngineConfig, {"chunk_tokens": -16}, "chunk_tokens"),

@@ -28,6 +28,7 @@ from vllm.v1.kv_offload.cpu.gpu_worker import compute_sub_block_ptrs
 from vllm.v1.kv_offload.cpu.spec import CPUOffloadingSpec
 
 from kvkeep.transfer.cpu import copy_pieces
+from kvkeep.transfer.team import share
 
 __all__ = ["CpuEngineOffloadingSpec"]
 
@@ -55,7 +56,6 @@ class CpuEngineWorker(OffloadingWorker):  # type: ignore[misc]
         whole = torch.frombuffer(memory, dtype=torch.int8).zero_()  # touched now, as a keeper's memory is
         parts = whole.split([num_chunks * row for row in rows])
         self._host = [part.view(num_chunks, row) for part, row in zip(parts, rows, strict=True)]
-        self._copy_pieces = copy_pieces()
         self._finished: list[TransferResult] = []
 
     def submit_store(self, job_id: int, src_spec: GPULoadStoreSpec, dst_spec: LoadStoreSpec) -> bool:
@@ -80,7 +80,7 @@ class CpuEngineWorker(OffloadingWorker):  # type: ignore[misc]
         pieces = list(self._pieces(paged, host))
         if pieces:
             blocks, chunks, sizes = (np.concatenate(column) for column in zip(*pieces, strict=True))
-            self._copy_pieces(*((chunks, blocks) if storing else (blocks, chunks)), sizes)
+            share(copy_pieces(), *((chunks, blocks) if storing else (blocks, chunks)), sizes, threads=0)
         nbytes = sum(int(sizes.sum()) for _, _, sizes in pieces)
         self._finished.append(TransferResult(job_id, True, nbytes, time.perf_counter() - began))
         return True

@@ -111,16 +111,16 @@ class Keeper:
         its lookup before, and what was brought or used since then is not marked again.
         """
         epoch = epoch or self.now()
-        chains = [
-            self.chunks.table.find(group_keys(keys, space.fingerprint, group))
-            for group in range(len(space.groups))
-        ]
+        named = [group_keys(keys, space.fingerprint, group) for group in range(len(space.groups))]
+        chains = [self.chunks.table.find(names) for names in named]
+        for counters in (self.counters, space.counters):
+            counters.lookups += 1
+        if all((chain < 0).all() for chain in chains):
+            return Found(0, 0, epoch, [])
         records = [chain[first:] for chain in chains]
         held = [self.chunks.committed(found) for found in records]
         windows = [group.window_chunks for group in space.groups]
         usable = usable_chunks(held, windows)
-        for counters in (self.counters, space.counters):
-            counters.lookups += 1
         positions = [np.flatnonzero(chain[: first + usable] >= 0) for chain in chains]
         used = [chain[places] for chain, places in zip(chains, positions, strict=True)]
         check_distinct(np.concatenate(used))

@@ -23,7 +23,7 @@ log = logging.getLogger("kvkeep.transfer")
 
 
 def make_transfer(
-    layers: Sequence[Sequence[tuple[str, torch.Tensor]]], num_blocks: int, arena: memoryview, threads: int = 1
+    layers: Sequence[Sequence[tuple[str, torch.Tensor]]], num_blocks: int, arena: memoryview, threads: int = 0
 ) -> Transfer:
     """The fast engine for the device that holds the layers. Raises LayoutError where there is none."""
     backend = make_backend(frozenset(tensor.device for group in layers for _, tensor in group))

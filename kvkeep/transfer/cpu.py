@@ -8,19 +8,17 @@ larger than the caches anyway.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 import numba
-import numpy as np
 import torch
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba.extending import intrinsic
 
 from kvkeep.transfer.base import Offsets, Transfer
+from kvkeep.transfer.team import Copy, share, team
 
 __all__ = ["CpuTransfer", "copy_pieces"]
 
@@ -29,7 +27,7 @@ _LANES, _UNROLL = 32, 128
 
 
 class CpuTransfer(Transfer):
-    """Streams pieces with `threads` threads."""
+    """Streams pieces, with `threads` threads: see `team.share`."""
 
     name = "cpu"
 
@@ -38,35 +36,26 @@ class CpuTransfer(Transfer):
         layers: Sequence[Sequence[tuple[str, torch.Tensor]]],
         num_blocks: int,
         arena: memoryview,
-        threads: int = 1,
+        threads: int = 0,
     ) -> None:
         super().__init__(layers, num_blocks, arena)
         self._threads = threads
-        self._pool = ThreadPoolExecutor(threads - 1, "kvkeep-copy") if threads > 1 else None
-        copy_pieces()  # compile now, not in the first request
+        # Compile now, not in the first request.
+        if threads != 1:
+            team(copy_pieces())
+        else:
+            copy_pieces()
 
     def _copy(self, group: int, offsets: Offsets, blocks: Offsets, saving: bool) -> int:
         paged, slots, sizes = self._places(group, offsets, blocks)
         target, source = (slots, paged) if saving else (paged, slots)
-        self._run(target, source, sizes)
+        share(copy_pieces(), target, source, sizes, self._threads)
         return int(sizes.sum())
-
-    def _run(self, target: Offsets, source: Offsets, sizes: Offsets) -> None:
-        copy = copy_pieces()
-        if self._pool is None or len(sizes) < 2 * self._threads:
-            copy(target, source, sizes)
-            return
-        cuts = np.linspace(0, len(sizes), self._threads + 1).astype(int)
-        spans = [slice(start, stop) for start, stop in itertools.pairwise(cuts.tolist())]
-        waiting = [self._pool.submit(copy, target[span], source[span], sizes[span]) for span in spans[1:]]
-        copy(target[spans[0]], source[spans[0]], sizes[spans[0]])
-        for future in waiting:
-            future.result()
 
 
 @cache
-def copy_pieces() -> Callable[[Offsets, Offsets, Offsets], None]:
-    """The compiled loop: `copy(target addresses, source addresses, sizes)`, all int64, contiguous.
+def copy_pieces() -> Copy:
+    """The compiled loop.
 
     Addresses are trusted: `Transfer._check` has bounded them. Compiles once per process (0.4 s).
     """

@@ -112,7 +112,7 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         """Before a step overwrites blocks, its own or others': see `WorkerSide.fence`."""
         worker, meta = self._worker, kv_connector_metadata
-        if worker is not None and isinstance(meta, StepMeta):
+        if worker is not None and isinstance(meta, StepMeta) and meta.reused is not None:
             self._guard(lambda: worker.fence(meta), None)
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
@@ -131,7 +131,7 @@ class KVKeepConnector(KVConnectorBase_V1, SupportsHMA):
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         """All loads that the step's forward reads, before it; and those that requests wait for begin."""
         meta, worker = self._step(), self._worker
-        if worker is None or meta is None:
+        if worker is None or meta is None or meta.idle:
             return
         if meta.unplanned and not self._recomputes:
             raise RuntimeError(

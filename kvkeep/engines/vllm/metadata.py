@@ -101,6 +101,8 @@ class StepMeta(KVConnectorMetadata):
     """Blocks of promised loads that could not be planned: to be recomputed."""
     reused: npt.NDArray[np.int64] | None = None
     """Blocks that the step may write, where saves of earlier ones may still read them: on GPUs."""
+    idle: bool = False
+    """Nothing is loaded, and no session joined: most steps."""
     scheduled_tokens: int = 0
     """Tokens that the step computes, all requests together."""
 

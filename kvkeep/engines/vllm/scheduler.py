@@ -8,7 +8,6 @@ one round trip to the keeper, bounded by `timeout`.
 from __future__ import annotations
 
 import logging
-import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,10 +24,10 @@ from kvkeep.engines.vllm.promises import Guard, Promises
 from kvkeep.engines.vllm.reader import Reader, give_back
 from kvkeep.engines.vllm.report import Reporter
 from kvkeep.engines.vllm.requests import Tracked
+from kvkeep.engines.vllm.saves import Saves
 from kvkeep.engines.vllm.stats import KVKeepStats
 from kvkeep.errors import KeeperUnavailable, KVKeepError, RequestRefused
 from kvkeep.identity import fingerprint
-from kvkeep.wire.messages import Reservation
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -81,6 +80,7 @@ class SchedulerSide:
         self.events = Events(vllm_config, kv_config) if events_wanted(vllm_config) else None
         """What this engine publishes of the chunks that it met; None where it publishes nothing."""
         self._fences = vllm_config.device_config.device_type != "cpu"
+        self._saves = Saves(config, self.stats, self.events, self._met)
 
     # Start
 
@@ -193,7 +193,8 @@ class SchedulerSide:
         planned = self._promises.plan(self._geometry, guard, self._met)
         saves = guard(lambda: self._plan_saves(output), None) if self._ready else None
         epoch = self._session.epoch if self._session is not None else -1  # that the plans are of
-        guard(self._renew, None)
+        if not self._ready:
+            guard(self._renew, None)
         meta = StepMeta(epoch, planned.loads, planned.apart, saves, unplanned=planned.unplanned)
         meta.scheduled_tokens, meta.leave = output.total_num_scheduled_tokens, self._disabled
         if self._fences:
@@ -202,6 +203,7 @@ class SchedulerSide:
             self._reader.rest(self._arrivals.rests() or self._promises.waits)
         if self._session is not None and not (self._told and self._all_joined()):
             meta.session, self._told = self._session, True
+        meta.idle = not (planned.loads or planned.apart or planned.unplanned or meta.session)
         return meta
 
     def off(self) -> None:
@@ -215,58 +217,20 @@ class SchedulerSide:
             self._keeper = None
 
     def _plan_saves(self, output: SchedulerOutput) -> Copies | None:
-        began = time.perf_counter()
-        offers = []
-        for request_id, scheduled in output.num_scheduled_tokens.items():
-            tracked = self._requests.get(request_id)
-            if tracked is not None and tracked.cacheable:
-                last = self._complete_chunks(tracked.request, scheduled, output)
-                if last > tracked.next_save:
-                    offers.append((tracked, self._offer(tracked, output, last)))
-        made = [(tracked, *offer) for tracked, offer in offers if offer is not None]
-        if not made or self._keeper is None or self._geometry is None:
+        if self._keeper is None or self._geometry is None:
             return None
         try:
-            reserved = self._keeper.connection.reserve(self._keeper.namespace, [item for _, item, _ in made])
+            return self._saves.plan(self._keeper, self._geometry, self._requests, output)
         except (KeeperUnavailable, RequestRefused) as error:
             self._lose(error)
             return None
-        copies = Copies()
-        for (tracked, item, table), result in zip(made, reserved, strict=True):
-            if item.first <= tracked.kept:
-                tracked.kept = item.first + result.kept()
-            if result.reservation:
-                self._geometry.add_save(copies, table, item.first, result.offsets)
-                copies.claims.append(result.reservation)
-                if self.events is not None:
-                    self.events.awaiting(sum(int((row >= 0).sum()) for row in result.offsets))
-        self.stats.add("reserve_seconds", time.perf_counter() - began)
-        return copies if copies.claims else None
-
-    def _complete_chunks(self, request: Request, scheduled: int, output: SchedulerOutput) -> int:
-        """Chunks whose KV is certain after this step: no draft tokens, no tokens not yet known."""
-        drafts = len(output.scheduled_spec_decode_tokens.get(request.request_id, ()))
-        end: int = min(request.num_computed_tokens + scheduled - drafts, request.num_tokens)
-        if not self.config.save_decoded:
-            end = min(end, request.num_prompt_tokens)
-        return end // self._chunk_tokens
-
-    def _offer(
-        self, tracked: Tracked, output: SchedulerOutput, last: int
-    ) -> tuple[Reservation, tuple[list[int], ...]] | None:
-        """What the keeper is asked about chunks up to `last`, and the block table behind it."""
-        assert self._geometry is not None
-        first, tracked.next_save = tracked.next_save, last
-        table = output.kv_connector_block_state.get_block_ids(tracked.request.request_id)
-        item = None if table is None else self._geometry.offer(tracked, table, first, last)
-        if item is not None:
-            self._met(tracked, first, last)
-        return None if item is None else (item, table)
 
     # Results and housekeeping
 
     def update(self, output: KVConnectorOutput) -> None:
         """What the workers reported after a step."""
+        if output.is_empty():
+            return
         self._promises.arrived(output.finished_recving or ())
         for name in output.failed_recving & self._requests.keys():
             self._requests[name].load_failed = True
