@@ -12,7 +12,12 @@ import torch
 from kvkeep.transfer import team
 from kvkeep.transfer.cpu import copy_pieces
 
-PIECES, PIECE = 700, 4096 + 96  # of more than 1 MiB, with a rest behind the last 128 bytes
+PIECES, PIECE = 700, 4096 + 96  # with a rest behind the last 128 bytes
+
+
+@pytest.fixture(autouse=True)
+def shared_from_the_first_byte(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(team, "_SHARED_FROM", 0)
 
 
 def copied(threads: int) -> None:
@@ -43,6 +48,12 @@ def test_the_team_is_the_one_that_torch_computes_with() -> None:
     assert runtime is not None
     torch.set_num_threads(torch.get_num_threads())
     assert runtime.omp_get_max_threads() == torch.get_num_threads()
+
+
+def test_few_bytes_are_copied_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(team, "_SHARED_FROM", PIECES * PIECE + 1)
+    monkeypatch.setattr(team, "team", lambda _: pytest.fail("asked for the team"))
+    copied(0)
 
 
 def test_another_thread_copies_alone(monkeypatch: pytest.MonkeyPatch) -> None:
