@@ -30,7 +30,7 @@ log = logging.getLogger("kvkeep.transfer")
 Copy: TypeAlias = Callable[[Offsets, Offsets, Offsets], None]
 """`copy(target addresses, source addresses, sizes)`: int64, contiguous."""
 # Bytes. Those that have gone to sleep wake up in 50 µs, or in milliseconds where another process has their
-# core by then: 12 MB behind a forward took 2.9 ms by two threads and 1.7 by one, 91 MB before one 3.1 and 5.8.
+# core by then: 12 MB behind a forward took 2.9 ms by two, 1.7 by one; 91 MB before one 3.1 and 5.8.
 _SHARED_FROM = 32 << 20
 _RUNTIMES = ("libgomp", "libiomp5", "libomp")
 
