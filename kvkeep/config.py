@@ -112,7 +112,7 @@ class EngineConfig:
     timeout: float = 1.0
     """Seconds that a call to the keeper may take before it is given up for lost."""
     copy_threads: int = 0
-    """Threads of a CPU that copy between KV cache and arena, per worker; 0: all that it computes with."""
+    """Threads of a CPU that copy much at once, of those that a worker computes with; 0: all of them."""
     save_decoded: bool = True
     """Keep the KV of generated tokens too (the next turn of a conversation contains them)."""
     log_interval: float = 10.0

@@ -18,7 +18,7 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from numba.extending import intrinsic
 
 from kvkeep.transfer.base import Offsets, Transfer
-from kvkeep.transfer.team import Copy, share, team
+from kvkeep.transfer.team import Copy, compiled, share
 
 __all__ = ["CpuTransfer", "copy_pieces"]
 
@@ -40,11 +40,7 @@ class CpuTransfer(Transfer):
     ) -> None:
         super().__init__(layers, num_blocks, arena)
         self._threads = threads
-        # Compile now, not in the first request.
-        if threads != 1:
-            team(copy_pieces())
-        else:
-            copy_pieces()
+        compiled(copy_pieces())  # now, not in the first request
 
     def _copy(self, group: int, offsets: Offsets, blocks: Offsets, saving: bool) -> int:
         paged, slots, sizes = self._places(group, offsets, blocks)

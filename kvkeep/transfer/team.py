@@ -4,6 +4,9 @@ Those are a team of OpenMP's, each bound to a core, and after a forward they spi
 next region. A pool of ours would not do: its threads inherit the one core that the engine's thread is bound
 to, and on any other they share it with one that spins. So a copy is a region of that team, begun by
 GOMP_parallel: what compilers call for a parallel region, in GNU's runtime and in Intel's and LLVM's.
+
+Always of the whole team, of which some may have nothing to do: for a smaller region the runtime ends threads,
+and those that it starts for the engine's next one would all be bound to the engine thread's core.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ import numpy as np
 
 from kvkeep.transfer.base import Offsets
 
-__all__ = ["Copy", "share", "team"]
+__all__ = ["Copy", "compiled", "share"]
 
 log = logging.getLogger("kvkeep.transfer")
 
@@ -36,20 +39,19 @@ _RUNTIMES = ("libgomp", "libiomp5", "libomp")
 
 
 def share(copy: Copy, target: Offsets, source: Offsets, sizes: Offsets, threads: int) -> None:
-    """Have pieces copied by `threads` of the team, 0: all of it; by the calling thread alone where there is
-    none, they are few, or it is not the process's main thread, whose team it is. `copy`: `copy_pieces()`."""
+    """Have pieces copied by so many of the team's threads, 0: all; by the calling one alone where there is no
+    team, bytes are few, or it is not the process's main thread, whose team it is. `copy`: `copy_pieces()`."""
     many = threads != 1 and len(sizes) > 1 and int(sizes.sum()) >= _SHARED_FROM
-    if many and threading.current_thread() is threading.main_thread() and (run := team(copy)) is not None:
+    if many and threading.current_thread() is threading.main_thread() and (run := _tried(copy)) is not None:
         run(target, source, sizes, threads)
     else:
         copy(target, source, sizes)
 
 
 @cache
-def team(copy: Copy) -> Callable[[Offsets, Offsets, Offsets, int], None] | None:
-    """Runs a compiled `copy` on the team; None where this process has no OpenMP. Compiles once (0.3 s)."""
-    runtime = _runtime()
-    if runtime is None:
+def compiled(copy: Copy) -> Callable[[Offsets, Offsets, Offsets, int], None] | None:
+    """What runs `copy` on the calling thread's team; None without OpenMP. Compiles once (0.3 s)."""
+    if (runtime := _runtime()) is None:
         return None
     for name in ("omp_get_thread_num", "omp_get_num_threads"):
         entry = ctypes.cast(getattr(runtime, name), ctypes.c_void_p).value
@@ -59,26 +61,32 @@ def team(copy: Copy) -> Callable[[Offsets, Offsets, Offsets, int], None] | None:
 
     @numba.cfunc("void(CPointer(int64))")  # type: ignore[untyped-decorator]
     def region(job: Any) -> None:
-        pieces = numba.carray(job, (1,))[0]
-        rows = numba.carray(job, (1 + 3 * pieces,))[1:]
-        first = pieces * np.int64(number()) // np.int64(count())
-        last = pieces * (np.int64(number()) + 1) // np.int64(count())
+        pieces, most = numba.carray(job, (2,))
+        rows = numba.carray(job, (2 + 3 * pieces,))[2:]
+        mine, parts = np.int64(number()), min(np.int64(count()), most)
+        first, last = pieces * min(mine, parts) // parts, pieces * min(mine + 1, parts) // parts
         source, sizes = rows[pieces:], rows[2 * pieces :]
         copy(rows[first:last], source[first:last], sizes[first:last])
 
     begin = runtime.GOMP_parallel
-    begin.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-    begin.restype = None
+    begin.argtypes, begin.restype = [*[ctypes.c_void_p] * 2, *[ctypes.c_uint] * 2], None
 
     def run(target: Offsets, source: Offsets, sizes: Offsets, threads: int) -> None:
-        job = np.concatenate((np.array([len(sizes)], np.int64), target, source, sizes))
-        begin(region.address, job.ctypes.data, threads, 0)
+        head = np.array([len(sizes), threads or len(sizes)], np.int64)
+        job = np.concatenate((head, target, source, sizes))
+        begin(region.address, job.ctypes.data, 0, 0)
 
-    return run if _works(run) else None
+    return run
+
+
+@cache
+def _tried(copy: Copy) -> Callable[[Offsets, Offsets, Offsets, int], None] | None:
+    """The same, tried before it is relied on: on the main thread, since any other has a team made for it."""
+    run = compiled(copy)
+    return run if run is not None and _works(run) else None
 
 
 def _works(run: Callable[[Offsets, Offsets, Offsets, int], None]) -> bool:
-    """Tried before it is relied on: pieces come to where they belong."""
     source = np.random.default_rng(0).integers(0, 256, (64, 4096), np.uint8)
     target = np.zeros_like(source)
     rows = np.arange(64, dtype=np.int64) * 4096

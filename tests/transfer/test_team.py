@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -37,28 +38,40 @@ def copied(threads: int) -> None:
 
 @pytest.mark.parametrize("threads", [0, 1, 2, 3, 7])
 def test_every_piece_comes_to_its_place(threads: int) -> None:
-    assert team.team(copy_pieces()) is not None
+    assert team._tried(copy_pieces()) is not None
     copied(threads)
 
 
-def test_the_team_is_the_one_that_torch_computes_with() -> None:
-    """So its threads are where the engine has bound them, and no others are started."""
-    assert team.team(copy_pieces()) is not None
-    runtime = team._runtime()
-    assert runtime is not None
-    torch.set_num_threads(torch.get_num_threads())
-    assert runtime.omp_get_max_threads() == torch.get_num_threads()
+@pytest.mark.parametrize("threads", [0, 2, 3, 7])
+def test_the_team_stays_as_it_is(threads: int) -> None:
+    """The one that torch computes with: a region of another size would end threads of it, or start some that
+    are not where the engine has bound its own."""
+
+    def alive() -> set[str]:
+        torch.ones(1 << 20).add_(1)
+        return set(os.listdir("/proc/self/task"))
+
+    assert team._tried(copy_pieces()) is not None
+    many = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        before = alive()
+        copied(threads)
+        assert set(os.listdir("/proc/self/task")) == before
+        assert alive() == before
+    finally:
+        torch.set_num_threads(many)
 
 
 def test_few_bytes_are_copied_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(team, "_SHARED_FROM", PIECES * PIECE + 1)
-    monkeypatch.setattr(team, "team", lambda _: pytest.fail("asked for the team"))
+    monkeypatch.setattr(team, "_tried", lambda _: pytest.fail("asked for the team"))
     copied(0)
 
 
 def test_another_thread_copies_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """The team is the main thread's; another one would have a second made for itself."""
-    monkeypatch.setattr(team, "team", lambda _: pytest.fail("asked for the team"))
+    monkeypatch.setattr(team, "_tried", lambda _: pytest.fail("asked for the team"))
     with ThreadPoolExecutor(1) as pool:
         pool.submit(copied, 0).result(60)
 
@@ -69,12 +82,14 @@ def test_without_openmp_one_thread_copies(without: str, monkeypatch: pytest.Monk
         monkeypatch.setattr(team, "_runtime", lambda: None)
     else:
         monkeypatch.setattr(team, "_works", lambda _: False)
-    team.team.cache_clear()
+    team.compiled.cache_clear()
+    team._tried.cache_clear()
     try:
-        assert team.team(copy_pieces()) is None
+        assert team._tried(copy_pieces()) is None
         copied(0)
     finally:
-        team.team.cache_clear()
+        team.compiled.cache_clear()
+        team._tried.cache_clear()
 
 
 def test_a_runtime_that_only_this_file_names(monkeypatch: pytest.MonkeyPatch) -> None:
