@@ -45,6 +45,8 @@ class Reserved(NamedTuple):
     """0 where there is nothing to write."""
     offsets: list[npt.NDArray[np.int64]]
     """Per group, where to write each chunk; -1 for one that is held or being written, or was not wanted."""
+    epoch: int = 0
+    """The request's place in time, from its lookup or given to it now."""
 
     def kept(self) -> int:
         """How many leading chunks of those asked about are there, or will be once they are written: those

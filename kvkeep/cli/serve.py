@@ -70,6 +70,9 @@ def _run(args: argparse.Namespace) -> int:
     with contextlib.suppress(OSError):
         # An embedded keeper inherits its engine's pinning, on whose cores it must not depend.
         os.sched_setaffinity(0, range(os.cpu_count() or 1))
+    with contextlib.suppress(OSError):
+        # What an engine tells it must not stop the engine: the keeper wakes up without taking over its core.
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     asyncio.run(_serve(settings))
     if loaded():
         logging.shutdown()

@@ -30,7 +30,7 @@ def connect(config: EngineConfig, engine_id: str, epoch: int, *, arena: bool) ->
     try:
         if config.socket is None:
             ensure_keeper(socket, config)
-        return Connection.open(socket, session, arena=arena, timeout=config.timeout)
+        return Connection.open(socket, session, arena=arena, presence=not arena, timeout=config.timeout)
     except OSError as error:
         raise KeeperUnavailable(f"no keeper can be asked at {socket}: {error}") from error
 

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvkeep.keeper.index import Keys, KeyTable, Records
+from kvkeep.presence import Presence
 
 __all__ = ["ChunkState", "Chunks"]
 
@@ -34,6 +35,8 @@ class Chunks:
 
     def __init__(self) -> None:
         self.table = KeyTable(self._GROW)
+        self.presence: Presence | None = None
+        """Told what the table has, where engines look."""
         self.state = np.zeros(0, np.uint8)
         self.leases = np.zeros(0, np.int32)
         self.offset = np.zeros(0, np.int64)
@@ -78,6 +81,8 @@ class Chunks:
         records = np.array(self._free[len(self._free) - len(keys) :][::-1], np.int64)
         del self._free[len(self._free) - len(keys) :]
         self.table.insert(keys, records)
+        if self.presence is not None:
+            self.presence.add(keys)
         self.state[records] = ChunkState.RESERVED
         self.leases[records] = 0
         self.offset[records] = -1
@@ -122,6 +127,8 @@ class Chunks:
 
     def forget(self, records: Records) -> None:
         """Take the keys of `records` out of the table; the records stay until `free`."""
+        if self.presence is not None:
+            self.presence.remove(self.table.keys_of(records))
         self.table.remove(records)
         readable = records[self.state[records] == ChunkState.COMMITTED]
         np.subtract.at(self._readable, self.namespace[readable], 1)

@@ -94,10 +94,7 @@ class Watch:
     def looked_up(self, seen: Seen, seconds: float) -> None:
         """A lookup was answered, and took the keeper so long."""
         self.seconds.add(seconds)
-        line = self._waiting.pop(seen.settles, None)
-        if line is None:
-            line = Request(self._clock(), _engine(seen.session), seen.space, seen.answer)
-            self._requests.append(line)
+        line = self._waiting.pop(seen.settles, None) or self.missed(seen.session, seen.space, seen.answer)
         line.answer, line.state = seen.answer, ""
         if seen.ticket:
             line.state = "waits"
@@ -107,6 +104,11 @@ class Watch:
         if self._traces is not None and seen.trace:
             nbytes = _bytes_of(seen.space, seen.answer.found)
             self._traces.looked_up(seen, nbytes, self._from(seen.answer), seconds)
+
+    def missed(self, session: str, space: Namespace, answer: Answer) -> Request:
+        """A request has this answer, without a lookup where nothing is found."""
+        self._requests.append(Request(self._clock(), _engine(session), space, answer))
+        return self._requests[-1]
 
     def gave_up(self, ticket: int) -> None:
         """The request of a ticket waits for tiers no more, and takes nothing."""

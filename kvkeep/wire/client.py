@@ -15,9 +15,11 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from kvkeep.errors import KeeperUnavailable, ProtocolError, RequestRefused
 from kvkeep.pages import map_shared
+from kvkeep.presence import PresenceView
 from kvkeep.terms import Found, GroupSpec, Reserved
 from kvkeep.wire import messages as msg
 
@@ -31,38 +33,56 @@ class Connection:
     """One connection of one session. Used by one thread at a time."""
 
     def __init__(
-        self, sock: socket.socket, path: str, welcome: msg.Welcome, arena_fd: int | None, timeout: float
+        self,
+        sock: socket.socket,
+        path: str,
+        welcome: msg.Welcome,
+        arena_fd: int | None,
+        presence: PresenceView | None,
+        timeout: float,
     ) -> None:
         self._sock = sock
         self.path = path
         self._timeout = timeout
         self._arena_fd = arena_fd
+        self._presence = presence
         self.keeper = welcome.keeper
         """Identity of the keeper process; another one after a restart."""
         self.arena_bytes = welcome.arena_bytes
 
     @classmethod
-    def open(cls, path: str, session: str, *, arena: bool = False, timeout: float = 1.0) -> Connection:
+    def open(
+        cls, path: str, session: str, *, arena: bool = False, presence: bool = False, timeout: float = 1.0
+    ) -> Connection:
         """Connect and say hello.
 
         `session` names the engine instance: leases and reservations live as long as any of its
-        connections, and a little longer. `timeout` bounds each later call, in seconds. Raises
-        KeeperUnavailable, or RequestRefused where the keeper does not want us (its message says why).
+        connections, and a little longer. `arena`: to map it; `presence`: for `absent`. `timeout` bounds
+        each later call, in seconds. Raises KeeperUnavailable, or RequestRefused where the keeper does not
+        want us (its message says why).
         """
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            reply, fds = _greet(sock, path, msg.Hello(msg.VERSION, session, arena))
+            reply, fds = _greet(sock, path, msg.Hello(msg.VERSION, session, arena, presence))
         except (OSError, ProtocolError) as error:
             sock.close()
             raise KeeperUnavailable(f"no keeper answers at {path}: {error}") from error
-        if not isinstance(reply, msg.Welcome) or arena != bool(fds):
-            sock.close()
+        with contextlib.ExitStack() as unused:
+            unused.callback(sock.close)
             for fd in fds:
-                os.close(fd)
+                unused.callback(os.close, fd)
             if isinstance(reply, msg.Refused):
                 raise RequestRefused(reply.reason)
-            raise KeeperUnavailable("the arena did not come: this process may be out of descriptors")
-        return cls(sock, path, reply, fds[0] if fds else None, timeout)
+            if not isinstance(reply, msg.Welcome) or len(fds) != arena + presence:
+                raise KeeperUnavailable("its memory did not come: this process may be out of descriptors")
+            try:
+                view = PresenceView(fds[-1]) if presence else None
+            except (OSError, ValueError) as error:
+                raise KeeperUnavailable(f"what it holds cannot be seen: {error}") from error
+            unused.pop_all()
+        if presence:
+            os.close(fds[-1])
+        return cls(sock, path, reply, fds[0] if arena else None, view, timeout)
 
     @property
     def closed(self) -> bool:
@@ -137,6 +157,15 @@ class Connection:
         offsets = [np.frombuffer(row, "<i8") for row in reply.offsets]
         return Found(reply.lease, reply.chunks, reply.epoch, offsets, reply.ticket)
 
+    def absent(self, names: npt.NDArray[np.uint64]) -> bool:
+        """Whether certainly none of these chunks is held, by the keys of their group (`identity.group_keys`),
+        without a question. False where that cannot be told."""
+        return self._presence is not None and self._presence.absent(names)
+
+    def missed(self, namespace: int, items: list[msg.Miss]) -> None:
+        """Requests that need not be looked up, since `absent` said so, are counted all the same."""
+        self._send(msg.Missed(namespace, items))
+
     def poll(self, tickets: list[int]) -> bytes:
         """Per ticket: 0 while tiers are asked, 1 while they are read, 2 when all has landed that will."""
         return self._call(msg.Poll(tickets), msg.Progress).stages
@@ -148,7 +177,10 @@ class Connection:
     def reserve(self, namespace: int, items: list[msg.Reservation]) -> list[Reserved]:
         """Reserve slots for chunks to be written; one result per item."""
         reply = self._call(msg.Reserve(namespace, items), msg.Reserved)
-        return [Reserved(number, [np.frombuffer(row, "<i8") for row in rows]) for number, rows in reply.items]
+        return [
+            Reserved(number, [np.frombuffer(row, "<i8") for row in rows], epoch)
+            for number, rows, epoch in reply.items
+        ]
 
     def commit(self, reservation: int, part: int) -> None:
         """This rank has written its part."""
@@ -219,7 +251,7 @@ class Connection:
 
 
 def _greet(sock: socket.socket, path: str, hello: msg.Hello) -> tuple[msg.Reply, list[int]]:
-    """Connect and exchange hello and welcome; the arena's descriptor comes with the first bytes."""
+    """Connect and exchange hello and welcome; descriptors come with the first bytes."""
     sock.settimeout(_HELLO_TIMEOUT)
     sock.connect(path)
     _, owner, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
@@ -227,7 +259,7 @@ def _greet(sock: socket.socket, path: str, hello: msg.Hello) -> tuple[msg.Reply,
         raise ProtocolError(f"the keeper at {path} belongs to user {owner}, you are {os.getuid()}")
     with contextlib.suppress(BrokenPipeError):  # refused already: what there is to read says why
         sock.sendall(msg.encode(hello))
-    first, fds, _, _ = socket.recv_fds(sock, 4096, 1)
+    first, fds, _, _ = socket.recv_fds(sock, 4096, 2)
     body = bytearray(first)
     while len(body) < msg.HEADER.size or len(body) < msg.HEADER.size + msg.frame_length(body[:4]):
         more = sock.recv(4096)

@@ -142,7 +142,7 @@ class ServerConnection(asyncio.Protocol):
             reply = self._answer(self._session, request)
         except (RequestRefused, ConfigError) as error:
             self._server.errors["refused"] += 1
-            one_way = isinstance(request, msg.Commit | msg.Abort | msg.Release | msg.Forget)
+            one_way = isinstance(request, msg.Commit | msg.Abort | msg.Release | msg.Forget | msg.Missed)
             if one_way:
                 log.debug("ignored %s: %s", type(request).__name__, error)
             reply = None if one_way else msg.Refused(str(error))
@@ -154,6 +154,8 @@ class ServerConnection(asyncio.Protocol):
         match request:
             case msg.Lookup():
                 return self._lookup(session, request)
+            case msg.Missed():
+                self._missed(session, request)
             case msg.Poll():
                 return msg.Progress(bytes(self._stage(session, ticket) for ticket in request.tickets))
             case msg.Forget():
@@ -215,6 +217,16 @@ class ServerConnection(asyncio.Protocol):
             found.lease, found.chunks, found.epoch, [_int64(row) for row in found.offsets], ticket
         )
 
+    def _missed(self, session: str, request: msg.Missed) -> None:
+        space = self._space(request.namespace)
+        for item in request.items:
+            chunks = len(_keys(item.keys)) // 16
+            local = min(item.first, chunks)
+            answer = Answer(local, chunks - local, 0, Counter())
+            self._keeper.missed(space, _tenant(item.tenant), answer)
+            if self._server.watch is not None:
+                self._server.watch.missed(session, space, answer)
+
     def _gave_up(self, ticket: int) -> None:
         if self._server.watch is not None:
             self._server.watch.gave_up(ticket)
@@ -225,7 +237,7 @@ class ServerConnection(asyncio.Protocol):
 
     def _reserve(self, session: str, request: msg.Reserve) -> msg.Reserved:
         space = self._space(request.namespace)
-        out: list[tuple[int, list[bytes]]] = []
+        out: list[tuple[int, list[bytes], int]] = []
         chunks = sum(len(item.keys) for item in request.items) // 16
         _check_size(chunks * len(space.groups), len(request.items) * len(space.groups))
         for item in request.items:
@@ -240,12 +252,12 @@ class ServerConnection(asyncio.Protocol):
                     session, space, item.keys, wanted, item.first, item.epoch, item.tenant
                 )
             except RequestRefused:
-                for number in filter(None, (number for number, _ in out)):
+                for number in filter(None, (number for number, *_ in out)):
                     self._keeper.abort(session, number)  # the client will never learn of it
                 raise
             if self._server.recorder is not None:
                 self._server.recorder.saved(item.epoch, item.first, item.keys)
-            out.append((done.reservation, [_int64(row) for row in done.offsets]))
+            out.append((done.reservation, [_int64(row) for row in done.offsets], done.epoch))
         return msg.Reserved(out)
 
     def _changes(self, request: msg.Changes) -> msg.Changed:
@@ -287,17 +299,18 @@ class ServerConnection(asyncio.Protocol):
         self._keeper.attach(request.session)
         self._server.opened(self)
         welcome = msg.encode(msg.Welcome(msg.VERSION, self._server.identity, self._keeper.arena.nbytes))
-        if request.arena:
-            self._send_arena(welcome)
+        shared = [self._server.arena_fd] * request.arena + [self._server.presence.fd] * request.presence
+        if shared:
+            self._send_fds(welcome, shared)
         else:
             self._raw_write(welcome)
 
-    def _send_arena(self, frame: bytes) -> None:
+    def _send_fds(self, frame: bytes, fds: list[int]) -> None:
         # asyncio cannot pass descriptors; nothing is queued yet, so the frame can go out directly.
         assert self._transport is not None
         with socket.socket(fileno=os.dup(self._transport.get_extra_info("socket").fileno())) as raw:
             try:
-                sent = socket.send_fds(raw, [frame], [self._server.arena_fd])
+                sent = socket.send_fds(raw, [frame], fds)
             except OSError:
                 self.close()
                 return

@@ -1,4 +1,4 @@
-"""The messages of protocol version 7, and their framing.
+"""The messages of protocol version 8, and their framing.
 
 A frame is a little-endian u32 length and that many bytes of msgpack: an array whose first item
 names the message. Arrays of numbers travel as bytes (little-endian int64), keys as 16 bytes each.
@@ -29,6 +29,8 @@ __all__ = [
     "Found",
     "Hello",
     "Lookup",
+    "Miss",
+    "Missed",
     "Namespace",
     "OpenNamespace",
     "Poll",
@@ -49,7 +51,7 @@ __all__ = [
     "frame_length",
 ]
 
-VERSION = 7
+VERSION = 8
 """Raised with every change of a message: `tests/wire/test_version.py` holds each to its version."""
 MAX_FRAME = 32 << 20
 """Longest frame in bytes; 2 M chunk keys. A longer one is not from a client of ours."""
@@ -75,6 +77,8 @@ class Hello(_Message):
     session: Name
     arena: bool
     """Whether to send the arena's file descriptor along with the answer."""
+    presence: bool
+    """Whether to send, behind that, the one of what `kvkeep.presence` describes."""
 
 
 class OpenNamespace(_Message):
@@ -108,6 +112,21 @@ class Lookup(_Message):
     """The request's trace, as in W3C's header `traceparent`, and behind a space, where there is one, in
     `tracestate`; empty: none."""
     tenant: Tenant = b""
+
+
+class Miss(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
+    """A request that was not looked up, since nothing of it is held. Fields as in Lookup."""
+
+    keys: Blob
+    first: Annotated[int, msgspec.Meta(ge=0, le=2**31)]
+    tenant: Tenant = b""
+
+
+class Missed(_Message):
+    """Count these requests as looked up. Not answered."""
+
+    namespace: Natural
+    items: Annotated[list[Miss], msgspec.Meta(max_length=65536)]
 
 
 class Reservation(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
@@ -227,9 +246,9 @@ class Changed(_Message):
 
 
 class Reserved(_Message):
-    """Per item: the reservation's number (0: nothing to write) and int64 offsets per group."""
+    """Per item: the reservation's number (0: nothing to write), int64 offsets per group, and the epoch."""
 
-    items: list[tuple[int, list[bytes]]]
+    items: list[tuple[int, list[bytes], int]]
 
 
 class Cleared(_Message):
@@ -254,6 +273,7 @@ Request: TypeAlias = (
     Hello
     | OpenNamespace
     | Lookup
+    | Missed
     | Poll
     | Forget
     | Reserve

@@ -24,6 +24,7 @@ from kvkeep.keeper.keeper import Keeper
 from kvkeep.keeper.leases import ClaimKind
 from kvkeep.keeper.movers import Movers
 from kvkeep.observe.watch import Watch
+from kvkeep.presence import Presence
 from kvkeep.tiers.open import open_tiers
 from kvkeep.tiers.seal import SEAL_BYTES
 from kvkeep.wire.connection import ServerConnection
@@ -65,6 +66,8 @@ class KeeperServer:
         self._stopping = asyncio.Event()
         self.arena_fd = pages.create(self.keeper.arena.nbytes, config.huge_pages)
         self._memory = pages.map_shared(self.arena_fd, self.keeper.arena.nbytes) if sealed else None
+        self.presence = Presence(config.memory, not (tiers or config.record or config.traces))
+        self.keeper.chunks.presence = self.presence
         self.movers, self.peers = None, None
         if self._memory is not None and config.peers is not None:
             self.peers = Peers(config.peers, self.keeper, self._memory, self._post)

@@ -25,7 +25,7 @@ from kvkeep.wire.client import Connection
 
 FINGERPRINT = bytes(range(32))
 GROUPS = [(5000, None), (9000, 2)]
-HELLO = msg.encode(msg.Hello(msg.VERSION, "hostile", False))
+HELLO = msg.encode(msg.Hello(msg.VERSION, "hostile", False, False))
 OPEN = msg.encode(msg.OpenNamespace(FINGERPRINT, "test", [GroupSpec(*group) for group in GROUPS], 1, 1))
 KEYS = bytes(range(16)) + bytes(range(16, 32))
 

@@ -10,6 +10,8 @@ from kvkeep.config import EngineConfig
 from kvkeep.engines.link import Opened
 from kvkeep.engines.vllm.requests import Tracked
 from kvkeep.engines.vllm.stats import KVKeepStats
+from kvkeep.identity import KEY_BYTES, group_keys
+from kvkeep.wire.messages import Miss
 
 __all__ = ["ComputeSpeed", "Reader", "Tickets", "give_back"]
 
@@ -90,9 +92,12 @@ class ComputeSpeed:
 class Reader:
     """Looks requests up, on the scheduler's thread. A lost keeper raises: the caller's affair."""
 
-    def __init__(self, config: EngineConfig, stats: KVKeepStats) -> None:
+    def __init__(self, config: EngineConfig, stats: KVKeepStats, group: int | None) -> None:
+        """`group`: one that attends to all, so that nothing is found where it lacks the first chunk."""
         self._config = config
         self._stats = stats
+        self._group = group
+        self._missed, self._owed = list[Miss](), list[Miss]()
         self._tickets = Tickets(config, stats)
         self.speed = ComputeSpeed()
 
@@ -101,6 +106,18 @@ class Reader:
         those who bring the chunks. `others`: whether any waits for something else than tiers."""
         if others or self._tickets.waiting:
             time.sleep(_REST)
+
+    def tell(self, keeper: Opened | None) -> None:
+        """Once a step: tell the keeper for whom it was not asked, those of the step before. They have their
+        first token, which would have had to wait. Raises KeeperUnavailable."""
+        told, self._owed, self._missed = self._owed, self._missed, []
+        if told and keeper is not None:
+            keeper.connection.missed(keeper.namespace, told)
+
+    def tell_all(self, keeper: Opened | None) -> None:
+        """The same for all: there may be no next step."""
+        self._owed, self._missed = self._owed + self._missed, []
+        self.tell(keeper)
 
     def look(
         self, keeper: Opened | None, tracked: Tracked, first: int, limit: int, chunk_tokens: int
@@ -135,6 +152,12 @@ class Reader:
             give_back(keeper, tracked)
             return
         rule = {"never": -1.0, "always": 0.0}.get(self._config.load, recompute)
+        if not settles and tracked.awaited is None and self._absent(keeper, keys, first):
+            give_back(keeper, tracked)
+            tracked.asked, tracked.first = (first, limit), first
+            self._missed.append(Miss(keys, first, tracked.tenant))
+            self._looked_up(began, again=False)
+            return
         # Asking what tiers have costs requests that miss: little of what computing them takes anyway.
         patience = max(self._config.probe_wait, _PROBE_SHARE * (limit - first) * recompute)
         if tracked.awaited is not None and rule > 0:  # another engine computes it, so that this one need not
@@ -152,6 +175,17 @@ class Reader:
         if found.ticket:
             self._tickets.begin(tracked, found.ticket, patience)
         again = settles or (tracked.awaited is not None and tracked.awaited.begun is not None)
+        self._looked_up(began, again)
+
+    def _absent(self, keeper: Opened, keys: bytes, first: int) -> bool:
+        """Whether it is certain, unasked, that nothing of a prompt is held. Neither its first chunk nor the
+        first that is looked for: those before that, in the engine's own cache, are used by this request."""
+        if self._group is None:
+            return False
+        ends = keys[:KEY_BYTES] + keys[first * KEY_BYTES : (first + 1) * KEY_BYTES]
+        return keeper.connection.absent(group_keys(ends, keeper.fingerprint, self._group))
+
+    def _looked_up(self, began: float, again: bool) -> None:
         self._stats.add("lookups", 0 if again else 1)
         self._stats.add("lookup_seconds", time.perf_counter() - began)
 

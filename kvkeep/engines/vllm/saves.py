@@ -57,6 +57,7 @@ class Saves:
         reserved = keeper.connection.reserve(keeper.namespace, [item for _, item, _ in offers])
         copies = Copies()
         for (tracked, item, table), result in zip(offers, reserved, strict=True):
+            tracked.epoch = result.epoch
             if item.first <= tracked.kept:
                 tracked.kept = item.first + result.kept()
             if result.reservation:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -72,10 +72,9 @@ class SchedulerSide:
         self._told = False
         self._disabled = False
         self._reporter = Reporter(config.log_interval)
-        self._reader = Reader(config, self.stats)
-        self._arrivals = Arrivals(
-            config, self.stats, self._windows.index(None) if None in self._windows else 0
-        )
+        whole = self._windows.index(None) if None in self._windows else None
+        self._reader = Reader(config, self.stats, whole)
+        self._arrivals = Arrivals(config, self.stats, whole or 0)
         self._description: dict[str, object] = {}
         self.events = Events(vllm_config, kv_config) if events_wanted(vllm_config) else None
         """What this engine publishes of the chunks that it met; None where it publishes nothing."""
@@ -175,6 +174,7 @@ class SchedulerSide:
         tracked = self._requests.pop(request.request_id, None)
         if tracked is not None:
             self._give_back(tracked)
+            self._try(self._reader.tell_all)
         if not self._hands_over:
             return None
         saved = tracked if self._ready else None
@@ -190,6 +190,7 @@ class SchedulerSide:
         """
         if self.events is not None:
             self.events.look_out()
+        self._try(self._reader.tell)
         planned = self._promises.plan(self._geometry, guard, self._met)
         saves = guard(lambda: self._plan_saves(output), None) if self._ready else None
         epoch = self._session.epoch if self._session is not None else -1  # that the plans are of
@@ -305,8 +306,11 @@ class SchedulerSide:
         return tracked
 
     def _give_back(self, tracked: Tracked) -> None:
+        self._try(lambda keeper: give_back(keeper, tracked))
+
+    def _try(self, action: Callable[[Opened | None], None]) -> None:
         try:
-            give_back(self._keeper, tracked)
+            action(self._keeper)
         except KeeperUnavailable as error:
             self._lose(error)
 
