@@ -64,8 +64,8 @@ class KeeperProcess:
         self.log = log
         self._connections: list[Connection] = []
 
-    def connect(self, session: str = "test", *, arena: bool = False, timeout: float = 20.0) -> Connection:
-        connection = Connection.open(self.socket, session, arena=arena, timeout=timeout)
+    def connect(self, session: str = "test", *, timeout: float = 20.0, **shared: bool) -> Connection:
+        connection = Connection.open(self.socket, session, timeout=timeout, **shared)
         self._connections.append(connection)
         return connection
 

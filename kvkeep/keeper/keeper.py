@@ -113,7 +113,8 @@ class Keeper:
         epoch = epoch or self.now()
         named = [group_keys(keys, space.fingerprint, group) for group in range(len(space.groups))]
         chains = [self.chunks.table.find(names) for names in named]
-        self._looked_up(space)
+        for counters in (self.counters, space.counters):
+            counters.lookups += 1
         if all((chain < 0).all() for chain in chains):
             return Found(0, 0, epoch, [])
         records = [chain[first:] for chain in chains]
@@ -136,11 +137,6 @@ class Keeper:
             for needed, start in zip(leased, starts, strict=True)
         ]
         return Found(self.hold(session, together, space.readers), usable, epoch, offsets)
-
-    def missed(self, space: Namespace, tenant: bytes, answer: Answer) -> None:
-        """A request whose engine saw by `Presence` that nothing is held."""
-        self._looked_up(space)
-        self.answered(space, tenant, answer)
 
     def answered(self, space: Namespace, tenant: bytes, answer: Answer) -> None:
         """A request that looked up waits for no tier, or no more. Whatever counts requests counts here."""
@@ -288,10 +284,6 @@ class Keeper:
         check_books(self)
 
     # Below: how room is made
-
-    def _looked_up(self, space: Namespace) -> None:
-        for counters in (self.counters, space.counters):
-            counters.lookups += 1
 
     def _kind(self, slot_bytes: int) -> int:
         kind = self.arena.size_class(slot_bytes)

@@ -11,6 +11,7 @@ import os
 import socket
 import struct
 import time
+from collections import deque
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -46,6 +47,7 @@ class Connection:
         self._timeout = timeout
         self._arena_fd = arena_fd
         self._presence = presence
+        self._early = deque[msg.Reserved]()  # answers that nobody has waited for yet
         self.keeper = welcome.keeper
         """Identity of the keeper process; another one after a restart."""
         self.arena_bytes = welcome.arena_bytes
@@ -105,6 +107,7 @@ class Connection:
     def close(self) -> None:
         """Close the connection; with a session's last one its claims end."""
         self._sock.close()
+        self._presence = None
         if self._arena_fd is not None:
             os.close(self._arena_fd)
             self._arena_fd = None
@@ -176,11 +179,28 @@ class Connection:
 
     def reserve(self, namespace: int, items: list[msg.Reservation]) -> list[Reserved]:
         """Reserve slots for chunks to be written; one result per item."""
-        reply = self._call(msg.Reserve(namespace, items), msg.Reserved)
-        return [
-            Reserved(number, [np.frombuffer(row, "<i8") for row in rows], epoch)
-            for number, rows, epoch in reply.items
-        ]
+        return _reserved(self._call(msg.Reserve(namespace, items), msg.Reserved))
+
+    def begin_reserve(self, namespace: int, items: list[msg.Reservation], ticket: int) -> None:
+        """The same without waiting. `reserved` has the answer, here and on the session's other connections
+        that map the arena. `ticket`: above 0, and above the last one."""
+        self._send(msg.Reserve(namespace, items, ticket))
+
+    def reserved(self, ticket: int) -> list[Reserved]:
+        """What was reserved by a ticket; those before it are passed over. Raises RequestRefused too."""
+        while not self._early or self._early[-1].ticket < ticket:
+            reply = self._receive(self._timeout)
+            if not isinstance(reply, msg.Reserved):
+                self.close()
+                raise KeeperUnavailable(f"the keeper sent {type(reply).__name__} where nobody had asked")
+            self._early.append(reply)
+        while self._early[0].ticket < ticket:
+            self._early.popleft()
+        if self._early[0].ticket > ticket:
+            return []
+        if refusal := self._early[0].refusal:
+            raise RequestRefused(refusal)
+        return _reserved(self._early.popleft())
 
     def commit(self, reservation: int, part: int) -> None:
         """This rank has written its part."""
@@ -210,7 +230,8 @@ class Connection:
 
     def _call(self, request: msg.Request, expected: type[_R], at_least: float = 0.0) -> _R:
         self._send(request)
-        reply = self._receive(max(self._timeout, at_least))
+        while isinstance(reply := self._receive(max(self._timeout, at_least)), msg.Reserved) and reply.ticket:
+            self._early.append(reply)
         if isinstance(reply, expected):
             return reply
         if isinstance(reply, msg.Refused):
@@ -248,6 +269,13 @@ class Connection:
                 raise ConnectionResetError("it closed the connection")
             filled += got
         return view
+
+
+def _reserved(reply: msg.Reserved) -> list[Reserved]:
+    return [
+        Reserved(number, [np.frombuffer(row, "<i8") for row in rows], epoch)
+        for number, rows, epoch in reply.items
+    ]
 
 
 def _greet(sock: socket.socket, path: str, hello: msg.Hello) -> tuple[msg.Reply, list[int]]:

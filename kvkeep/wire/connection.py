@@ -49,6 +49,7 @@ class ServerConnection(asyncio.Protocol):
         self._server = server
         self._keeper = server.keeper
         self._session: str | None = None
+        self._writes = False  # to the arena, which it was given
         self._buffer = bytearray()
         self._transport: asyncio.Transport | None = None
         self._deadline: asyncio.TimerHandle | None = None
@@ -161,6 +162,8 @@ class ServerConnection(asyncio.Protocol):
             case msg.Forget():
                 if self._server.movers and self._server.movers.fetches.forget(session, request.ticket):
                     self._gave_up(request.ticket)
+            case msg.Reserve() if request.ticket:
+                self._reserve_for_all(session, request)
             case msg.Reserve():
                 return self._reserve(session, request)
             case msg.Commit():
@@ -223,7 +226,9 @@ class ServerConnection(asyncio.Protocol):
             chunks = len(_keys(item.keys)) // 16
             local = min(item.first, chunks)
             answer = Answer(local, chunks - local, 0, Counter())
-            self._keeper.missed(space, _tenant(item.tenant), answer)
+            for counters in (self._keeper.counters, space.counters):
+                counters.lookups += 1
+            self._keeper.answered(space, _tenant(item.tenant), answer)
             if self._server.watch is not None:
                 self._server.watch.missed(session, space, answer)
 
@@ -258,7 +263,19 @@ class ServerConnection(asyncio.Protocol):
             if self._server.recorder is not None:
                 self._server.recorder.saved(item.epoch, item.first, item.keys)
             out.append((done.reservation, [_int64(row) for row in done.offsets], done.epoch))
-        return msg.Reserved(out)
+        return msg.Reserved(out, request.ticket)
+
+    def _reserve_for_all(self, session: str, request: msg.Reserve) -> None:
+        """Answer the session's writers too: each waits for it where it will need it."""
+        try:
+            reply = self._reserve(session, request)
+        except (RequestRefused, ConfigError) as error:
+            self._server.errors["refused"] += 1
+            reply = msg.Reserved([], request.ticket, str(error))
+        frame = msg.encode(reply)
+        for one in list(self._server.connections):
+            if one is self or (one._writes and one._session == session):
+                one._raw_write(frame)
 
     def _changes(self, request: msg.Changes) -> msg.Changed:
         space, keys, keeper = self._space(request.namespace), _keys(request.keys), self._keeper
@@ -295,7 +312,7 @@ class ServerConnection(asyncio.Protocol):
         if request.session.startswith("~"):
             raise ProtocolError("sessions whose names begin with ~ are the keeper's own")
         self._cancel_deadline()
-        self._session = request.session
+        self._session, self._writes = request.session, request.arena
         self._keeper.attach(request.session)
         self._server.opened(self)
         welcome = msg.encode(msg.Welcome(msg.VERSION, self._server.identity, self._keeper.arena.nbytes))

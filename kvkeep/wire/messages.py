@@ -77,7 +77,7 @@ class Hello(_Message):
     session: Name
     arena: bool
     """Whether to send the arena's file descriptor along with the answer."""
-    presence: bool
+    presence: bool = False
     """Whether to send, behind that, the one of what `kvkeep.presence` describes."""
 
 
@@ -144,6 +144,8 @@ class Reserve(_Message):
 
     namespace: Natural
     items: Annotated[list[Reservation], msgspec.Meta(max_length=65536)]
+    ticket: Natural = 0
+    """Not 0: the session's connections that have the arena are sent the answer too."""
 
 
 class Commit(_Message):
@@ -249,6 +251,10 @@ class Reserved(_Message):
     """Per item: the reservation's number (0: nothing to write), int64 offsets per group, and the epoch."""
 
     items: list[tuple[int, list[bytes], int]]
+    ticket: Natural = 0
+    """Of the question."""
+    refusal: str = ""
+    """Why nothing was reserved, where the question had a ticket: for all who wait."""
 
 
 class Cleared(_Message):

@@ -85,6 +85,14 @@ def test_a_request_that_gives_up_waits_no_more() -> None:
     assert [line["state"] for line in one.watch.requests()] == ["gave up"]
 
 
+def test_a_request_for_which_nobody_asked_is_a_line_too() -> None:
+    one = Asker()
+    one.watch.missed("engine:1", one.space, Answer(1, 2, 0, Counter()))
+    (line,) = one.watch.requests()
+    assert (line["state"], line["chunks"], line["local"], line["memory"]) == ("", 3, 1, 0)
+    assert one.watch.seconds.sum == 0, "no lookup took any time"
+
+
 def test_a_prefix_that_the_engine_had_is_not_found_here() -> None:
     one = Asker()
     one.save(keys_of(1, 5))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kvkeep.errors import KeeperUnavailable, RequestRefused
-from kvkeep.identity import tenant_of
+from kvkeep.identity import group_keys, tenant_of
 from kvkeep.wire import messages as msg
 from kvkeep.wire.client import Connection
 
@@ -268,3 +268,85 @@ def test_another_users_keeper_is_told_nothing(keeper_process, child_process) -> 
     with pytest.raises(KeeperUnavailable, match="belongs to user 65534, you are 0"):
         Connection.open(path, "victim", arena=True)
     assert impostor.line() == "0"
+
+
+def test_what_is_not_held_need_not_be_asked_for(keeper_process, wait_until) -> None:
+    """It is counted all the same, and shown."""
+    keeper = keeper_process()
+    client, keys = keeper.connect(presence=True), bytes(range(48))
+    space = client.open_namespace(bytes(32), "m", GROUPS, 1, 1)
+    names = group_keys(keys, bytes(32), 0)
+    assert client.absent(names)
+    client.missed(space, [msg.Miss(keys, 1, tenant_of("a")), msg.Miss(b"", 0)])
+    [told] = client.status()["namespaces"]
+    counts = [told[name] for name in ("lookups", "local_chunks", "asked_chunks", "hit_chunks")]
+    assert counts == [2, 1, 2, 0]
+    assert client.status(tenant_of("a"))["tenants"][0]["asked_chunks"] == 2
+    [done] = client.reserve(space, [msg.Reservation(keys, [b"\1\1\0"], 0, 0)])
+    assert not client.absent(names[:2])
+    assert client.absent(names[2:])
+    client.abort(done.reservation)
+    wait_until(lambda: client.absent(names))
+    assert not keeper.connect().absent(names), "without the table nothing is known"
+
+
+def test_who_must_hear_of_every_lookup_lets_nobody_see(keeper_process) -> None:
+    directory = keeper_process.directory()
+    for more in (["--tier", f"fs://{directory}/t?capacity=4MiB"], ["--record", f"{directory}/r"]):
+        assert not keeper_process(*more).connect(presence=True).absent(group_keys(bytes(16), bytes(32), 0))
+
+
+def test_both_descriptors_come_and_go(keeper_process) -> None:
+    keeper = keeper_process()
+    keeper.connect(arena=True, presence=True).close()
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(20):
+        keeper.connect(arena=True, presence=True).close()
+    client = keeper.connect(arena=True, presence=True)
+    assert len(client.map_arena()) == client.arena_bytes
+    assert client.absent(group_keys(bytes(16), bytes(32), 0))
+    client.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_writers_hear_what_was_reserved_for_their_session(keeper_process) -> None:
+    keeper, keys = keeper_process(), bytes(range(32))
+    asker, other = keeper.connect("mine"), keeper.connect("mine", arena=True)
+    stranger = keeper.connect("another", arena=True, timeout=0.2)
+    space = asker.open_namespace(bytes(32), "m", GROUPS, 1, 1)
+    first, second = (msg.Reservation(keys[at : at + 16], [b"\1"], 0, 0) for at in (0, 16))
+    asker.begin_reserve(space, [first], 3)
+    asker.begin_reserve(space, [second, first], 5)
+    assert asker.status()["reservations"] == 2, "answers of others are not taken for this one's"
+    told = [asker.reserved(3), asker.reserved(5)]
+    assert [[done.reservation > 0 for done in some] for some in told] == [[True], [True, False]]
+    assert told[0][0].epoch > 0
+    assert other.status()["reservations"] == 2
+    assert other.reserved(4) == [], "never asked for, or not of this connection's time"
+    [mine, _] = other.reserved(5)
+    assert mine.reservation == told[1][0].reservation
+    assert mine.offsets[0].tolist() == told[1][0].offsets[0].tolist()
+    with pytest.raises(KeeperUnavailable, match="no answer"):
+        stranger.reserved(5)
+
+
+def test_writers_hear_of_a_refusal_too(keeper_process) -> None:
+    keeper = keeper_process()
+    asker, writer = keeper.connect("mine"), keeper.connect("mine", arena=True)
+    space = asker.open_namespace(bytes(32), "m", GROUPS, 1, 1)
+    good = msg.Reservation(bytes(16), [b"\1"], 0, 0)
+    asker.begin_reserve(space, [good, msg.Reservation(bytes(32), [b"\1\1"], 0, 0)], 1)
+    for one in (asker, writer):
+        with pytest.raises(RequestRefused, match="twice"):
+            one.reserved(1)
+    assert asker.status()["reservations"] == 0
+    asker.begin_reserve(space, [good], 2)
+    assert asker.reserved(2)[0].reservation == writer.reserved(2)[0].reservation > 0
+
+
+def test_an_answer_that_nobody_asked_for(keeper_process) -> None:
+    client = keeper_process().connect()
+    client._send(msg.Status())
+    with pytest.raises(KeeperUnavailable, match="StatusReply where nobody had asked"):
+        client.reserved(1)
+    assert client.closed

@@ -25,7 +25,7 @@ from kvkeep.wire.client import Connection
 
 FINGERPRINT = bytes(range(32))
 GROUPS = [(5000, None), (9000, 2)]
-HELLO = msg.encode(msg.Hello(msg.VERSION, "hostile", False, False))
+HELLO = msg.encode(msg.Hello(msg.VERSION, "hostile", False))
 OPEN = msg.encode(msg.OpenNamespace(FINGERPRINT, "test", [GroupSpec(*group) for group in GROUPS], 1, 1))
 KEYS = bytes(range(16)) + bytes(range(16, 32))
 
@@ -73,6 +73,10 @@ DROPPED: dict[str, bytes] = {
     "a good item, and one of half a tenant": HELLO
     + OPEN
     + frame("Reserve", 0, [[KEYS, [b"\1\1", b"\1\1"], 0, 1], [KEYS, [b"\1\1", b"\1\1"], 0, 1, b"1234"]]),
+    "a miss of half a key": HELLO + OPEN + frame("Missed", 0, [[b"x" * 17, 0]]),
+    "a good miss, and one of half a tenant": HELLO
+    + OPEN
+    + frame("Missed", 0, [[KEYS, 0], [KEYS, 0, b"1234"]]),
     "lookup by text": HELLO + OPEN + frame("Lookup", 0, "x" * 16, 0),
     "changes of half a key": HELLO + OPEN + frame("Changes", 0, b"x" * 17, 0),
     "reservation of half a key": HELLO + OPEN + reserve(b"x" * 31, [b"\1", b"\1"]),
@@ -118,6 +122,7 @@ IGNORED: dict[str, bytes] = {
     "commit of nothing": frame("Commit", 2**62, 1023),
     "abort of nothing": frame("Abort", 0),
     "release of nothing": frame("Release", 12345, None),
+    "a miss in an unknown namespace": frame("Missed", 999, [[KEYS, 0]]),
 }
 
 

@@ -17,11 +17,12 @@ DIGESTS = {
     5: "dd7e8e2dd6434075",
     6: "8bb39810cf5ee102",
     7: "755c55103f3682b8",
+    8: "ee1a0c44e9bc0284",
 }
 
 
 def shape() -> str:
-    kinds = [*typing.get_args(msg.Request), *typing.get_args(msg.Reply), msg.Reservation]
+    kinds = [*typing.get_args(msg.Request), *typing.get_args(msg.Reply), msg.Reservation, msg.Miss]
     rows = [
         [
             kind.__name__,

@@ -93,23 +93,17 @@ class Geometry:
         return Reservation(keys, wanted, first, tracked.epoch, tracked.tenant)
 
     def add_save(
-        self,
-        copies: Copies,
-        table: BlockTable,
-        first: int,
-        offsets: Sequence[npt.NDArray[np.int64]],
+        self, copies: Copies, table: BlockTable, first: int, place: int, wanted: Sequence[bytes]
     ) -> None:
-        """Blocks of the chunks that were given a slot; `first` is the chunk at offsets[g][0]."""
-        given = np.zeros(len(offsets[0]), np.bool_)
+        """Blocks of the chunks that are offered: first, first+1, …, the keeper's answer on which begins at
+        `place` of its rows. `wanted`: see `Reservation`."""
         for group, size in enumerate(self.block_tokens):
             per_chunk = self.chunk_tokens // size
-            chunks = np.flatnonzero(offsets[group] >= 0)
-            given[chunks] = True
+            chunks = np.flatnonzero(np.frombuffer(wanted[group], np.uint8))
             index = np.tile(np.arange(per_chunk), len(chunks))
             number = np.repeat((first + chunks) * per_chunk, per_chunk) + index
-            slots = np.repeat(offsets[group][chunks], per_chunk)
-            copies.add(group, slots, index, np.array(table[group], np.int64)[number])
-        copies.tokens += int(given.sum()) * self.chunk_tokens
+            places = np.repeat(place + chunks, per_chunk)
+            copies.add(group, places, index, np.array(table[group], np.int64)[number])
 
 
 def arrange(

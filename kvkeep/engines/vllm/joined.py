@@ -13,6 +13,7 @@ from kvkeep.background import Busy
 from kvkeep.engines.search import Search
 from kvkeep.engines.vllm.metadata import NOWHERE, Copies, Place, Rank
 from kvkeep.errors import KeeperUnavailable, KVKeepError
+from kvkeep.terms import Reserved
 from kvkeep.transfer import Transfer
 from kvkeep.wire.client import Connection
 
@@ -69,6 +70,15 @@ class Joined:
         except KeeperUnavailable as error:
             self.close()
             log.warning("kvkeep: rank %s lost the keeper at %s: %s", rank, self.connection.path, error)
+
+    def reserved(self, ticket: int) -> list[Reserved]:
+        """See `Connection.reserved`. Where there is no answer the session is left."""
+        try:
+            with self._talking:
+                return self.connection.reserved(ticket)
+        except KeeperUnavailable:
+            self.close()
+            raise
 
     def close(self, wait: float = 0.0) -> None:
         """Leave. The claims that protect slots end with the connection, so copies under way end before it,

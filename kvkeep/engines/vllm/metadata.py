@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,7 +13,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
-__all__ = ["NOWHERE", "Copies", "Handshake", "Place", "Rank", "Session", "StepMeta", "WorkerMeta"]
+from kvkeep.terms import Reserved
+
+__all__ = ["NOWHERE", "Copies", "Handshake", "Offered", "Place", "Rank", "Session", "StepMeta", "WorkerMeta"]
 
 Rank = tuple[int, int]
 """(pipeline rank, tensor rank), vLLM's key for a worker."""
@@ -84,6 +87,30 @@ class Copies:
 
 
 @dataclass
+class Offered:
+    """What a step completes: the keeper says under `ticket` where it is to be saved, while it is computed."""
+
+    ticket: int
+    chunk_tokens: int
+    blocks: Copies = field(default_factory=Copies)
+    """`offsets`: places in the rows of what was reserved, all items behind each other."""
+
+    def given(self, reserved: Sequence[Reserved]) -> Copies:
+        """What has been given slots."""
+        out = Copies(claims=[item.reservation for item in reserved if item.reservation])
+        given = list[npt.NDArray[np.bool_]]()
+        for group in self.blocks.blocks if out.claims else ():
+            row = np.concatenate([item.offsets[group] for item in reserved])
+            slots = row[np.concatenate(self.blocks.offsets[group])]
+            used = slots >= 0
+            index, blocks = self.blocks.index[group], self.blocks.blocks[group]
+            out.add(group, slots[used], np.concatenate(index)[used], np.concatenate(blocks)[used])
+            given.append(row >= 0)
+        out.tokens = int(np.any(given, axis=0).sum()) * self.chunk_tokens
+        return out
+
+
+@dataclass
 class StepMeta(KVConnectorMetadata):
     """Scheduler → workers, every step."""
 
@@ -92,7 +119,7 @@ class StepMeta(KVConnectorMetadata):
     """What this step's forward reads."""
     apart: dict[str, Copies | None] = field(default_factory=dict)
     """What requests wait for, by their ids, beside the steps; None: could not be planned."""
-    saves: Copies | None = None
+    saves: Offered | None = None
     session: Session | None = None
     """Present until every worker has joined it."""
     leave: bool = False

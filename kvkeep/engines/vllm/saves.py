@@ -10,7 +10,7 @@ from kvkeep.config import EngineConfig
 from kvkeep.engines.link import Opened
 from kvkeep.engines.vllm.events import Events
 from kvkeep.engines.vllm.geometry import BlockTable, Geometry
-from kvkeep.engines.vllm.metadata import Copies
+from kvkeep.engines.vllm.metadata import Offered
 from kvkeep.engines.vllm.requests import Tracked
 from kvkeep.engines.vllm.stats import KVKeepStats
 from kvkeep.wire.messages import Reservation
@@ -39,12 +39,15 @@ class Saves:
         self._stats = stats
         self._events = events
         self._met = met
+        self._last = 0  # ticket
+        self._asked = list[tuple[Tracked, int]]()
+        """By that ticket: requests, and their first chunks that are offered."""
 
     def plan(
         self, keeper: Opened, geometry: Geometry, requests: Mapping[str, Tracked], output: SchedulerOutput
-    ) -> Copies | None:
-        """What the workers are to save in this step; None: nothing. Raises KeeperUnavailable or
-        RequestRefused."""
+    ) -> Offered | None:
+        """What the workers are to save in this step, as far as the keeper has room: it is asked now, and they
+        hear its answer when they have computed. None: nothing. Raises KeeperUnavailable, RequestRefused."""
         began = time.perf_counter()
         offers = list[_Offer]()
         for name, scheduled in output.num_scheduled_tokens.items():
@@ -54,19 +57,30 @@ class Saves:
                     offers += self._offer(geometry, tracked, last, output)
         if not offers:
             return None
-        reserved = keeper.connection.reserve(keeper.namespace, [item for _, item, _ in offers])
-        copies = Copies()
-        for (tracked, item, table), result in zip(offers, reserved, strict=True):
-            tracked.epoch = result.epoch
-            if item.first <= tracked.kept:
-                tracked.kept = item.first + result.kept()
-            if result.reservation:
-                geometry.add_save(copies, table, item.first, result.offsets)
-                copies.claims.append(result.reservation)
-                if self._events is not None:
-                    self._events.awaiting(sum(int((row >= 0).sum()) for row in result.offsets))
+        self._last += 1
+        items = [item for _, item, _ in offers]
+        keeper.connection.begin_reserve(keeper.namespace, items, self._last)
+        self._asked = [(tracked, item.first) for tracked, item, _ in offers]
+        offered, place = Offered(self._last, geometry.chunk_tokens), 0
+        for _, item, table in offers:
+            geometry.add_save(offered.blocks, table, item.first, place, item.wanted)
+            place += len(item.wanted[0])
         self._stats.add("reserve_seconds", time.perf_counter() - began)
-        return copies if copies.claims else None
+        return offered
+
+    def settle(self, keeper: Opened | None) -> None:
+        """What has come of the last plan. Raises KeeperUnavailable or RequestRefused."""
+        asked, self._asked = self._asked, []
+        if not asked or keeper is None:
+            return
+        began = time.perf_counter()
+        for (tracked, first), result in zip(asked, keeper.connection.reserved(self._last), strict=True):
+            tracked.epoch = result.epoch
+            if first <= tracked.kept:
+                tracked.kept = first + result.kept()
+            if result.reservation and self._events is not None:
+                self._events.awaiting(sum(int((row >= 0).sum()) for row in result.offsets))
+        self._stats.add("reserve_seconds", time.perf_counter() - began)
 
     def _complete(self, request: Request, scheduled: int, output: SchedulerOutput) -> int:
         """Tokens whose KV is certain after this step: no draft tokens, no tokens not yet known."""

@@ -19,7 +19,7 @@ from kvkeep.engines.vllm.describe import attends_to_all, describe_model, group_w
 from kvkeep.engines.vllm.events import Events, events_wanted
 from kvkeep.engines.vllm.geometry import Geometry, arrange, blocks_written
 from kvkeep.engines.vllm.handover import Arrivals, answer
-from kvkeep.engines.vllm.metadata import Copies, Handshake, Place, Rank, Session, StepMeta, WorkerMeta
+from kvkeep.engines.vllm.metadata import Handshake, Offered, Place, Rank, Session, StepMeta, WorkerMeta
 from kvkeep.engines.vllm.promises import Guard, Promises
 from kvkeep.engines.vllm.reader import Reader, give_back
 from kvkeep.engines.vllm.report import Reporter
@@ -174,6 +174,7 @@ class SchedulerSide:
         tracked = self._requests.pop(request.request_id, None)
         if tracked is not None:
             self._give_back(tracked)
+            self._try(self._saves.settle)
             self._try(self._reader.tell_all)
         if not self._hands_over:
             return None
@@ -190,6 +191,7 @@ class SchedulerSide:
         """
         if self.events is not None:
             self.events.look_out()
+        self._try(self._saves.settle)
         self._try(self._reader.tell)
         planned = self._promises.plan(self._geometry, guard, self._met)
         saves = guard(lambda: self._plan_saves(output), None) if self._ready else None
@@ -217,7 +219,7 @@ class SchedulerSide:
             self._keeper.connection.close()
             self._keeper = None
 
-    def _plan_saves(self, output: SchedulerOutput) -> Copies | None:
+    def _plan_saves(self, output: SchedulerOutput) -> Offered | None:
         if self._keeper is None or self._geometry is None:
             return None
         try:
@@ -311,7 +313,7 @@ class SchedulerSide:
     def _try(self, action: Callable[[Opened | None], None]) -> None:
         try:
             action(self._keeper)
-        except KeeperUnavailable as error:
+        except (KeeperUnavailable, RequestRefused) as error:
             self._lose(error)
 
     def _lose(self, error: KVKeepError) -> None:

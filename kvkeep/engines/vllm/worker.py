@@ -257,8 +257,10 @@ class WorkerSide:
         if meta.saves is None or joined is None or joined.epoch != meta.epoch or joined.closed:
             return
         assert self._session is not None
-        part = self._session.part[self._rank]
-        commit = partial(joined.tell, self._rank, Connection.commit, meta.saves.claims, part)
+        part, copies = self._session.part[self._rank], meta.saves.given(joined.reserved(meta.saves.ticket))
+        if not copies.claims:
+            return
+        commit = partial(joined.tell, self._rank, Connection.commit, copies.claims, part)
         if self._rank in self._session.replicas:
             if joined.device is None or self._device is None:
                 commit()
@@ -270,7 +272,7 @@ class WorkerSide:
             # Where the engine zeroes blocks, Model Runner V2 does so before it tells us of the step.
             hold = self._kv_config.needs_kv_cache_zeroing
             try:
-                pending = joined.device.start_save(self._moves(meta.saves), hold=hold)
+                pending = joined.device.start_save(self._moves(copies), hold=hold)
             except DeviceError:
                 self.stop()  # what was reserved ends with the session, when what was begun has ended
                 raise
@@ -278,11 +280,11 @@ class WorkerSide:
             self._device.after(pending, "save_seconds", commit, joined.close)
         else:
             began = time.perf_counter()
-            nbytes = self._copy(joined.transfer, meta.saves, saving=True)
+            nbytes = self._copy(joined.transfer, copies, saving=True)
             self.stats.add("save_seconds", time.perf_counter() - began)
             commit()
         self.stats.add("saved_bytes", nbytes)
-        self._count(meta.saves, "saved_tokens")
+        self._count(copies, "saved_tokens")
 
     def fail_load(self, meta: StepMeta) -> None:
         """Hand the blocks of a failed load back to the engine for recompute."""

@@ -28,7 +28,7 @@ from kvkeep.engines.vllm.connector import KVKeepConnector
 from kvkeep.engines.vllm.describe import describe_backends
 from kvkeep.engines.vllm.device import Device, by_blocks, kind_of, replays_whole_graphs
 from kvkeep.engines.vllm.geometry import blocks_written
-from kvkeep.engines.vllm.metadata import Copies, Session, StepMeta
+from kvkeep.engines.vllm.metadata import Copies, Offered, Session, StepMeta
 from kvkeep.engines.vllm.stats import KVKeepStats
 from kvkeep.errors import DeviceError, KeeperUnavailable
 from kvkeep.transfer import choose, cuda
@@ -53,7 +53,7 @@ class Rank:
     def __init__(
         self, keeper: Any, patch: pytest.MonkeyPatch, seed: int, captured: bool = True, on_cpu: bool = False
     ) -> None:
-        self.keeper = keeper
+        self.keeper, self.ticket = keeper, 0
         self.backend = HostBackend(random.Random(seed))
         self.layers = {name: torch.randn(BLOCKS, 1024) for name in NAMES}
         group = SimpleNamespace(rank_in_group=0)
@@ -88,15 +88,23 @@ class Rank:
         copies.add(0, np.repeat(offsets, PER_CHUNK), index, np.array(blocks, np.int64))
         return copies
 
+    def offer(self, blocks: list[int], keys: bytes = KEYS) -> Offered:
+        """Ask the keeper for slots for these blocks, as the chunks of KEYS."""
+        self.ticket += 1
+        self.link.begin_reserve(self.space, [Reservation(keys, [b"\1" * CHUNKS], 0, 0)], self.ticket)
+        offered = Offered(self.ticket, PER_CHUNK)
+        places, index = np.repeat(np.arange(CHUNKS), PER_CHUNK), np.tile(np.arange(PER_CHUNK), CHUNKS)
+        offered.blocks.add(0, places, index, np.array(blocks, np.int64))
+        return offered
+
     def keep(self, blocks: list[int]) -> None:
         """Save these blocks in a step, as the chunks of KEYS."""
-        [reserved] = self.link.reserve(self.space, [Reservation(KEYS, [b"\1" * CHUNKS], 0, 0)])
-        assert self.step(saves=self.copies(reserved.offsets[0], blocks, reserved.reservation))
+        assert self.step(saves=self.offer(blocks))
 
     def step(
         self,
         loads: Copies | None = None,
-        saves: Copies | None = None,
+        saves: Offered | None = None,
         writes: int | None = None,
         apart: dict[str, Copies | None] | None = None,
         gate: HostEvent | None = None,
@@ -164,10 +172,10 @@ def test_a_connection_ends_after_the_copies(
     """Its claims protect slots that the device still writes; and what was under way is not committed."""
     rank = Rank(keeper_process(), monkeypatch, 1)
     rank.step()
-    [reserved] = rank.link.reserve(rank.space, [Reservation(KEYS, [b"\1" * CHUNKS], 0, 0)])
+    saves = rank.offer(list(range(1, 9)))
     rank.backend._lock.acquire()  # the device stands still
     try:
-        rank.step(saves=rank.copies(reserved.offsets[0], list(range(1, 9)), reserved.reservation))
+        rank.step(saves=saves)
         rank.side.stop()
         assert rank.side._joined.closed
         assert not rank.side._joined.connection.closed
@@ -375,8 +383,7 @@ def test_a_forward_that_asks_for_fewer_layers_fails_its_load(
     keeper_process: Callable[..., Any], wait_until, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rank = Rank(keeper_process(), monkeypatch, 2)
-    [reserved] = rank.link.reserve(rank.space, [Reservation(KEYS, [b"\1" * CHUNKS], 0, 0)])
-    for saves in (rank.copies(reserved.offsets[0], list(range(1, 9)), reserved.reservation), None):
+    for saves in (rank.offer(list(range(1, 9))), None):
         rank.step(saves=saves)
     wait_until(lambda: not rank.figure("reservations"), 20)
     found = rank.link.lookup(rank.space, KEYS)

@@ -58,7 +58,7 @@ class Pair:
         self.opened = Opened(link, link.open_namespace(*shape), 0, PRINT)
         self.stats = KVKeepStats()
         config = EngineConfig(socket=keeper.socket, remote_wait=WAIT, probe_wait=5.0)
-        self.reader = Reader(config, self.stats)
+        self.reader = Reader(config, self.stats, 0)
         self.arrivals = Arrivals(config, self.stats, 0, lambda: self.now)
 
     def save(self, first: int, last: int, tokens: list[int] = PROMPT) -> None:

@@ -262,8 +262,8 @@ class Turns:
         self.scheduler: Any = core.scheduler.connector._scheduler
         self._numbers = itertools.count()
 
-    def take(self) -> None:
-        number = next(self._numbers)
+    def take(self, number: int | None = None) -> None:
+        number = next(self._numbers) if number is None else number
         prompt = [3 + (number * 331 + at) % 4000 for at in range(100)]
         sampling = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
         made = EngineCoreRequest(f"turn {number}", prompt, None, sampling, None, 0.0, None, None, None)
@@ -364,3 +364,60 @@ def test_what_was_reserved_ends_when_the_cache_is_off(
     turns.take()
     assert turns.scheduler._disabled
     wait_until(lambda: not keeper.figures()["reservations"] and not keeper.figures()["leases"])
+
+
+def test_what_is_certainly_not_held_is_not_asked_for(
+    turns: Turns, wait_until: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The keeper counts it all the same, and what is held is found."""
+    keeper = turns.keeper()
+    wait_until(turns.until(lambda: turns.scheduler._ready))
+    connection, asked = turns.scheduler._keeper.connection, list[Any]()
+    lookup = connection.lookup
+    monkeypatch.setattr(connection, "lookup", lambda *given: asked.append(given) or lookup(*given))
+
+    def counts() -> list[int]:
+        counters = keeper.figures()["counters"]
+        return [counters[name] for name in ("lookups", "local_chunks", "asked_chunks", "hit_chunks")]
+
+    before = counts()
+    turns.take(1000)
+    assert not asked
+    assert [now - old for now, old in zip(counts(), before, strict=True)] == [1, 0, 3, 0]
+    turns.core.reset_prefix_cache()
+    turns.take(1000)
+    assert len(asked) == 1
+    assert [now - old for now, old in zip(counts(), before, strict=True)] == [2, 0, 6, 3]
+    turns.take(1000)  # which the engine has itself: its use counts
+    assert len(asked) == 2
+    assert [now - old for now, old in zip(counts(), before, strict=True)] == [3, 3, 6, 3]
+
+
+def test_who_asks_for_nothing_hears_that_the_keeper_is_gone(
+    turns: Turns, wait_until: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keeper = turns.keeper()
+    wait_until(turns.until(lambda: turns.scheduler._ready))
+    monkeypatch.setattr(turns.scheduler._saves, "plan", lambda *_: None)
+    keeper.process.kill()
+    keeper.process.wait(20)
+    assert turns.scheduler._keeper is not None
+    turns.take()
+    assert turns.scheduler._keeper is None
+
+
+def test_an_answer_that_never_comes(
+    turns: Turns, wait_until: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Worker and scheduler wait for it no longer than for any, and both begin anew."""
+    keeper, side = turns.keeper(), turns.scheduler
+    wait_until(turns.until(lambda: side._ready))
+    epoch, joined = side._keeper.epoch, get_kv_transfer_group()._worker._joined
+    for connection in (side._keeper.connection, joined.connection):
+        monkeypatch.setattr(connection, "_timeout", 0.05)
+    monkeypatch.setattr(side._keeper.connection, "begin_reserve", lambda *_: None)  # lost on its way
+    turns.take()
+    assert joined.closed
+    assert side._keeper is None or side._keeper.epoch > epoch
+    held = keeper.figures()["chunks"]
+    wait_until(turns.until(lambda: side._ready and keeper.figures()["chunks"] > held))

@@ -95,8 +95,8 @@ def test_a_replica_commits_what_another_rank_writes(
     rank = Rank(keeper_process(), monkeypatch, 1)
     rank.session.replicas.add((0, 0))
     rank.step()
-    [reserved] = rank.link.reserve(rank.space, [Reservation(KEYS, [b"\1" * CHUNKS], 0, 0)])
-    saves = rank.copies(reserved.offsets[0], list(range(1, 9)), reserved.reservation)
+    saves = rank.offer(list(range(1, 9)))
+    [reserved] = rank.link.reserved(saves.ticket)
     rank.backend._lock.acquire()  # the device stands still
     try:
         rank.step(saves=saves)
@@ -117,8 +117,8 @@ def test_a_replica_whose_load_failed_commits_nothing(
 ) -> None:
     rank = Rank(keeper_process(), monkeypatch, 1)
     rank.session.replicas.add((0, 0))
-    [reserved] = rank.link.reserve(rank.space, [Reservation(KEYS, [b"\1" * CHUNKS], 0, 0)])
-    saves = rank.copies(reserved.offsets[0], list(range(1, 9)), reserved.reservation)
+    saves = rank.offer(list(range(1, 9)))
+    assert rank.link.reserved(saves.ticket)
     rank.side.fail_blocks([1])
     rank.step(saves=saves)
     rank.side.stop(wait=20)
