@@ -15,7 +15,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
 __all__ = ["COUNTERS", "KVKeepProm", "KVKeepStats"]
 
 COUNTERS: dict[str, str] = {
-    "lookups": "Lookups sent to the keeper.",
+    "lookups": "Requests that were looked up.",
     "asked_tokens": "Prompt tokens, beyond local prefix-cache hits, that were looked up.",
     "hit_tokens": "Prompt tokens whose KV the keeper had.",
     "loaded_tokens": "Tokens whose KV was loaded.",
@@ -25,7 +25,7 @@ COUNTERS: dict[str, str] = {
     "saved_bytes": "Bytes copied from the engine's KV cache to the arena.",
     "save_seconds": "Seconds spent copying to the arena.",
     "lookup_seconds": "Seconds the scheduler spent on hashing and lookups.",
-    "reserve_seconds": "Seconds the scheduler spent on reserving room.",
+    "reserve_seconds": "Seconds the scheduler spent on asking for room, and on the answers.",
     "tier_waits": "Requests that waited to hear from the tiers below memory.",
     "tier_wait_seconds": "Seconds that they waited.",
     "tier_timeouts": "Waits that ended by their deadline, or when computing was as fast.",
