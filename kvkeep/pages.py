@@ -48,16 +48,18 @@ _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
-def create(nbytes: int, huge_pages: bool) -> int:
+def create(nbytes: int, huge_pages: bool, name: str = "kvkeep-arena", final: bool = True) -> int:
     """A memfd of fixed size: no client can shrink it under another's feet. Raises ConfigError.
 
-    `huge_pages`: of those that the administrator has reserved, all of them at once.
+    `huge_pages`: of those that the administrator has reserved, all of them at once. `final`: no more can be
+    forbidden later.
     """
     flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | (os.MFD_HUGETLB if huge_pages else 0)
     try:
-        fd = os.memfd_create("kvkeep-arena", flags)
+        fd = os.memfd_create(name, flags)
         os.ftruncate(fd, nbytes)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | (fcntl.F_SEAL_SEAL if final else 0)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
         if huge_pages:
             os.posix_fallocate(fd, 0, nbytes)
     except OSError as error:

@@ -6,6 +6,8 @@ held, and an engine need not wait to hear so; any other count says nothing, and 
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import mmap
 import os
 
@@ -17,6 +19,7 @@ from kvkeep import pages
 __all__ = ["Presence", "PresenceView"]
 
 _SHARE, _FEWEST = 1 << 14, 1 << 16
+_F_SEAL_FUTURE_WRITE = 0x10
 _Keys = npt.NDArray[np.uint64]
 
 
@@ -30,13 +33,12 @@ class Presence:
 
     def __init__(self, memory_bytes: int, tells: bool) -> None:
         size = max(_FEWEST, 1 << (memory_bytes // _SHARE - 1).bit_length())
-        writable = pages.create(size + mmap.PAGESIZE, huge_pages=False)
-        try:
-            table = np.frombuffer(pages.map_shared(writable, size + mmap.PAGESIZE), np.uint8)
-            self.fd = os.open(f"/proc/self/fd/{writable}", os.O_RDONLY | os.O_CLOEXEC)
-            """For engines, which cannot write by it."""
-        finally:
-            os.close(writable)
+        nbytes = size + mmap.PAGESIZE
+        self.fd = pages.create(nbytes, huge_pages=False, name="kvkeep-presence", final=False)
+        """For engines, which cannot write to it from Linux 5.1 on."""
+        table = np.frombuffer(pages.map_shared(self.fd, nbytes), np.uint8)
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _F_SEAL_FUTURE_WRITE)
         self._counts, table[size] = table[:size], tells
 
     def add(self, keys: _Keys) -> None:

@@ -33,7 +33,14 @@ DUPLICATE_LINES, IMPORT_SECONDS = 8, 1.0
 # What a part of the tree may import or use of GUARDED, beside itself; the longest name that fits counts.
 _LOW = (
     *("kvkeep.errors", "kvkeep.config", "kvkeep.layout"),
-    *("kvkeep.identity", "kvkeep.terms", "kvkeep.background", "kvkeep.pages", "kvkeep.presence", "kvkeep.tls"),
+    *(
+        "kvkeep.identity",
+        "kvkeep.terms",
+        "kvkeep.background",
+        "kvkeep.pages",
+        "kvkeep.presence",
+        "kvkeep.tls",
+    ),
 )
 _ENGINE = (*_LOW, "kvkeep.wire", "kvkeep.observe", "kvkeep.transfer", "torch")
 MAY_USE: dict[str, tuple[str, ...]] = {

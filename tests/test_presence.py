@@ -61,10 +61,17 @@ def test_a_byte_for_each_16_kib(nbytes: int, size: int) -> None:
 
 def test_an_engine_cannot_write_to_it() -> None:
     presence = Presence(1, tells=True)
-    with pytest.raises(PermissionError):
-        mmap.mmap(presence.fd, 0)
-    with pytest.raises(OSError):
-        os.ftruncate(presence.fd, 0)
+    again = os.open(f"/proc/self/fd/{presence.fd}", os.O_RDWR)
+    for fd in (presence.fd, again):
+        with pytest.raises(PermissionError):
+            mmap.mmap(fd, 0)
+        with pytest.raises(PermissionError):
+            os.write(fd, b"1")
+        with pytest.raises(PermissionError):
+            os.ftruncate(fd, 0)
+    os.close(again)
+    presence.add(keys(1))
+    assert not PresenceView(presence.fd).absent(keys(1))
 
 
 @pytest.mark.parametrize("nbytes", [0, 4096, 5 << 16, 1 << 16])

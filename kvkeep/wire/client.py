@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import socket
 import struct
 import time
@@ -24,7 +25,7 @@ from kvkeep.presence import PresenceView
 from kvkeep.terms import Found, GroupSpec, Reserved
 from kvkeep.wire import messages as msg
 
-__all__ = ["Connection"]
+__all__ = ["Connection", "first_ticket"]
 
 _R = TypeVar("_R", bound=msg.Reply)
 _HELLO_TIMEOUT, _CLEAR_TIMEOUT = 2.0, 30.0
@@ -183,24 +184,22 @@ class Connection:
 
     def begin_reserve(self, namespace: int, items: list[msg.Reservation], ticket: int) -> None:
         """The same without waiting. `reserved` has the answer, here and on the session's other connections
-        that map the arena. `ticket`: above 0, and above the last one."""
+        that map the arena. `ticket`: not 0, and no other's; see `first_ticket`."""
         self._send(msg.Reserve(namespace, items, ticket))
 
     def reserved(self, ticket: int) -> list[Reserved]:
-        """What was reserved by a ticket; those before it are passed over. Raises RequestRefused too."""
-        while not self._early or self._early[-1].ticket < ticket:
-            reply = self._receive(self._timeout)
+        """What was reserved by a ticket; what comes before it is passed over. Raises RequestRefused too."""
+        deadline = time.monotonic() + self._timeout
+        while True:
+            reply = self._early.popleft() if self._early else self._receive(deadline - time.monotonic())
             if not isinstance(reply, msg.Reserved):
                 self.close()
                 raise KeeperUnavailable(f"the keeper sent {type(reply).__name__} where nobody had asked")
-            self._early.append(reply)
-        while self._early[0].ticket < ticket:
-            self._early.popleft()
-        if self._early[0].ticket > ticket:
-            return []
-        if refusal := self._early[0].refusal:
-            raise RequestRefused(refusal)
-        return _reserved(self._early.popleft())
+            if reply.ticket == ticket:
+                break
+        if reply.refusal:
+            raise RequestRefused(reply.refusal)
+        return _reserved(reply)
 
     def commit(self, reservation: int, part: int) -> None:
         """This rank has written its part."""
@@ -269,6 +268,11 @@ class Connection:
                 raise ConnectionResetError("it closed the connection")
             filled += got
         return view
+
+
+def first_ticket() -> int:
+    """Where one engine begins to count its tickets: two whose sessions have one name are not to meet."""
+    return secrets.randbits(61)
 
 
 def _reserved(reply: msg.Reserved) -> list[Reserved]:

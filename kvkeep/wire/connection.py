@@ -222,10 +222,10 @@ class ServerConnection(asyncio.Protocol):
 
     def _missed(self, session: str, request: msg.Missed) -> None:
         space = self._space(request.namespace)
+        _check_size(0, len(request.items))
         for item in request.items:
-            chunks = len(_keys(item.keys)) // 16
-            local = min(item.first, chunks)
-            answer = Answer(local, chunks - local, 0, Counter())
+            local = min(item.first, item.chunks)
+            answer = Answer(local, item.chunks - local, 0, Counter())
             for counters in (self._keeper.counters, space.counters):
                 counters.lookups += 1
             self._keeper.answered(space, _tenant(item.tenant), answer)

@@ -115,9 +115,10 @@ class Lookup(_Message):
 
 
 class Miss(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
-    """A request that was not looked up, since nothing of it is held. Fields as in Lookup."""
+    """A request that was not looked up, since nothing of it is held. `chunks`: of its prompt; else as in
+    Lookup."""
 
-    keys: Blob
+    chunks: Annotated[int, msgspec.Meta(ge=0, le=2**31)]
     first: Annotated[int, msgspec.Meta(ge=0, le=2**31)]
     tenant: Tenant = b""
 

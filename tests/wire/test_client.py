@@ -12,7 +12,7 @@ import pytest
 from kvkeep.errors import KeeperUnavailable, RequestRefused
 from kvkeep.identity import group_keys, tenant_of
 from kvkeep.wire import messages as msg
-from kvkeep.wire.client import Connection
+from kvkeep.wire.client import Connection, first_ticket
 
 GROUPS = [(4096, None)]
 
@@ -277,7 +277,7 @@ def test_what_is_not_held_need_not_be_asked_for(keeper_process, wait_until) -> N
     space = client.open_namespace(bytes(32), "m", GROUPS, 1, 1)
     names = group_keys(keys, bytes(32), 0)
     assert client.absent(names)
-    client.missed(space, [msg.Miss(keys, 1, tenant_of("a")), msg.Miss(b"", 0)])
+    client.missed(space, [msg.Miss(3, 1, tenant_of("a")), msg.Miss(0, 0)])
     [told] = client.status()["namespaces"]
     counts = [told[name] for name in ("lookups", "local_chunks", "asked_chunks", "hit_chunks")]
     assert counts == [2, 1, 2, 0]
@@ -322,7 +322,6 @@ def test_writers_hear_what_was_reserved_for_their_session(keeper_process) -> Non
     assert [[done.reservation > 0 for done in some] for some in told] == [[True], [True, False]]
     assert told[0][0].epoch > 0
     assert other.status()["reservations"] == 2
-    assert other.reserved(4) == [], "never asked for, or not of this connection's time"
     [mine, _] = other.reserved(5)
     assert mine.reservation == told[1][0].reservation
     assert mine.offsets[0].tolist() == told[1][0].offsets[0].tolist()
@@ -350,3 +349,22 @@ def test_an_answer_that_nobody_asked_for(keeper_process) -> None:
     with pytest.raises(KeeperUnavailable, match="StatusReply where nobody had asked"):
         client.reserved(1)
     assert client.closed
+
+
+def test_two_engines_of_one_name_do_not_take_each_others_slots(keeper_process) -> None:
+    """As where replicas have one `engine_id`, and one keeper."""
+    keeper, keys, tickets = keeper_process(), bytes(range(32)), [first_ticket(), first_ticket()]
+    askers = [keeper.connect("same") for _ in range(2)]
+    writers = [keeper.connect("same", arena=True) for _ in range(2)]
+    for turn in range(3):
+        for asker, ticket, at in zip(askers, tickets, (0, 16), strict=True):
+            space = asker.open_namespace(bytes(32), "m", GROUPS, 1, 1)
+            key = bytes([turn]) + keys[at + 1 : at + 16]
+            asker.begin_reserve(space, [msg.Reservation(key, [b"\1"], 0, 0)], ticket + turn)
+    numbers = set[int]()
+    for turn in range(3):
+        for asker, writer, ticket in zip(askers, writers, tickets, strict=True):
+            [told], [heard] = asker.reserved(ticket + turn), writer.reserved(ticket + turn)
+            assert told.reservation == heard.reservation
+            numbers.add(told.reservation)
+    assert len(numbers) == 6

@@ -73,10 +73,8 @@ DROPPED: dict[str, bytes] = {
     "a good item, and one of half a tenant": HELLO
     + OPEN
     + frame("Reserve", 0, [[KEYS, [b"\1\1", b"\1\1"], 0, 1], [KEYS, [b"\1\1", b"\1\1"], 0, 1, b"1234"]]),
-    "a miss of half a key": HELLO + OPEN + frame("Missed", 0, [[b"x" * 17, 0]]),
-    "a good miss, and one of half a tenant": HELLO
-    + OPEN
-    + frame("Missed", 0, [[KEYS, 0], [KEYS, 0, b"1234"]]),
+    "a miss of fewer than no chunks": HELLO + OPEN + frame("Missed", 0, [[-1, 0]]),
+    "a good miss, and one of half a tenant": HELLO + OPEN + frame("Missed", 0, [[2, 0], [2, 0, b"1234"]]),
     "lookup by text": HELLO + OPEN + frame("Lookup", 0, "x" * 16, 0),
     "changes of half a key": HELLO + OPEN + frame("Changes", 0, b"x" * 17, 0),
     "reservation of half a key": HELLO + OPEN + reserve(b"x" * 31, [b"\1", b"\1"]),
@@ -122,7 +120,8 @@ IGNORED: dict[str, bytes] = {
     "commit of nothing": frame("Commit", 2**62, 1023),
     "abort of nothing": frame("Abort", 0),
     "release of nothing": frame("Release", 12345, None),
-    "a miss in an unknown namespace": frame("Missed", 999, [[KEYS, 0]]),
+    "misses of too many": frame("Missed", 0, [[2, 0]] * ((1 << 14) + 1)),
+    "a miss in an unknown namespace": frame("Missed", 999, [[2, 0]]),
 }
 
 

@@ -111,7 +111,9 @@ class Reader:
         """Once a step: tell the keeper for whom it was not asked, those of the step before. They have their
         first token, which would have had to wait. Raises KeeperUnavailable."""
         told, self._owed, self._missed = self._owed, self._missed, []
-        if told and keeper is not None:
+        if keeper is None:
+            self._owed = []
+        elif told:
             keeper.connection.missed(keeper.namespace, told)
 
     def tell_all(self, keeper: Opened | None) -> None:
@@ -155,7 +157,7 @@ class Reader:
         if not settles and tracked.awaited is None and self._absent(keeper, keys, first):
             give_back(keeper, tracked)
             tracked.asked, tracked.first = (first, limit), first
-            self._missed.append(Miss(keys, first, tracked.tenant))
+            self._missed.append(Miss(len(keys) // KEY_BYTES, first, tracked.tenant))
             self._looked_up(began, again=False)
             return
         # Asking what tiers have costs requests that miss: little of what computing them takes anyway.

@@ -13,6 +13,7 @@ from kvkeep.engines.vllm.geometry import BlockTable, Geometry
 from kvkeep.engines.vllm.metadata import Offered
 from kvkeep.engines.vllm.requests import Tracked
 from kvkeep.engines.vllm.stats import KVKeepStats
+from kvkeep.wire.client import first_ticket
 from kvkeep.wire.messages import Reservation
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class Saves:
         self._stats = stats
         self._events = events
         self._met = met
-        self._last = 0  # ticket
+        self._last = first_ticket()
         self._asked = list[tuple[Tracked, int]]()
         """By that ticket: requests, and their first chunks that are offered."""
 

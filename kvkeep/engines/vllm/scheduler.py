@@ -2,7 +2,7 @@
 
 A load is promised only for chunks that are leased, and only once every worker maps the arena, so
 a promise is kept even if the keeper dies in the next instant. Nothing here waits for anything but
-one round trip to the keeper, bounded by `timeout`.
+answers of the keeper, each bounded by `timeout`; one that does not come is the last that is waited for.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import logging
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from kvkeep.config import EngineConfig
@@ -174,10 +175,10 @@ class SchedulerSide:
         tracked = self._requests.pop(request.request_id, None)
         if tracked is not None:
             self._give_back(tracked)
-            self._try(self._saves.settle)
             self._try(self._reader.tell_all)
         if not self._hands_over:
             return None
+        self._try(self._saves.settle)  # that says how much of it the keeper has taken
         saved = tracked if self._ready else None
         return answer(request.kv_transfer_params, request.status, self._engine_id, saved, self._chunk_tokens)
 
@@ -191,8 +192,8 @@ class SchedulerSide:
         """
         if self.events is not None:
             self.events.look_out()
-        self._try(self._saves.settle)
-        self._try(self._reader.tell)
+        for action in (self._saves.settle, self._reader.tell):
+            guard(partial(self._try, action), None)
         planned = self._promises.plan(self._geometry, guard, self._met)
         saves = guard(lambda: self._plan_saves(output), None) if self._ready else None
         epoch = self._session.epoch if self._session is not None else -1  # that the plans are of
@@ -290,6 +291,7 @@ class SchedulerSide:
         """What has become of chunks that this engine's requests met, since the last call."""
         if self.events is None:
             return ()
+        self._try(self._saves.settle)  # before the keeper is asked what has come of that
         try:
             return self.events.take(self._keeper if self._ready else None)
         except (KeeperUnavailable, RequestRefused) as error:

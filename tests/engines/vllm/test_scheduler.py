@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -421,3 +422,25 @@ def test_an_answer_that_never_comes(
     assert side._keeper is None or side._keeper.epoch > epoch
     held = keeper.figures()["chunks"]
     wait_until(turns.until(lambda: side._ready and keeper.figures()["chunks"] > held))
+
+
+def test_what_is_being_saved_is_known_before_events_are_asked_for(
+    turns: Turns, wait_until: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or the engine would wait for the announcement of what has been announced."""
+    side, calls = turns.scheduler, list[str]()
+    turns.keeper()
+    wait_until(turns.until(lambda: side._ready))
+    sink = SimpleNamespace(
+        met=lambda *_: None,
+        look_out=lambda: None,
+        pending=False,
+        awaiting=lambda chunks: calls.append(f"awaiting {chunks}"),
+        take=lambda keeper: calls.append("take") or (),
+    )
+    monkeypatch.setattr(side, "events", sink)
+    monkeypatch.setattr(side._saves, "_events", sink)
+    turns.take(2000)
+    first = calls.index("take")
+    assert first
+    assert sum(int(call.split()[1]) for call in calls[:first]) == 3
