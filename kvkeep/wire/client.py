@@ -197,6 +197,9 @@ class Connection:
                 raise KeeperUnavailable(f"the keeper sent {type(reply).__name__} where nobody had asked")
             if reply.ticket == ticket:
                 break
+            if time.monotonic() > deadline:  # others' may come without end
+                self.close()
+                raise KeeperUnavailable("no answer from the keeper: only those of others")
         if reply.refusal:
             raise RequestRefused(reply.refusal)
         return _reserved(reply)

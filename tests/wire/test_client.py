@@ -292,7 +292,11 @@ def test_what_is_not_held_need_not_be_asked_for(keeper_process, wait_until) -> N
 
 def test_who_must_hear_of_every_lookup_lets_nobody_see(keeper_process) -> None:
     directory = keeper_process.directory()
-    for more in (["--tier", f"fs://{directory}/t?capacity=4MiB"], ["--record", f"{directory}/r"]):
+    for more in (
+        ["--tier", f"fs://{directory}/t?capacity=4MiB"],
+        ["--record", f"{directory}/r"],
+        ["--traces", "http://127.0.0.1:9/v1/traces"],
+    ):
         assert not keeper_process(*more).connect(presence=True).absent(group_keys(bytes(16), bytes(32), 0))
 
 
@@ -327,6 +331,19 @@ def test_writers_hear_what_was_reserved_for_their_session(keeper_process) -> Non
     assert mine.offsets[0].tolist() == told[1][0].offsets[0].tolist()
     with pytest.raises(KeeperUnavailable, match="no answer"):
         stranger.reserved(5)
+
+
+def test_answers_of_others_do_not_make_a_wait_longer(keeper_process) -> None:
+    keeper = keeper_process()
+    asker, writer = keeper.connect("mine"), keeper.connect("mine", arena=True, timeout=0.0)
+    space = asker.open_namespace(bytes(32), "m", GROUPS, 1, 1)
+    for number in range(2):
+        asker.begin_reserve(space, [msg.Reservation(bytes([number] * 16), [b"\1"], 0, 0)], 1 + number)
+    assert asker.reserved(2)
+    assert keeper.figures()["reservations"] == 2  # so both have been sent to the writer
+    with pytest.raises(KeeperUnavailable, match="only those of others"):
+        writer.reserved(3)
+    assert writer.closed
 
 
 def test_writers_hear_of_a_refusal_too(keeper_process) -> None:

@@ -219,10 +219,12 @@ def test_what_cannot_be_done_is_refused(name: str, keeper, beside: Connection) -
 
 @pytest.mark.parametrize("name", IGNORED)
 def test_what_is_nobodys_is_ignored(name: str, keeper, beside: Connection) -> None:
+    before = beside.status()["counters"]
     with raw(keeper) as sock:
         send(sock, HELLO + IGNORED[name] + frame("Status"))
         got = replies(sock)
         assert [type(next(got)) for _ in range(2)] == [msg.Welcome, msg.StatusReply]
+    assert beside.status()["counters"] == before
 
 
 @pytest.mark.parametrize("cut", [1, 3, 4, 5, len(HELLO) - 1, len(HELLO) + 2, len(HELLO) + 20])
