@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, cast
 from kvkeep.background import Busy
 from kvkeep.engines.search import Search
 from kvkeep.engines.vllm.metadata import NOWHERE, Copies, Place, Rank
-from kvkeep.errors import KeeperUnavailable, KVKeepError
+from kvkeep.errors import KeeperUnavailable, KVKeepError, RequestRefused
 from kvkeep.terms import Reserved
 from kvkeep.transfer import Transfer
 from kvkeep.wire.client import Connection
@@ -68,17 +68,22 @@ class Joined:
                 for claim in claims:
                     send(self.connection, claim, who)
         except KeeperUnavailable as error:
-            self.close()
-            log.warning("kvkeep: rank %s lost the keeper at %s: %s", rank, self.connection.path, error)
+            self._lost(rank, error)
 
-    def reserved(self, ticket: int) -> list[Reserved]:
-        """See `Connection.reserved`. Where there is no answer the session is left."""
+    def reserved(self, rank: Rank, ticket: int) -> list[Reserved]:
+        """See `Connection.reserved`. None where it is refused, or the keeper gone, and so the session."""
         try:
             with self._talking:
                 return self.connection.reserved(ticket)
-        except KeeperUnavailable:
-            self.close()
-            raise
+        except RequestRefused:
+            return []
+        except KeeperUnavailable as error:
+            self._lost(rank, error)
+            return []
+
+    def _lost(self, rank: Rank, error: KeeperUnavailable) -> None:
+        self.close()
+        log.warning("kvkeep: rank %s lost the keeper at %s: %s", rank, self.connection.path, error)
 
     def close(self, wait: float = 0.0) -> None:
         """Leave. The claims that protect slots end with the connection, so copies under way end before it,

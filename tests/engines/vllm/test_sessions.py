@@ -14,7 +14,8 @@ pytest.importorskip("triton")
 
 from kvkeep.engines import search
 from kvkeep.engines.vllm import joined
-from kvkeep.engines.vllm.metadata import NOWHERE, Session, StepMeta
+from kvkeep.engines.vllm.metadata import NOWHERE, Offered, Session, StepMeta
+from kvkeep.errors import RequestRefused
 from kvkeep.wire.messages import Reservation
 from tests.engines.vllm.test_device import CHUNKS, KEYS, LAYERS, PER_CHUNK, Rank
 
@@ -140,3 +141,36 @@ def test_a_scheduler_that_is_off_ends_its_workers_claims(
     rank.side.end_step(StepMeta(0, leave=True))
     wait_until(lambda: rank.figure("reservations") == 0)
     assert rank.side.report(StepMeta(0, session=rank.session)).joined == {(0, 0): NOWHERE}
+
+
+@pytest.mark.parametrize("on_cpu", [True, False], ids=["cpu", "device"])
+def test_a_keeper_that_dies_before_it_says_what_it_reserved(
+    on_cpu: bool, keeper_process: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A session that is lost, as at any other time: nothing that the engine's figures call an error."""
+    rank = Rank(keeper_process(), monkeypatch, 0, on_cpu=on_cpu)
+    rank.step()
+    rank.keeper.process.kill()
+    rank.keeper.process.wait(20)
+    offered = Offered(1, PER_CHUNK)
+    assert rank.step(saves=offered)
+    assert rank.side._joined.closed
+    assert "saved_bytes" not in rank.side.stats.data
+    assert rank.side.report(None).joined == {(0, 0): NOWHERE}
+    rank.side.leave(wait=20)
+
+
+def test_a_reservation_that_is_refused(
+    keeper_process: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scheduler side is told too, and ends what is to be ended."""
+    rank = Rank(keeper_process(), monkeypatch, 0)
+    space, rank.space = rank.space, 999
+    assert rank.step(saves=rank.offer(list(range(8))))
+    assert "saved_bytes" not in rank.side.stats.data
+    with pytest.raises(RequestRefused, match="no namespace 999"):
+        rank.link.reserved(rank.ticket)
+    rank.space = space
+    rank.keep(list(range(8)))
+    assert rank.side.stats.data["saved_bytes"] > 0
+    rank.side.leave(wait=20)
