@@ -204,7 +204,7 @@ def cut_and_restored(one: Site, other: Site, seed: int, wait_until: Callable[...
     other.host.restore()
     wait_until(lambda: other.tier()["available"] and not other.tier()["waiting_chunks"], 60)
     # What it wrote meanwhile reached the store.
-    assert one.ask(seed + 2) == (third, HIT)
+    assert one.ask(seed + 2) == (third, HIT), (one.tier(), other.tier())
 
 
 @contextlib.contextmanager
