@@ -7,6 +7,7 @@ caller goes on without the cache and opens a new one when `Connection.open` succ
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import secrets
 import socket
@@ -29,6 +30,7 @@ __all__ = ["Connection", "first_ticket"]
 
 _R = TypeVar("_R", bound=msg.Reply)
 _HELLO_TIMEOUT, _CLEAR_TIMEOUT = 2.0, 30.0
+_GRACE = 0.05  # seconds for an answer whose time was over before anybody waited for it
 
 
 class Connection:
@@ -187,11 +189,12 @@ class Connection:
         that map the arena. `ticket`: not 0, and no other's; see `first_ticket`."""
         self._send(msg.Reserve(namespace, items, ticket))
 
-    def reserved(self, ticket: int) -> list[Reserved]:
-        """What was reserved by a ticket; what comes before it is passed over. Raises RequestRefused too."""
-        deadline = time.monotonic() + self._timeout
+    def reserved(self, ticket: int, until: float = math.inf) -> list[Reserved]:
+        """What was reserved by a ticket; what comes before it is passed over. `until`: when the keeper's time
+        for it is over, by time.monotonic, however many wait one after another. Raises RequestRefused too."""
+        deadline = min(time.monotonic() + self._timeout, max(until, time.monotonic() + _GRACE))
         while True:
-            reply = self._early.popleft() if self._early else self._receive(deadline - time.monotonic())
+            reply = self._early.popleft() if self._early else self._receive(deadline)
             if not isinstance(reply, msg.Reserved):
                 self.close()
                 raise KeeperUnavailable(f"the keeper sent {type(reply).__name__} where nobody had asked")
@@ -232,7 +235,8 @@ class Connection:
 
     def _call(self, request: msg.Request, expected: type[_R], at_least: float = 0.0) -> _R:
         self._send(request)
-        while isinstance(reply := self._receive(max(self._timeout, at_least)), msg.Reserved) and reply.ticket:
+        deadline = time.monotonic() + max(self._timeout, at_least)
+        while isinstance(reply := self._receive(deadline), msg.Reserved) and reply.ticket:
             self._early.append(reply)
         if isinstance(reply, expected):
             return reply
@@ -251,8 +255,7 @@ class Connection:
             self.close()
             raise KeeperUnavailable(f"the keeper went away: {error}") from error
 
-    def _receive(self, timeout: float) -> msg.Reply:
-        deadline = time.monotonic() + timeout
+    def _receive(self, deadline: float) -> msg.Reply:
         try:
             length = msg.frame_length(self._read(4, deadline))
             return msg.decode_reply(self._read(length, deadline))

@@ -346,6 +346,24 @@ def test_answers_of_others_do_not_make_a_wait_longer(keeper_process) -> None:
     assert writer.closed
 
 
+def test_who_waits_after_another_does_not_wait_anew(keeper_process) -> None:
+    """A step's ranks and its scheduler share the keeper's time; what has come by then is heard also later."""
+    keeper = keeper_process()
+    asker, writer = (keeper.connect("mine", arena=arena, timeout=1000.0) for arena in (False, True))
+    space = asker.open_namespace(bytes(32), "m", GROUPS, 1, 1)
+    asker.begin_reserve(space, [msg.Reservation(bytes(16), [b"\1"], 0, 0)], 1)
+    assert asker.status()["reservations"] == 1  # so it has been answered
+    assert asker.reserved(1, until=0.0)[0].reservation == writer.reserved(1, until=0.0)[0].reservation
+    os.kill(keeper.process.pid, signal.SIGSTOP)
+    try:
+        asker.begin_reserve(space, [msg.Reservation(bytes(range(16)), [b"\1"], 0, 0)], 2)
+        for one in (writer, asker):
+            with pytest.raises(KeeperUnavailable, match="no answer"):
+                one.reserved(2, until=0.0)  # not in a thousand seconds
+    finally:
+        os.kill(keeper.process.pid, signal.SIGCONT)
+
+
 def test_writers_hear_of_a_refusal_too(keeper_process) -> None:
     keeper = keeper_process()
     asker, writer = keeper.connect("mine"), keeper.connect("mine", arena=True)

@@ -3,15 +3,16 @@ of whole requests, each of which waits for its own."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
 from typing import TYPE_CHECKING, cast
 
 from kvkeep.background import Busy
 from kvkeep.engines.search import Search
-from kvkeep.engines.vllm.metadata import NOWHERE, Copies, Place, Rank
+from kvkeep.engines.vllm.metadata import NOWHERE, Copies, Offered, Place, Rank
 from kvkeep.errors import KeeperUnavailable, KVKeepError, RequestRefused
 from kvkeep.terms import Reserved
 from kvkeep.transfer import Transfer
@@ -40,7 +41,7 @@ class Joined:
         """Not that it was lost: a keeper that is gone gives to nobody what was leased to us."""
         self._prepared = False
         self._ending: threading.Thread | None = None
-        self._talking = threading.Lock()
+        self._talking, self._closing = threading.Lock(), threading.Lock()
 
     def prepare(self, busy: Busy) -> None:
         """Once: have the mapping made fast to copy to. Not before the engine has captured its graphs: a call
@@ -60,42 +61,40 @@ class Joined:
         return self._ending is not None or self.connection.closed
 
     def tell(self, rank: Rank, send: Callable[..., None], claims: Iterable[int], who: int) -> None:
-        """Send what needs no answer about each claim; a keeper that is gone is a session that is left."""
-        if self.leaving:
-            return
-        try:
-            with self._talking:
+        """Send what needs no answer about each claim."""
+        if not self.leaving:
+            with self._talk(rank):
                 for claim in claims:
                     send(self.connection, claim, who)
-        except KeeperUnavailable as error:
-            self._lost(rank, error)
 
-    def reserved(self, rank: Rank, ticket: int) -> list[Reserved]:
-        """See `Connection.reserved`. None where it is refused, or the keeper gone, and so the session."""
+    def reserved(self, rank: Rank, offered: Offered) -> list[Reserved]:
+        """See `Connection.reserved`. Nothing where it was refused, or the keeper is gone."""
+        with contextlib.suppress(RequestRefused), self._talk(rank):
+            return self.connection.reserved(offered.ticket, offered.until)
+        return []
+
+    @contextlib.contextmanager
+    def _talk(self, rank: Rank) -> Iterator[None]:
+        """One thread at a time; a keeper that is gone is a session that is left."""
         try:
             with self._talking:
-                return self.connection.reserved(ticket)
-        except RequestRefused:
-            return []
+                yield
         except KeeperUnavailable as error:
-            self._lost(rank, error)
-            return []
-
-    def _lost(self, rank: Rank, error: KeeperUnavailable) -> None:
-        self.close()
-        log.warning("kvkeep: rank %s lost the keeper at %s: %s", rank, self.connection.path, error)
+            self.close()
+            log.warning("kvkeep: rank %s lost the keeper at %s: %s", rank, self.connection.path, error)
 
     def close(self, wait: float = 0.0) -> None:
         """Leave. The claims that protect slots end with the connection, so copies under way end before it,
         on another thread; `wait`: seconds for that."""
-        if self._ending is None:
-            self.left = not self.connection.closed
-            last = self.last  # looked at once: it may be the caller, and is not to wait for itself
-            self._ending = threading.Thread(target=self._end, args=(last,), name="kvkeep-end", daemon=True)
-            if self.device is not None or (last is not None and not last.done()):
-                self._ending.start()
-            else:
-                self._end(None)
+        with self._closing:
+            if self._ending is None:
+                self.left = not self.connection.closed
+                last = self.last  # looked at once: it may be the caller, and is not to wait for itself
+                self._ending = threading.Thread(None, self._end, "kvkeep-end", (last,), daemon=True)
+                if self.device is not None or (last is not None and not last.done()):
+                    self._ending.start()
+                else:
+                    self._end(None)
         if wait and self._ending.is_alive():
             self._ending.join(wait)
 
@@ -188,7 +187,9 @@ class Apart:
         return [name for name, load in self._under_way.items() if load is None or load[0].done()]
 
     def settle(self, name: str) -> tuple[float, Copies] | None:
-        """Forget one that has ended: its seconds and what was copied; None where it was refused. Raises what
-        went wrong."""
+        """Forget one that has ended: its seconds and what was copied; None where it was refused, or the
+        keeper was lost. Raises what else went wrong."""
         load = self._under_way.pop(name)
-        return None if load is None else (load[0].result(), load[1])
+        if load is None or isinstance(load[0].exception(), KeeperUnavailable):
+            return None
+        return load[0].result(), load[1]

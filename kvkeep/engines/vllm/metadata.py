@@ -91,6 +91,8 @@ class Offered:
     """What a step completes: the keeper says under `ticket` where it is to be saved, while it is computed."""
 
     ticket: int
+    until: float
+    """When the keeper's time to say so is over, by time.monotonic: one host has all of an engine's ranks."""
     chunk_tokens: int
     blocks: Copies = field(default_factory=Copies)
     """`offsets`: places in the rows of what was reserved, all items behind each other."""

@@ -40,7 +40,7 @@ class Saves:
         self._stats = stats
         self._events = events
         self._met = met
-        self._last = first_ticket()
+        self._last, self._until = first_ticket(), 0.0
         self._asked = list[tuple[Tracked, int]]()
         """By that ticket: requests, and their first chunks that are offered."""
 
@@ -58,11 +58,11 @@ class Saves:
                     offers += self._offer(geometry, tracked, last, output)
         if not offers:
             return None
-        self._last += 1
+        self._last, self._until = self._last + 1, time.monotonic() + self._config.timeout
         items = [item for _, item, _ in offers]
         keeper.connection.begin_reserve(keeper.namespace, items, self._last)
         self._asked = [(tracked, item.first) for tracked, item, _ in offers]
-        offered, place = Offered(self._last, geometry.chunk_tokens), 0
+        offered, place = Offered(self._last, self._until, geometry.chunk_tokens), 0
         for _, item, table in offers:
             geometry.add_save(offered.blocks, table, item.first, place, item.wanted)
             place += len(item.wanted[0])
@@ -75,7 +75,8 @@ class Saves:
         if not asked or keeper is None:
             return
         began = time.perf_counter()
-        for (tracked, first), result in zip(asked, keeper.connection.reserved(self._last), strict=True):
+        results = keeper.connection.reserved(self._last, self._until)
+        for (tracked, first), result in zip(asked, results, strict=True):
             tracked.epoch = result.epoch
             if first <= tracked.kept:
                 tracked.kept = first + result.kept()

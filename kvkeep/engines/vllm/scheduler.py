@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvkeep.config import EngineConfig
 from kvkeep.engines.link import Identity, Link, Opened
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 __all__ = ["SchedulerSide"]
 
 log = logging.getLogger("kvkeep.vllm")
+_T = TypeVar("_T")
 
 
 class SchedulerSide:
@@ -221,13 +222,10 @@ class SchedulerSide:
             self._keeper = None
 
     def _plan_saves(self, output: SchedulerOutput) -> Offered | None:
-        if self._keeper is None or self._geometry is None:
+        keeper, geometry = self._keeper, self._geometry
+        if keeper is None or geometry is None:
             return None
-        try:
-            return self._saves.plan(self._keeper, self._geometry, self._requests, output)
-        except (KeeperUnavailable, RequestRefused) as error:
-            self._lose(error)
-            return None
+        return self._try(lambda _: self._saves.plan(keeper, geometry, self._requests, output))
 
     # Results and housekeeping
 
@@ -289,14 +287,10 @@ class SchedulerSide:
 
     def take_events(self) -> Sequence[KVCacheEvent]:
         """What has become of chunks that this engine's requests met, since the last call."""
-        if self.events is None:
+        if (events := self.events) is None:
             return ()
         self._try(self._saves.settle)  # before the keeper is asked what has come of that
-        try:
-            return self.events.take(self._keeper if self._ready else None)
-        except (KeeperUnavailable, RequestRefused) as error:
-            self._lose(error)
-            return ()
+        return self._try(lambda keeper: events.take(keeper if self._ready else None)) or ()
 
     def _met(self, tracked: Tracked, first: int, last: int) -> None:
         if self.events is not None:
@@ -312,11 +306,12 @@ class SchedulerSide:
     def _give_back(self, tracked: Tracked) -> None:
         self._try(lambda keeper: give_back(keeper, tracked))
 
-    def _try(self, action: Callable[[Opened | None], None]) -> None:
+    def _try(self, action: Callable[[Opened | None], _T]) -> _T | None:
         try:
-            action(self._keeper)
+            return action(self._keeper)
         except (KeeperUnavailable, RequestRefused) as error:
             self._lose(error)
+            return None
 
     def _lose(self, error: KVKeepError) -> None:
         """Go on without a keeper, and look for the next one.

@@ -257,8 +257,8 @@ class WorkerSide:
         if meta.saves is None or joined is None or joined.epoch != meta.epoch or joined.closed:
             return
         assert self._session is not None
-        part, reserved = self._session.part[self._rank], joined.reserved(self._rank, meta.saves.ticket)
-        if not (copies := meta.saves.given(reserved)).claims:
+        part = self._session.part[self._rank]
+        if not (copies := meta.saves.given(joined.reserved(self._rank, meta.saves))).claims:
             return
         commit = partial(joined.tell, self._rank, Connection.commit, copies.claims, part)
         if self._rank in self._session.replicas:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 from collections.abc import Callable
@@ -92,7 +93,7 @@ class Rank:
         """Ask the keeper for slots for these blocks, as the chunks of KEYS."""
         self.ticket += 1
         self.link.begin_reserve(self.space, [Reservation(keys, [b"\1" * CHUNKS], 0, 0)], self.ticket)
-        offered = Offered(self.ticket, PER_CHUNK)
+        offered = Offered(self.ticket, math.inf, PER_CHUNK)
         places, index = np.repeat(np.arange(CHUNKS), PER_CHUNK), np.tile(np.arange(PER_CHUNK), CHUNKS)
         offered.blocks.add(0, places, index, np.array(blocks, np.int64))
         return offered

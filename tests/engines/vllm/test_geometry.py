@@ -35,7 +35,7 @@ def test_every_rank_commits_and_one_of_those_with_the_same_kv_writes(replicas: i
 def test_what_is_saved_of_what_was_offered() -> None:
     """Two requests, two groups, of which one has no blocks of its own at a chunk that left its window."""
     geometry = Geometry(32, (16, 32), (None, 64))
-    offered = Offered(1, geometry.chunk_tokens)
+    offered = Offered(1, 0.0, geometry.chunk_tokens)
     geometry.add_save(offered.blocks, [[10, 11, 12, 13], [20, 21]], 0, 0, [b"\1\1", b"\1\1"])
     geometry.add_save(offered.blocks, [[30, 31, 32, 33, 34, 35], [0, 0, 42]], 1, 2, [b"\1\1", b"\0\1"])
     answer = [

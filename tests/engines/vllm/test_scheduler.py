@@ -357,13 +357,16 @@ def test_what_was_reserved_ends_when_the_cache_is_off(
     wait_until(turns.until(lambda: turns.scheduler._ready))
     wait_until(lambda: not keeper.figures()["reservations"])
 
+    reserved = list[Any]()
+
     def breaks(*_: Any) -> None:
-        assert keeper.figures()["reservations"]
+        reserved.append(keeper.figures()["reservations"])
         raise RuntimeError("by the test's own wish")
 
     monkeypatch.setattr(Geometry, "add_save", breaks)
     turns.take()
     assert turns.scheduler._disabled
+    assert reserved == [1]
     wait_until(lambda: not keeper.figures()["reservations"] and not keeper.figures()["leases"])
 
 
@@ -407,18 +410,21 @@ def test_who_asks_for_nothing_hears_that_the_keeper_is_gone(
     assert turns.scheduler._keeper is None
 
 
+@pytest.mark.parametrize("waits", ["worker", "scheduler"])
 def test_an_answer_that_never_comes(
-    turns: Turns, wait_until: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+    waits: str, turns: Turns, wait_until: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Worker and scheduler wait for it no longer than for any, and both begin anew."""
+    """Whoever waits for it first does so no longer than for any, and both begin anew."""
     keeper, side = turns.keeper(), turns.scheduler
     wait_until(turns.until(lambda: side._ready))
     epoch, joined = side._keeper.epoch, get_kv_transfer_group()._worker._joined
     for connection in (side._keeper.connection, joined.connection):
         monkeypatch.setattr(connection, "_timeout", 0.05)
     monkeypatch.setattr(side._keeper.connection, "begin_reserve", lambda *_: None)  # lost on its way
+    if waits == "scheduler":
+        monkeypatch.setattr(joined, "reserved", lambda *_: [])
     turns.take()
-    assert joined.closed
+    wait_until(turns.until(lambda: joined.closed))
     assert side._keeper is None or side._keeper.epoch > epoch
     held = keeper.figures()["chunks"]
     wait_until(turns.until(lambda: side._ready and keeper.figures()["chunks"] > held))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -152,11 +153,34 @@ def test_a_keeper_that_dies_before_it_says_what_it_reserved(
     rank.step()
     rank.keeper.process.kill()
     rank.keeper.process.wait(20)
-    offered = Offered(1, PER_CHUNK)
+    offered = Offered(1, math.inf, PER_CHUNK)
     assert rank.step(saves=offered)
     assert rank.side._joined.closed
     assert "saved_bytes" not in rank.side.stats.data
     assert rank.side.report(None).joined == {(0, 0): NOWHERE}
+    rank.side.leave(wait=20)
+
+
+@pytest.mark.parametrize("on_cpu", [True, False], ids=["cpu", "device"])
+def test_a_load_that_a_request_waits_for_when_the_keeper_dies(
+    on_cpu: bool, keeper_process: Callable[..., Any], wait_until, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does not count, and that is no error: the request is computed."""
+    rank = Rank(keeper_process(), monkeypatch, 0, on_cpu=on_cpu)
+    rank.keep(list(range(1, 9)))
+    wait_until(lambda: not rank.figure("reservations"), 20)
+    found, copied = rank.link.lookup(rank.space, KEYS), threading.Event()
+    copies = rank.copies(found.offsets[0], list(range(12, 20)), found.lease)
+    held = rank.side.apart._pool.submit(copied.wait)  # what it has to do before
+    rank.step(apart={"r": copies})
+    rank.keeper.process.kill()
+    rank.keeper.process.wait(20)
+    rank.step(saves=Offered(9, math.inf, PER_CHUNK))  # the engine's thread hears of it
+    copied.set()
+    wait_until(rank.side.apart.ended, 20)
+    assert held.result()
+    assert not rank.side.settle("r")
+    assert "loaded_tokens" not in rank.side.stats.data
     rank.side.leave(wait=20)
 
 
