@@ -1,6 +1,6 @@
 """What one prompt that never repeats costs: pairs of prompts, within one engine.
 
-    python benchmarks/misses.py [--lengths 64 512 2048] [--pairs 100] [--answer 16] [--json FILE]
+    python benchmarks/misses.py [--lengths 64 512 2048] [--pairs 100] [--answer 16] [--tier URL] [--json FILE]
 
 Of two fresh prompts, in random order, one is looked up and saved, the other kept from kvkeep's sight
 (`half_seen.py`). Two engines differ by a percent or two for no reason but their start; these have all in
@@ -94,7 +94,8 @@ def measure(args: argparse.Namespace, out: Path) -> dict[str, Any]:
         state = figures(socket)
         rows = [pairs_of(engine, length, args.pairs, args.answer) for length in args.lengths]
     huge = state["huge_page_bytes"] / state["memory_bytes"]
-    return {"model": args.model, "dtype": args.dtype, "huge_pages": round(huge, 3), "lengths": rows}
+    about = {"model": args.model, "dtype": args.dtype, "tiers": args.tier, "huge_pages": round(huge, 3)}
+    return {**about, "lengths": rows}
 
 
 def main() -> int:
@@ -108,11 +109,14 @@ def main() -> int:
     parser.add_argument("--pairs", type=int, default=100, help="of each length; more than four")
     parser.add_argument("--answer", type=int, default=16, help="tokens of each answer")
     parser.add_argument("--memory", default="2GiB", help="of the keeper; what no longer fits is evicted")
+    parser.add_argument(
+        "--tier", default=[], action="append", metavar="URL", help="below it; may be repeated"
+    )
     parser.add_argument("--json", type=Path, help="also write the result here")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
-        with keeper(f"{out}/keeper.sock", args.memory, [], out / "keeper.log", drain_s=0):
+        with keeper(f"{out}/keeper.sock", args.memory, args.tier, out / "keeper.log", drain_s=0):
             result = measure(args, out)
     text = json.dumps(result, indent=1)
     print(text)
