@@ -184,14 +184,16 @@ class Connection:
         """Reserve slots for chunks to be written; one result per item."""
         return _reserved(self._call(msg.Reserve(namespace, items), msg.Reserved))
 
-    def begin_reserve(self, namespace: int, items: list[msg.Reservation], ticket: int) -> None:
+    def begin_reserve(self, namespace: int, items: list[msg.Reservation], ticket: int) -> float:
         """The same without waiting. `reserved` has the answer, here and on the session's other connections
-        that map the arena. `ticket`: not 0, and no other's; see `first_ticket`."""
+        that map the arena. `ticket`: not 0, and no other's; see `first_ticket`. Returns when the keeper's
+        time for it is over, by time.monotonic."""
         self._send(msg.Reserve(namespace, items, ticket))
+        return time.monotonic() + self._timeout
 
     def reserved(self, ticket: int, until: float = math.inf) -> list[Reserved]:
-        """What was reserved by a ticket; what comes before it is passed over. `until`: when the keeper's time
-        for it is over, by time.monotonic, however many wait one after another. Raises RequestRefused too."""
+        """What was reserved by a ticket; what comes before it is passed over. `until`: what `begin_reserve`
+        returned; however many wait one after another, they share that time. Raises RequestRefused too."""
         deadline = min(time.monotonic() + self._timeout, max(until, time.monotonic() + _GRACE))
         while True:
             reply = self._early.popleft() if self._early else self._receive(deadline)

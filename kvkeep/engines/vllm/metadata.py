@@ -92,7 +92,7 @@ class Offered:
 
     ticket: int
     until: float
-    """When the keeper's time to say so is over, by time.monotonic: one host has all of an engine's ranks."""
+    """See `Connection.begin_reserve`; one host, so one clock, has all of an engine's ranks."""
     chunk_tokens: int
     blocks: Copies = field(default_factory=Copies)
     """`offsets`: places in the rows of what was reserved, all items behind each other."""

@@ -58,9 +58,9 @@ class Saves:
                     offers += self._offer(geometry, tracked, last, output)
         if not offers:
             return None
-        self._last, self._until = self._last + 1, time.monotonic() + self._config.timeout
+        self._last += 1
         items = [item for _, item, _ in offers]
-        keeper.connection.begin_reserve(keeper.namespace, items, self._last)
+        self._until = keeper.connection.begin_reserve(keeper.namespace, items, self._last)
         self._asked = [(tracked, item.first) for tracked, item, _ in offers]
         offered, place = Offered(self._last, self._until, geometry.chunk_tokens), 0
         for _, item, table in offers:

@@ -414,17 +414,25 @@ def test_who_asks_for_nothing_hears_that_the_keeper_is_gone(
 def test_an_answer_that_never_comes(
     waits: str, turns: Turns, wait_until: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever waits for it first does so no longer than for any, and both begin anew."""
+    """Whoever waits for it first does so no longer than for any, and nobody after that; both begin anew."""
     keeper, side = turns.keeper(), turns.scheduler
     wait_until(turns.until(lambda: side._ready))
     epoch, joined = side._keeper.epoch, get_kv_transfer_group()._worker._joined
     for connection in (side._keeper.connection, joined.connection):
         monkeypatch.setattr(connection, "_timeout", 0.05)
-    monkeypatch.setattr(side._keeper.connection, "begin_reserve", lambda *_: None)  # lost on its way
+    asked, reserved = list[Any](), side._keeper.connection.reserved
+    monkeypatch.setattr(side._keeper.connection, "begin_reserve", lambda *_: 0.0)  # lost on its way
+    monkeypatch.setattr(
+        side._keeper.connection, "reserved", lambda *given: asked.append(given) or reserved(*given)
+    )
     if waits == "scheduler":
         monkeypatch.setattr(joined, "reserved", lambda *_: [])
     turns.take()
+    if waits == "worker":
+        assert joined.closed
+        assert not asked
     wait_until(turns.until(lambda: joined.closed))
+    assert len(asked) == (waits == "scheduler")
     assert side._keeper is None or side._keeper.epoch > epoch
     held = keeper.figures()["chunks"]
     wait_until(turns.until(lambda: side._ready and keeper.figures()["chunks"] > held))
