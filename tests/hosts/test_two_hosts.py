@@ -110,7 +110,10 @@ class Site:
             if self.engine.metric("vllm:kvkeep_attached") == 1:
                 return
             time.sleep(0.2)
-        raise AssertionError((self._folder / "keeper.log").read_text())
+        log, told = (self._folder / "keeper.log").read_text(), "it has ended"
+        if self._keeper.poll() is None:
+            told = f"it answers us: {self.status()}"
+        raise AssertionError(f"not attached within 60 s to the last of these; {told}\n{log}")
 
     def leave(self) -> None:
         """End the keeper; it writes what it has to write."""
